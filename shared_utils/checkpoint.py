@@ -1,0 +1,134 @@
+"""Checkpoints: atomic files of tensors and plain containers, and strict loading of public weights with a report."""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared_utils import UserError
+
+
+def save(path: str | os.PathLike, obj: Any) -> None:
+    """Write `obj` atomically: temporary file in the same folder, flush, fsync, replace. The old file survives a failure."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as handle:
+            torch.save(obj, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: cannot be written ({reason}); an older file there is unharmed, free space and retry") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike) -> Any:
+    """Read a file of tensors and plain containers. UserError: missing, truncated, or a pickle that would run code."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint file")
+    try:
+        # argparse.Namespace is a plain record that the DINO and MAE releases store beside their weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if type(error).__name__ == "UnpicklingError" and "nsupported" in str(error):
+            raise UserError(
+                f"{path}: holds python objects besides tensors, and loading them could run code; "
+                "re-save its weights as a plain state_dict where you trust the file"
+            ) from None
+        raise UserError(f"{path}: not a readable checkpoint (truncated or another format); copy it again") from None
+
+
+def _is_state_dict(obj: Any) -> bool:
+    return isinstance(obj, Mapping) and len(obj) > 0 and all(isinstance(value, Tensor) for value in obj.values())
+
+
+def _select(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def read_weights(path: str | os.PathLike, family: str = "auto") -> dict[str, Tensor]:
+    """Flat state dict of the network inside a checkpoint, wrapper prefixes stripped.
+
+    Families, by what their public files look like: `moco` (`state_dict` of `module.encoder_q.*`, also our own runs),
+    `dino` (`teacher` of `backbone.*` beside `student`), `mae` (`model`), `swav` (`module.*` with `prototypes`),
+    `plain` (torchvision, timm: flat keys or below `state_dict`). `auto` recognises them; another name demands it.
+
+    Raises:
+        UserError: not a checkpoint of weights, or of another family than the demanded one.
+    """
+    obj = load(path)
+    found = "plain"
+    if isinstance(obj, Mapping) and {"student", "teacher"} <= set(obj):
+        found, state = "dino", obj["teacher"]
+    elif isinstance(obj, Mapping) and _is_state_dict(obj.get("model")):
+        found, state = "mae", obj["model"]
+    elif isinstance(obj, Mapping) and _is_state_dict(obj.get("state_dict")):
+        state = obj["state_dict"]
+    elif _is_state_dict(obj):
+        state = obj
+    else:
+        keys = ", ".join(map(str, list(obj)[:5])) if isinstance(obj, Mapping) else type(obj).__name__
+        raise UserError(f"{path}: no state_dict found (holds: {keys}); give a file of network weights")
+    if all(key.startswith("module.") for key in state):
+        state = _select(state, "module.")
+    if any(key.startswith("encoder_q.") for key in state):
+        found, state = "moco", _select(state, "encoder_q.")
+    elif found == "dino" and any(key.startswith("backbone.") for key in state):
+        state = _select(state, "backbone.")
+    elif any(key.startswith("prototypes.") for key in state):
+        found = "swav"
+    if family not in ("auto", found):
+        raise UserError(f"{path}: looks like a {found} checkpoint, expected {family}; its first key is {next(iter(state))}")
+    return dict(state)
+
+
+def load_strict(
+    module: nn.Module, state: Mapping[str, Tensor], drop: Sequence[str] = (), missing_ok: Sequence[str] = ()
+) -> str:
+    """Load every key or say which do not fit; nothing is ever left at its initial value in silence.
+
+    Args:
+        drop: fnmatch patterns of keys in `state` that the module may lack (a projector, a classifier).
+        missing_ok: patterns of keys of the module that `state` may lack (a new classifier).
+
+    Returns: one line saying how many tensors were loaded, dropped and left new.
+
+    Raises:
+        UserError: listing missing, unexpected and mis-shaped keys; the module is then unchanged.
+    """
+
+    def match(key: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+    own = module.state_dict()
+    unexpected = [key for key in state if key not in own and not match(key, drop)]
+    missing = [key for key in own if key not in state and not match(key, missing_ok)]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} here"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shapes))
+        if keys
+    ]
+    if problems:
+        raise UserError(f"the weights do not fit {type(module).__name__}: " + "; ".join(problems))
+    with torch.no_grad():
+        for key, value in own.items():
+            if key in state:
+                value.copy_(state[key])
+    loaded = sum(key in state for key in own)
+    return f"loaded {loaded} tensors, dropped {len(state) - loaded}, left new {len(own) - loaded}"

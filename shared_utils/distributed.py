@@ -1,0 +1,183 @@
+"""One code path for one process and for N (torchrun): start, gather, reduce, and batch norm over several processes."""
+
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def init(device: str = "auto") -> torch.device:
+    """Join the processes that torchrun started (gloo on CPU, nccl on GPU); return this process's device."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        if chosen.index is None:
+            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(chosen)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return chosen
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """Sum over processes, no gradient; `x` itself is left as it is."""
+    if world() == 1:
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x
+
+
+@torch.no_grad()
+def gather(x: Tensor) -> Tensor:
+    """[N, ...] on each process -> [world * N, ...] in rank order, no gradient; shapes must agree."""
+    if world() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+class _SumGrad(torch.autograd.Function):
+    """All-reduced sum whose gradient is the all-reduced sum of gradients."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+class _GatherGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.size = len(x)
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad[rank() * ctx.size : (rank() + 1) * ctx.size]
+
+
+def gather_with_grad(x: Tensor) -> Tensor:
+    """As `gather`; the gradient of every process's loss reaches this process's rows (summed)."""
+    return x if world() == 1 else _GatherGrad.apply(x)
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm with statistics over all processes, on CPU (gloo) as on GPU; equal to one process on the whole batch.
+
+    torch.nn.SyncBatchNorm runs on GPUs only, and a reproduction whose two-process test cannot run is not tested.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or world() == 1:
+            return super().forward(x)
+        self._check_input_dim(x)
+        axes = [0] + list(range(2, x.dim()))
+        y = x.float()
+        count = torch.full((1,), x.numel() / x.shape[1], device=x.device)
+        total = _SumGrad.apply(torch.cat([y.sum(axes), count]))  # [C + 1]
+        mean = total[:-1] / total[-1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        centred = y - mean.view(shape)  # two passes: E[x^2] - E[x]^2 loses digits
+        var = _SumGrad.apply(centred.square().sum(axes)) / total[-1].detach()
+        if self.track_running_stats:
+            with torch.no_grad():
+                n = total[-1]
+                self.num_batches_tracked += 1
+                momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean.detach(), momentum)
+                self.running_var.lerp_(var.detach() * n / (n - 1), momentum)
+        out = centred * (var + self.eps).rsqrt().view(shape)
+        if self.affine:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(x.dtype)
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """Batch norm over `splits` contiguous shares of the batch: one process behaves as `splits` processes without sync.
+
+    Running statistics take the mean of the shares. The batch must divide by `splits`.
+    """
+
+    def __init__(self, num_features: int, splits: int = 8, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(num_features, **kwargs)
+        self.splits = splits
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.splits == 1:
+            return super().forward(x)
+        n, c, h, w = x.shape
+        if n % self.splits:
+            raise ValueError(f"a batch of {n} does not divide into {self.splits} batch-norm splits")
+        # [N, C, H, W] -> [N/s, s*C, H, W]: a share becomes a block of channels with statistics of its own
+        shares = x.view(self.splits, n // self.splits, c, h, w).transpose(0, 1).reshape(-1, self.splits * c, h, w)
+        mean, var = (
+            s.repeat(self.splits) if s is not None else None for s in (self.running_mean, self.running_var)
+        )
+        weight, bias = (p.repeat(self.splits) if p is not None else None for p in (self.weight, self.bias))
+        out = F.batch_norm(shares, mean, var, weight, bias, True, self.momentum or 0.0, self.eps)
+        if self.running_mean is not None and mean is not None and var is not None:
+            self.running_mean.copy_(mean.view(self.splits, c).mean(0))
+            self.running_var.copy_(var.view(self.splits, c).mean(0))
+            self.num_batches_tracked += 1
+        return out.view(-1, self.splits, c, h, w).transpose(0, 1).reshape(n, c, h, w)
+
+
+def convert_norm(module: nn.Module, kind: str, splits: int = 8) -> nn.Module:
+    """Replace every BatchNorm2d below `module`; kind: `sync`, `split` or `local` (unchanged). Keys stay the same."""
+    if kind == "local":
+        return module
+    for name, child in module.named_children():
+        if type(child) is nn.BatchNorm2d:
+            new: nn.BatchNorm2d
+            new = SyncBatchNorm(child.num_features) if kind == "sync" else SplitBatchNorm(child.num_features, splits)
+            new.eps, new.momentum = child.eps, child.momentum
+            new.load_state_dict(child.state_dict())
+            setattr(module, name, new.train(child.training))
+        else:
+            convert_norm(child, kind, splits)
+    return module
+
+
+@torch.no_grad()
+def shuffle(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Shuffle-BN: deal the samples of all processes anew. `generator` must be in the same state everywhere (CPU).
+
+    Returns: this process's share of the shuffled batch [N, ...] and the permutation [world * N] for `unshuffle`.
+    """
+    everything = gather(x)
+    order = torch.randperm(len(everything), generator=generator).to(x.device)
+    return everything[order.view(world(), -1)[rank()]], order
+
+
+@torch.no_grad()
+def unshuffle(x: Tensor, order: Tensor) -> Tensor:
+    """Undo `shuffle` on the outputs [N, ...] of the shuffled batch."""
+    everything = gather(x)
+    return everything[torch.argsort(order).view(world(), -1)[rank()]]
