@@ -26,7 +26,9 @@ def save(path: str | os.PathLike, obj: Any) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: cannot be written ({reason}); an older file there is unharmed, free space and retry") from None
+        raise UserError(
+            f"{path}: cannot be written ({reason}); an older file there is unharmed, free space and retry"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -89,7 +91,9 @@ def read_weights(path: str | os.PathLike, family: str = "auto") -> dict[str, Ten
     elif any(key.startswith("prototypes.") for key in state):
         found = "swav"
     if family not in ("auto", found):
-        raise UserError(f"{path}: looks like a {found} checkpoint, expected {family}; its first key is {next(iter(state))}")
+        raise UserError(
+            f"{path}: looks like a {found} checkpoint, expected {family}; its first key is {next(iter(state))}"
+        )
     return dict(state)
 
 

@@ -70,7 +70,9 @@ def image_folder(root: str | os.PathLike, transform: Callable | None = None) -> 
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise UserError(f"{root}: no class folder; expected {root}/CLASS/*.jpg")
-    return ImageList([(path, y) for y, name in enumerate(classes) for path in list_images(root / name)], classes, transform)
+    return ImageList(
+        [(path, y) for y, name in enumerate(classes) for path in list_images(root / name)], classes, transform
+    )
 
 
 def flat_folder(root: str | os.PathLike, transform: Callable | None = None) -> ImageList:

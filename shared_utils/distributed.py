@@ -137,9 +137,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
             raise ValueError(f"a batch of {n} does not divide into {self.splits} batch-norm splits")
         # [N, C, H, W] -> [N/s, s*C, H, W]: a share becomes a block of channels with statistics of its own
         shares = x.view(self.splits, n // self.splits, c, h, w).transpose(0, 1).reshape(-1, self.splits * c, h, w)
-        mean, var = (
-            s.repeat(self.splits) if s is not None else None for s in (self.running_mean, self.running_var)
-        )
+        mean, var = (s.repeat(self.splits) if s is not None else None for s in (self.running_mean, self.running_var))
         weight, bias = (p.repeat(self.splits) if p is not None else None for p in (self.weight, self.bias))
         out = F.batch_norm(shares, mean, var, weight, bias, True, self.momentum or 0.0, self.eps)
         if self.running_mean is not None and mean is not None and var is not None:

@@ -1,0 +1,395 @@
+"""One run: flags, seed, preflight, folder, log, progress, checkpoints with exact resume, signals, non-finite stop.
+
+A training script reads top to bottom:
+
+    run = Run(args, "mdp", "pretrain")              # device, processes, seed, output folder
+    ...                                             # data, model, optimizer
+    run.track(model=model, optimizer=optimizer)     # what the checkpoint holds
+    run.preflight({...})                            # what is about to happen, and resume
+    for epoch, batch in run.batches(loader, sampler, args.epochs):
+        ...                                         # the step
+        run.log(loss=loss, lr=lr)
+    run.finish("the next command")
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from shared_utils import UserError, checkpoint, distributed
+from shared_utils.data import EpochSampler
+
+# Flags that say where and how fast a run goes, not what it computes: they may change on a resume.
+RUNTIME_FLAGS = {
+    "output_dir", "data_root", "device", "workers", "threads", "log_every", "save_every", "resume", "overwrite", "cache_size",
+}  # fmt: skip
+
+
+class Diverged(UserError):
+    """A non-finite loss."""
+
+
+def cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
+    """Run an entry point; a UserError becomes one line on stderr and exit code 2 (a diverged run: 1)."""
+    try:
+        code = main(None)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        # os._exit: worker processes and other ranks must not keep a failed run alive
+        if distributed.world() > 1:
+            os._exit(1 if isinstance(error, Diverged) else 2)
+        sys.exit(1 if isinstance(error, Diverged) else 2)
+    sys.exit(code or 0)
+
+
+def runs_root() -> Path:
+    """Where runs are written: $RUNS, by default `runs` in the current folder."""
+    return Path(os.environ.get("RUNS", "runs"))
+
+
+def add_run_flags(parser: argparse.ArgumentParser, output_dir: str) -> None:
+    """Flags that every training script has; `output_dir` is relative to $RUNS."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--output-dir", type=Path, default=runs_root() / output_dir, help="folder of log and checkpoint")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    group.add_argument("--amp", choices=["auto", "none", "bf16"], default="auto", help="auto: bf16 on GPUs, else none")
+    group.add_argument("--workers", type=int, default=2, help="data loading processes per process")
+    group.add_argument("--threads", type=int, default=0, help="CPU threads of the training process; 0: torch's choice")
+    group.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl and tensorboard")
+    group.add_argument(
+        "--save-every", type=int, default=0, help="steps between checkpoints beside the one of each epoch"
+    )
+    group.add_argument(
+        "--resume", type=Path, help="checkpoint to go on from (default: the one in --output-dir, if any)"
+    )
+    group.add_argument("--overwrite", action="store_true", help="start anew where --output-dir holds a run")
+
+
+def plain(args: argparse.Namespace) -> dict[str, Any]:
+    """The resolved flags as JSON-able values."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items())}
+
+
+def provenance() -> dict[str, Any]:
+    """Command, git commit and dirty flag, library versions, hardware and date: what a claim has to name."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+
+    def ask(*words: str) -> str | None:
+        try:
+            return subprocess.run([*git, *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    status = ask("status", "--porcelain", "--untracked-files=no")
+    versions = {}
+    for name in ("torch", "torchvision", "timm", "numpy", "pillow", "mmsegmentation", "onedl-mmsegmentation"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    hardware = f"{os.cpu_count()} CPU cores"
+    if torch.cuda.is_available():
+        hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {hardware}"
+    return {
+        "command": shlex.join(getattr(sys, "orig_argv", sys.argv)),
+        "git_commit": ask("rev-parse", "--short=12", "HEAD"),
+        "git_dirty": None if status is None else bool(status),
+        "versions": {"python": platform.python_version(), **versions},
+        "hardware": hardware,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _rng_state() -> dict[str, Any]:
+    numpy_state = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [numpy_state[0], torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64)), *numpy_state[2:]],  # type: ignore[index]
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: Mapping[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _worker_init(_: int) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class Run:
+    """See the module's head. Attributes: `device`, `rank`, `world`, `dir`, `step`, `epoch`, `step_in_epoch`."""
+
+    def __init__(self, args: argparse.Namespace, paper: str, job: str):
+        self.args, self.name = args, f"{paper}/{job}"
+        self.device = distributed.init(args.device)
+        self.rank, self.world = distributed.rank(), distributed.world()
+        if args.amp == "auto":
+            args.amp = "bf16" if self.device.type == "cuda" else "none"
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        seed_everything(args.seed)
+        self.dir = Path(args.output_dir)
+        self.step = self.epoch = self.step_in_epoch = 0
+        self.data_wait = 0.0
+        self._tracked: dict[str, Any] = {}
+        self._signal = 0
+        self._writer: Any = None
+        self._started = time.time()
+        self._seconds_before = 0.0
+        self._bar: Any = None
+
+    # -- before the first step ---------------------------------------------------------------------------------------
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp == "bf16")
+
+    def track(self, **stateful: Any) -> None:
+        """Objects with state_dict / load_state_dict that the checkpoint holds beside the RNG and the position."""
+        self._tracked.update(stateful)
+
+    def loader(self, dataset: Dataset, sampler: EpochSampler) -> DataLoader:
+        """Workers are persistent and pinned memory is used on GPUs; iterating leaves the global RNG untouched."""
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=self.args.workers,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=self.args.workers > 0,
+            worker_init_fn=_worker_init,
+            generator=torch.Generator(),
+        )
+
+    def preflight(self, facts: Mapping[str, Any]) -> None:
+        """Print the facts and flags, resume if there is something to resume, open the logs, take over signals."""
+        own = self.dir / "checkpoint.pth"
+        resume_from = self.args.resume or (own if own.is_file() and not self.args.overwrite else None)
+        if self.args.overwrite and self.args.resume:
+            raise UserError("--overwrite and --resume exclude each other")
+        self.say(f"{self.name} -> {self.dir}")
+        for key, value in {"device": f"{self.device} x {self.world}, amp {self.args.amp}", **facts}.items():
+            self.say(f"  {key}: {value}")
+        self.say(
+            "  flags: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in plain(self.args).items() if v is not None)
+        )
+        if resume_from:
+            self._resume(resume_from)
+        distributed.barrier()  # nobody writes before everybody has read
+        if self.rank == 0:
+            self._open_logs()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(number, self._on_signal)
+
+    def _resume(self, path: Path) -> None:
+        saved = checkpoint.load(path)
+        if not isinstance(saved, Mapping) or "progress" not in saved or "args" not in saved:
+            raise UserError(
+                f"{path}: not a checkpoint of this workspace's runs; move it away or give another --output-dir"
+            )
+        mine = {**plain(self.args), "world": self.world}
+        theirs = {**saved["args"], "world": saved["progress"]["world"]}
+        changed = [
+            f"--{k.replace('_', '-')} was {theirs.get(k)}, is {mine.get(k)}"
+            for k in sorted(set(mine) | set(theirs))
+            if k not in RUNTIME_FLAGS and mine.get(k) != theirs.get(k)
+        ]
+        if changed:
+            raise UserError(
+                f"{path}: saved with other flags ({'; '.join(changed)}); repeat them, or --overwrite, or another --output-dir"
+            )
+        absent = [name for name in self._tracked if name not in saved]
+        if absent:
+            raise UserError(f"{path}: lacks {', '.join(absent)}; it belongs to another job")
+        for name, thing in self._tracked.items():
+            thing.load_state_dict(saved[name])
+        progress = saved["progress"]
+        self.step, self.epoch, self.step_in_epoch = progress["step"], progress["epoch"], progress["step_in_epoch"]
+        self._seconds_before = progress["seconds"]
+        _set_rng_state(saved["rng"][self.rank])
+        self.say(f"  resumed: {path} at step {self.step} (epoch {self.epoch}, step {self.step_in_epoch} inside it)")
+
+    def _open_logs(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            log = self.dir / "log.jsonl"
+            kept: list[str] = []
+            if self.step and log.is_file():  # lines after the checkpoint will be written again
+                for line in log.read_text().splitlines():
+                    with contextlib.suppress(ValueError):
+                        kept += [line + "\n"] if json.loads(line)["step"] <= self.step else []
+            elif self.dir.is_dir():
+                for old in self.dir.glob("events.*"):
+                    old.unlink()
+            log.write_text("".join(kept))
+            (self.dir / "config.json").write_text(
+                json.dumps({"flags": plain(self.args), **provenance()}, indent=1) + "\n"
+            )
+        except OSError as error:
+            raise UserError(f"{self.dir}: cannot write here ({error.strerror}); give another --output-dir") from None
+        self._writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
+
+    # -- while it runs -----------------------------------------------------------------------------------------------
+    def batches(self, loader: DataLoader, sampler: EpochSampler, epochs: int) -> Iterator[tuple[int, Any]]:
+        """Yield (epoch, batch) from the current position to the end; between batches: signals, checkpoints, progress."""
+        from tqdm import tqdm
+
+        total = epochs * sampler.steps_per_epoch
+        if self.epoch >= epochs:
+            self.say(f"  complete: {self.step} steps were done before; --overwrite starts anew")
+        elif self.rank == 0:
+            self._bar = tqdm(total=total, initial=self.step, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        while self.epoch < epochs:
+            sampler.at(self.epoch, self.step_in_epoch)
+            waiting = time.perf_counter()
+            for batch in loader:
+                self.data_wait = time.perf_counter() - waiting
+                yield self.epoch, batch
+                self.step += 1
+                self.step_in_epoch += 1
+                if self._bar is not None:
+                    self._bar.update()
+                self._stop_if_asked()
+                if self.args.save_every and self.step % self.args.save_every == 0:
+                    self.save()
+                waiting = time.perf_counter()
+            self.epoch, self.step_in_epoch = self.epoch + 1, 0
+            self.save()
+            if not sys.stderr.isatty() and (self.epoch == epochs or self.epoch % max(1, epochs // 20) == 0):
+                self.say(f"  epoch {self.epoch}/{epochs}, step {self.step}, {self.minutes():.1f} min: {self._last}")
+
+    _last = ""
+
+    def log(self, loss: Tensor | float, **values: Tensor | float) -> None:
+        """Call once a step, after the update. Stops the run if the loss is not finite; writes every --log-every steps.
+
+        Names with a slash go to tensorboard as they are; the others below `train/`.
+        """
+        number = float(loss)
+        if not math.isfinite(number):
+            raise Diverged(
+                f"step {self.step}: the loss is {number}; try a lower --lr, --amp none, or another --seed "
+                f"(the last good checkpoint in {self.dir} is unharmed)"
+            )
+        last = self.step_in_epoch == 0 and self.step == 0
+        if self.rank != 0 or not (last or (self.step + 1) % self.args.log_every == 0):
+            return
+        row: dict[str, Any] = {"step": self.step + 1, "epoch": self.epoch, "loss": round(number, 6)}
+        row |= {k: float(f"{float(v):.6g}") for k, v in values.items()} | {"data_wait": round(self.data_wait, 5)}
+        with open(self.dir / "log.jsonl", "a") as handle:
+            handle.write(json.dumps(row) + "\n")
+        for key, value in row.items():
+            if key not in ("step", "loss") and math.isfinite(value):
+                self._writer.add_scalar(key if "/" in key else f"train/{key}", value, self.step + 1)
+        self._writer.add_scalar("loss/total", number, self.step + 1)
+        self._last = " ".join(
+            f"{k} {v}" for k, v in row.items() if k not in ("step", "epoch", "data_wait") and "/" not in k
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._last)
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every `every` steps (pictures) is due now, on rank 0."""
+        return self.rank == 0 and self.step % every == 0
+
+    def image(self, name: str, picture: Tensor) -> None:
+        """Picture [3, H, W] in 0..1 to tensorboard."""
+        self._writer.add_image(name, picture, self.step + 1)
+
+    def text(self, name: str, markdown: str) -> None:
+        self._writer.add_text(name, markdown, self.step + 1)
+
+    def minutes(self) -> float:
+        return (self._seconds_before + time.time() - self._started) / 60
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        if self._signal:  # the second time: at once
+            os._exit(128 + number)
+        self._signal = number
+
+    def _stop_if_asked(self) -> None:
+        number = self._signal
+        if self.world > 1:  # every process stops after the same step
+            asked = torch.tensor(number, device=self.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            number = int(asked)
+        if number:
+            self.save()
+            self.say(
+                f"  stopped by {signal.Signals(number).name} at step {self.step}; the same command goes on from here"
+            )
+            self._close()
+            if self.world > 1:
+                os._exit(128 + number)
+            raise SystemExit(128 + number)
+
+    def save(self) -> None:
+        """Everything that the run needs to go on exactly, to checkpoint.pth, atomically."""
+        rng: list[Any] = [_rng_state()]
+        if self.world > 1:
+            rng = [None] * self.world
+            torch.distributed.all_gather_object(rng, _rng_state())
+        if self.rank == 0:
+            progress = {
+                "step": self.step, "epoch": self.epoch, "step_in_epoch": self.step_in_epoch,
+                "world": self.world, "seconds": self._seconds_before + time.time() - self._started,
+            }  # fmt: skip
+            state = {name: thing.state_dict() for name, thing in self._tracked.items()}
+            meta = {"epoch": self.epoch, "args": plain(self.args), "progress": progress, "rng": rng}
+            checkpoint.save(self.dir / "checkpoint.pth", {**state, **meta})
+        distributed.barrier()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def finish(self, *lines: str) -> None:
+        """Close the logs and print where things are and what to do next."""
+        self._close()
+        self.say(
+            f"  done: {self.step} steps in {self.minutes():.1f} min; {self.dir}/checkpoint.pth; tensorboard --logdir {self.dir}"
+        )
+        for line in lines:
+            self.say(f"  {line}")
