@@ -1,0 +1,428 @@
+"""Segmentation sets in their official trees, and their union label space (paper 2106.04121, section 3).
+
+Local ids are uint8 with 255 = ignore: the largest set has 171 classes. Union ids are int64 with -1 = ignore, because
+with VOC + ADE20K + COCO-Stuff (342 classes) union id 255 is a class; ignore is turned into -1 *before* the offset.
+
+Label conventions follow mmsegmentation 1.x. LabelMeFacade: `mdp/splits/labelmefacade_holdout.txt` holds the 200 of the
+845 official test images whose stems have the smallest sha256; `labelmefacade_pretrain.txt` holds the 100 official train
+images (by name), then the other 645 test images (by sha256). Class names and palettes: `mdp/classes/*.txt`, one
+`R G B name` a line in the order of the ids.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from shared_utils import UserError
+from shared_utils.data import load_image
+
+HERE = Path(__file__).resolve().parent
+IGNORE = 255  # in local maps; -1 in the union space
+_INVALID = 254  # in lookup tables: a raw id the set does not define
+CHECKED = 8  # files of a split that are decoded and checked before a run starts
+COCO_HOLES = frozenset({11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90})  # raw ids 0..181 that no COCO-Stuff class has
+
+Pair = tuple[Path, Path]
+
+
+def lookup(raw_ids: Iterable[int], ignore: Iterable[int] = ()) -> np.ndarray:
+    """uint8 [256]: raw id -> local id 0.. in the order of `raw_ids`; 255 and `ignore` -> 255; others are invalid."""
+    table = np.full(256, _INVALID, np.uint8)
+    table[[IGNORE, *ignore]] = IGNORE
+    raw = list(raw_ids)
+    table[raw] = np.arange(len(raw), dtype=np.uint8)
+    return table
+
+
+RAW_COCO = lookup(i for i in range(182) if i not in COCO_HOLES)
+
+
+# Pairs: which files belong together --------------------------------------------------------------------------------
+
+
+def _found(folder: Path, pattern: str, endings: Sequence[str]) -> dict[str, Path]:
+    """{path below `folder` without its ending: path}, sorted; one directory listing instead of a stat per file."""
+    found = {}
+    for path in sorted(folder.glob(pattern)):
+        key = path.relative_to(folder).as_posix()
+        for ending in endings:
+            if key.endswith(ending):
+                found[key[: -len(ending)]] = path
+                break
+    return found
+
+
+def _matched(
+    name: str, images: dict[str, Path], labels: dict[str, Path], label_at: Callable[[str], Path]
+) -> list[Pair]:
+    """Pairs by equal keys; UserError names the first image without label, or label without image."""
+    for key, path in images.items():
+        if key not in labels:
+            raise UserError(
+                f"{name}: image {path} has no label; expected {label_at(key)} (add it, or remove the image)"
+            )
+    for key, path in labels.items():
+        if key not in images:
+            raise UserError(f"{name}: label {path} has no image beside it; add the image or remove the label")
+    return [(images[key], labels[key]) for key in images]
+
+
+def _folders(
+    tree: Path,
+    split: str,
+    *,
+    name: str,
+    images: str,
+    labels: Sequence[str],
+    endings: tuple[str, ...] = (".jpg",),
+    label_endings: tuple[str, ...] = (".png",),
+    depth: int = 1,
+) -> list[Pair]:
+    """Sets whose split is a folder, `{}`; of `labels` x `label_endings` the first that has files wins."""
+    image_dir = tree / images.format(split)
+    pattern = "/".join("*" * depth)
+    found = _found(image_dir, pattern, endings)
+    if not found:
+        return []
+    options = [(tree / labels_dir.format(split), ending) for ending in label_endings for labels_dir in labels]
+    for label_dir, ending in options:
+        found_labels = _found(label_dir, pattern, (ending,))
+        if found_labels:
+            return _matched(name, found, found_labels, lambda key, at=label_dir, end=ending: at / f"{key}{end}")  # type: ignore[misc]
+    at, end = options[0]
+    return _matched(name, found, {}, lambda key: at / f"{key}{end}")
+
+
+def _stems(file: Path, name: str) -> list[str]:
+    if not file.is_file():
+        raise UserError(f"{name}: split list {file} is missing; restore it from the set's archive")
+    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _lists(tree: Path, split: str, *, name: str, lists: str, labels: Sequence[str]) -> list[Pair]:
+    """Sets whose split is a list of stems; the first folder of `labels` that has a stem's map wins."""
+    file = tree / lists.format(split)
+    images = _found(tree / "JPEGImages", "*", (".jpg",))
+    maps = [_found(tree / folder, "*", (".png",)) for folder in labels]
+    pairs = []
+    for stem in _stems(file, name):
+        if stem not in images:
+            raise UserError(f"{name}: {file} names {stem}, but {tree / 'JPEGImages' / stem}.jpg does not exist")
+        label = next((found[stem] for found in maps if stem in found), None)
+        if label is None:
+            where = " or ".join(str(tree / folder / stem) + ".png" for folder in labels)
+            raise UserError(f"{name}: image {images[stem]} has no label; expected {where}")
+        pairs.append((images[stem], label))
+    return pairs
+
+
+def _labelmefacade(tree: Path, split: str) -> list[Pair]:
+    """Official train/test folders, or the frozen lists `pretrain` and `holdout` over both."""
+    read = partial(_folders, tree, name="labelmefacade", images="images/{}", labels=["labels/{}"])
+    if split in ("train", "test"):
+        return read(split)
+    file = HERE / "splits" / f"labelmefacade_{split}.txt"
+    pairs = {pair[0].stem: pair for folder in ("train", "test") for pair in read(folder)}
+    stems = _stems(file, "labelmefacade")
+    for stem in stems:
+        if stem not in pairs:
+            raise UserError(
+                f"labelmefacade: {file} names {stem}.jpg, but {tree}/images has it in neither train nor test"
+            )
+    return [pairs[stem] for stem in stems]
+
+
+# The nine sets -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How one set lies on disk: its tree below the data root, its splits, its label convention."""
+
+    tree: str
+    layout: str  # of the tree, for error messages
+    splits: dict[str, str]  # our split name -> the set's own
+    pairs: Callable[[Path, str], list[Pair]]
+    classes: str  # file in mdp/classes
+    raw: range  # raw ids of the classes, in order
+    ignore: tuple[int, ...] = ()  # besides 255
+    palette: bool = False  # maps may be palette PNG
+
+
+TRAIN_VAL = {"train": "train", "val": "val"}
+CONTEXT = Reader(
+    tree="VOCdevkit/VOC2010",
+    layout="{JPEGImages,SegmentationClassContext,ImageSets/SegmentationContext/{train,val}.txt}",
+    splits=TRAIN_VAL,
+    pairs=partial(
+        _lists, name="context", lists="ImageSets/SegmentationContext/{}.txt", labels=["SegmentationClassContext"]
+    ),
+    classes="context",
+    raw=range(60),
+    palette=True,
+)
+READERS: dict[str, Reader] = {
+    "voc": Reader(
+        tree="VOCdevkit/VOC2012",
+        layout="{JPEGImages,SegmentationClass,SegmentationClassAug,ImageSets/Segmentation/{trainaug,val}.txt}",
+        splits={"train": "trainaug", "trainaug": "trainaug", "val": "val"},  # SBD's own val never enters (trap: leak)
+        # VOC's own map wins over SBD's, as in mmsegmentation's voc12aug: only it has the 255 border.
+        pairs=partial(
+            _lists,
+            name="voc",
+            lists="ImageSets/Segmentation/{}.txt",
+            labels=["SegmentationClass", "SegmentationClassAug"],
+        ),
+        classes="voc",
+        raw=range(21),
+        palette=True,
+    ),
+    "ade": Reader(
+        tree="ade/ADEChallengeData2016",
+        layout="{images,annotations}/{training,validation}",
+        splits={"train": "training", "val": "validation"},
+        pairs=partial(_folders, name="ade", images="images/{}", labels=["annotations/{}"]),
+        classes="ade",
+        raw=range(1, 151),
+        ignore=(0,),  # 0 is "other"; the classes are 1..150
+    ),
+    "coco": Reader(
+        tree="coco_stuff164k",
+        layout="{images,annotations}/{train2017,val2017}, labels *_labelTrainIds.png (or the raw stuffthingmaps *.png)",
+        splits={"train": "train2017", "val": "val2017"},
+        pairs=partial(
+            _folders,
+            name="coco",
+            images="images/{}",
+            labels=["annotations/{}", "stuffthingmaps/{}"],
+            label_endings=("_labelTrainIds.png", ".png"),
+        ),
+        classes="coco",
+        raw=range(171),
+    ),
+    "cityscapes": Reader(
+        tree="cityscapes",
+        layout="leftImg8bit/{train,val}/CITY/*_leftImg8bit.png, gtFine/{train,val}/CITY/*_gtFine_labelTrainIds.png",
+        splits=TRAIN_VAL,
+        pairs=partial(
+            _folders,
+            name="cityscapes",
+            images="leftImg8bit/{}",
+            labels=["gtFine/{}"],
+            endings=("_leftImg8bit.png",),
+            label_endings=("_gtFine_labelTrainIds.png",),
+            depth=2,
+        ),
+        classes="cityscapes",
+        raw=range(19),
+    ),
+    "context": CONTEXT,
+    "context59": Reader(
+        tree=CONTEXT.tree,
+        layout=CONTEXT.layout,
+        splits=TRAIN_VAL,
+        pairs=CONTEXT.pairs,
+        classes="context",
+        raw=range(1, 60),
+        ignore=(0,),  # the background is no class
+        palette=True,
+    ),
+    "camvid": Reader(
+        tree="camvid11",
+        layout="{images,labels}/{train,val,test}",
+        splits={"train": "train", "val": "val", "test": "test"},
+        pairs=partial(
+            _folders, name="camvid", images="images/{}", labels=["labels/{}"], endings=(".jpg", ".jpeg", ".png")
+        ),
+        classes="camvid",
+        raw=range(11),
+        ignore=(11,),  # unlabelled
+    ),
+    "labelmefacade": Reader(
+        tree="labelmefacade8",
+        layout="{images,labels}/{train,test}",
+        splits={"train": "train", "pretrain": "pretrain", "holdout": "holdout", "test": "test"},
+        pairs=_labelmefacade,
+        classes="labelmefacade",
+        raw=range(8),
+    ),
+    "ccp": Reader(
+        tree="ccp59",
+        layout="{images,labels}",
+        splits={"train": "train"},  # no official split: all 1004 images
+        pairs=partial(_folders, name="ccp", images="images", labels=["labels"]),
+        classes="ccp",
+        raw=range(59),  # 0, "null", is the background; like VOC's it counts as a class
+    ),
+}
+NAMES = tuple(READERS)
+
+
+def class_table(name: str) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+    """Class names and RGB palette of a set, in the order of its local ids."""
+    reader = READERS[name]
+    rows = [line.split(maxsplit=3) for line in (HERE / "classes" / f"{reader.classes}.txt").read_text().splitlines()]
+    rows = rows[len(rows) - len(reader.raw) :]  # context59 drops the background, the first row
+    return tuple(row[3] for row in rows), tuple((int(r), int(g), int(b)) for r, g, b, _ in rows)
+
+
+@dataclass(frozen=True, eq=False)
+class SegSet:
+    """One split of one set. Local ids 0..len(classes)-1, 255 = ignore."""
+
+    name: str
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    pairs: list[Pair]
+    table: np.ndarray = field(repr=False)  # uint8 [256]: raw id -> local id
+    modes: tuple[str, ...] = ("L",)  # PIL modes that the set's maps may have
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def label(self, i: int) -> np.ndarray:
+        """uint8 [H, W] local ids. UserError names an unreadable map, a wrong PNG mode, an unknown id."""
+        path = self.pairs[i][1]
+        stored = load_image(path, mode=None)
+        if stored.mode not in self.modes:
+            expected = "8-bit grey ids" + (" or a palette" if "P" in self.modes else "")
+            raise UserError(
+                f"{path}: PNG mode {stored.mode!r}, but {self.name} maps hold {expected}; convert the label map"
+            )
+        raw = np.asarray(stored)
+        local = self.table[raw]
+        if (local == _INVALID).any():
+            unknown = np.unique(raw[local == _INVALID]).tolist()
+            raise UserError(
+                f"{path}: label id {', '.join(map(str, unknown[:5]))} out of range, {self.name} defines"
+                f" {len(self.classes)} classes; check that the map follows the set's own convention"
+            )
+        return local
+
+    def load(self, i: int) -> tuple[Image.Image, np.ndarray]:
+        """RGB image [H, W] and its local ids, uint8 [H, W]. UserError also when their sizes differ."""
+        image, label = load_image(self.pairs[i][0]), self.label(i)
+        if image.size != label.shape[::-1]:
+            size = f"{label.shape[1]}x{label.shape[0]}"
+            raise UserError(
+                f"{self.pairs[i][1]}: label is {size}, but its image {self.pairs[i][0]} is"
+                f" {image.width}x{image.height}; they must have one size"
+            )
+        return image, label
+
+
+def open_set(name: str, data_root: str | Path, split: str = "train", voc_background: str = "class") -> SegSet:
+    """Find one split under `data_root`, pair images with labels and check up to eight files spread over it.
+
+    `split="pretrain"` is the train list for every set but LabelMeFacade, which has its own. `voc_background="ignore"`
+    leaves VOC 20 classes. UserError: unknown set or split, missing tree, empty split, unpaired, unreadable or
+    mislabelled file.
+    """
+    if name not in READERS:
+        raise UserError(f"unknown data set {name!r}; choose from {', '.join(NAMES)}")
+    reader, root = READERS[name], Path(data_root)
+    splits = {"pretrain": reader.splits["train"], **reader.splits}
+    if split not in splits:
+        raise UserError(f"{name} has no split {split!r}; choose from {', '.join(splits)}")
+    tree = root / reader.tree
+    expected = f"expected {tree}/{reader.layout}"
+    if not root.is_dir():
+        raise UserError(f"data root {root} does not exist; set DATA_ROOT to the folder that holds {reader.tree}/")
+    if not tree.is_dir():
+        raise UserError(f"{name}: {tree} does not exist; set DATA_ROOT to the folder that holds it; {expected}")
+    pairs = reader.pairs(tree, splits[split])
+    if not pairs:
+        raise UserError(f"{name}: split {split!r} is empty, no image found; {expected}")
+
+    classes, palette = class_table(name)
+    table = lookup(reader.raw, reader.ignore)
+    if name == "coco" and not pairs[0][1].name.endswith("_labelTrainIds.png"):
+        table = RAW_COCO
+    if name == "voc" and voc_background == "ignore":
+        classes, palette, table = classes[1:], palette[1:], lookup(reader.raw[1:], (0,))
+    opened = SegSet(name, classes, palette, pairs, table, ("L", "P") if reader.palette else ("L",))
+    for i in sorted({round(j * (len(pairs) - 1) / (CHECKED - 1)) for j in range(CHECKED)}):
+        opened.load(i)
+    return opened
+
+
+# Their union -------------------------------------------------------------------------------------------------------
+
+
+def to_union(local: Tensor, offset: int) -> Tensor:
+    """Local uint8 ids (255 = ignore) of any shape -> int64 union ids, `offset + local`, -1 = ignore."""
+    ignored = local == IGNORE  # before the offset is added: afterwards 255 may be a class
+    return (local.long() + offset).masked_fill_(ignored, -1)
+
+
+class UnionDataset(Dataset):
+    """Concatenation of sets whose classes are put side by side, never merged: C = sum of the C_i (paper 2106.04121).
+
+    `transform(image, label)` gets PIL images (RGB, and mode L with local ids) and returns two views (q, q_label, k,
+    k_label). `cache_size=S > 0` scales each image with a shorter side above S down to S once and keeps it decoded in
+    the memory of the worker process that read it, so keep workers alive between epochs.
+    """
+
+    def __init__(self, sets: Sequence[SegSet], transform: Callable, cache_size: int = 0):
+        names = [s.name for s in sets]
+        if len(set(names)) < len(names):
+            raise UserError(f"data sets {', '.join(names)}: one is named twice, its classes would exist twice")
+        self.sets, self.transform, self.cache_size = list(sets), transform, cache_size
+        counts = [len(s.classes) for s in sets]
+        self.offsets: list[int] = [sum(counts[:i]) for i in range(len(counts))]
+        self.num_classes = sum(counts)
+        self.class_slices = [slice(o, o + c) for o, c in zip(self.offsets, counts)]
+        self.dataset_of_class = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))  # [C]
+        self._ends = np.cumsum([len(s) for s in sets]).tolist()
+        self._cache: dict[int, tuple[Image.Image, Image.Image]] = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Index in the union -> (number of the set, index in it)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} outside a union of {len(self)} images")
+        number = bisect_right(self._ends, index)
+        return number, index - (self._ends[number] - len(self.sets[number]))
+
+    def read(self, index: int) -> tuple[Image.Image, Image.Image]:
+        """Image (RGB) and label (mode L, local ids, 255 = ignore) as the transform gets them."""
+        if index in self._cache:
+            return self._cache[index]
+        number, i = self.locate(index)
+        image, ids = self.sets[number].load(i)
+        label = Image.fromarray(ids)
+        if self.cache_size:
+            scale = self.cache_size / min(image.size)
+            if scale < 1:
+                size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+                image = image.resize(size, Image.Resampling.BILINEAR)
+                label = label.resize(size, Image.Resampling.NEAREST)
+            self._cache[index] = image, label
+        return image, label
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
+        """q, k: float [3, s, s]; q_label, k_label: int64 [s, s] union ids, -1 = ignore; dataset, index: int."""
+        number = self.locate(index)[0]
+        q, q_label, k, k_label = self.transform(*self.read(index))
+        offset = self.offsets[number]
+        labels = {"q_label": to_union(q_label, offset), "k_label": to_union(k_label, offset)}
+        return {"q": q, "k": k, **labels, "dataset": number, "index": index}
+
+    def describe(self) -> str:
+        """One line a set: images, classes and their union ids; then the total and the cache."""
+        lines = [
+            f"{s.name}: {len(s)} images, {len(s.classes)} classes, union ids {c.start}..{c.stop - 1}"
+            for s, c in zip(self.sets, self.class_slices)
+        ]
+        cache = f"decoded in memory, shorter side at most {self.cache_size}" if self.cache_size else "off"
+        return "\n".join([*lines, f"union: {len(self)} images, {self.num_classes} classes; image cache {cache}"])
