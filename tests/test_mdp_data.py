@@ -1,0 +1,564 @@
+"""mdp: the readers on tiny official trees, the union label space, the augmentations, and bad input."""
+
+import hashlib
+import io
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from mdp.datasets import COCO_HOLES, NAMES, READERS, SegSet, UnionDataset, class_table, open_set, to_union
+from mdp.transforms import MEAN, STD, MmsegView, MoCoView, TwoViews, label_tensor
+from shared_utils import UserError
+from shared_utils.data import Keyed, sample_rng
+
+SIZE = (12, 8)  # width, height of the tiny images
+SPLITS = Path(__file__).parent.parent / "mdp" / "splits"
+
+
+# Official trees, written from their documentation and not from the readers -----------------------------------------
+
+
+def ids_map(ids: list[int]) -> np.ndarray:
+    """uint8 [8, 12] that holds `ids` over and over."""
+    return np.resize(np.array(ids, np.uint8), SIZE[::-1])
+
+
+def write_image(path: Path, size: tuple[int, int] = SIZE) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(len(path.name)).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(noise).save(path)
+
+
+def write_label(path: Path, ids: np.ndarray, palette: bool = False) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(ids)
+    if palette:
+        image.putpalette([(37 * i) % 256 for i in range(768)])
+        assert image.mode == "P"
+    image.save(path)
+
+
+def write_list(path: Path, stems: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{stem}\n" for stem in stems))
+
+
+def voc_tree(root: Path, ids: np.ndarray) -> None:
+    tree = root / "VOCdevkit/VOC2012"
+    for stem in ("2007_000032", "2008_000002", "2007_000033"):
+        write_image(tree / f"JPEGImages/{stem}.jpg")
+    write_label(tree / "SegmentationClass/2007_000032.png", ids, palette=True)  # VOC's own map, with the border
+    write_label(tree / "SegmentationClassAug/2007_000032.png", np.zeros_like(ids))  # SBD's, which must not win
+    write_label(tree / "SegmentationClassAug/2008_000002.png", ids)  # SBD maps are grey
+    write_label(tree / "SegmentationClass/2007_000033.png", ids, palette=True)
+    write_list(tree / "ImageSets/Segmentation/trainaug.txt", ["2007_000032", "2008_000002"])
+    write_list(tree / "ImageSets/Segmentation/val.txt", ["2007_000033"])
+
+
+def context_tree(root: Path, ids: np.ndarray) -> None:
+    tree = root / "VOCdevkit/VOC2010"
+    for stem, split in (("2008_000002", "train"), ("2008_000003", "val")):
+        write_image(tree / f"JPEGImages/{stem}.jpg")
+        write_label(tree / f"SegmentationClassContext/{stem}.png", ids)
+        write_list(tree / f"ImageSets/SegmentationContext/{split}.txt", [stem])
+
+
+def ade_tree(root: Path, ids: np.ndarray) -> None:
+    tree = root / "ade/ADEChallengeData2016"
+    for split, stem in (("training", "ADE_train_00000001"), ("validation", "ADE_val_00000001")):
+        write_image(tree / f"images/{split}/{stem}.jpg")
+        write_label(tree / f"annotations/{split}/{stem}.png", ids)
+
+
+def coco_tree(root: Path, ids: np.ndarray) -> None:
+    for split, stem in (("train2017", "000000000009"), ("train2017", "000000000025"), ("val2017", "000000000139")):
+        write_image(root / f"coco_stuff164k/images/{split}/{stem}.jpg")
+        write_label(root / f"coco_stuff164k/annotations/{split}/{stem}.png", np.full_like(ids, 181))  # the raw map
+        write_label(root / f"coco_stuff164k/annotations/{split}/{stem}_labelTrainIds.png", ids)
+
+
+def cityscapes_tree(root: Path, ids: np.ndarray) -> None:
+    for split, city in (("train", "aachen"), ("train", "ulm"), ("val", "lindau")):
+        stem = f"{split}/{city}/{city}_000000_000019"
+        write_image(root / f"cityscapes/leftImg8bit/{stem}_leftImg8bit.png")
+        write_label(root / f"cityscapes/gtFine/{stem}_gtFine_labelTrainIds.png", ids)
+        write_label(root / f"cityscapes/gtFine/{stem}_gtFine_labelIds.png", np.full_like(ids, 33))
+        write_label(root / f"cityscapes/gtFine/{stem}_gtFine_color.png", ids, palette=True)
+
+
+def camvid_tree(root: Path, ids: np.ndarray) -> None:
+    for split in ("train", "val", "test"):
+        write_image(root / f"camvid11/images/{split}/0001TP_{split}.jpg")
+        write_label(root / f"camvid11/labels/{split}/0001TP_{split}.png", ids)
+
+
+def labelmefacade_tree(root: Path, ids: np.ndarray) -> None:
+    for split in ("train", "test"):
+        write_image(root / f"labelmefacade8/images/{split}/street_{split}.jpg")
+        write_label(root / f"labelmefacade8/labels/{split}/street_{split}.png", ids)
+
+
+def ccp_tree(root: Path, ids: np.ndarray) -> None:
+    for stem in ("0001", "0002"):
+        write_image(root / f"ccp59/images/{stem}.jpg")
+        write_label(root / f"ccp59/labels/{stem}.png", ids)
+
+
+# name: writer, classes, {raw id: local id}, images of the train split
+TREES: dict[str, tuple[Callable, int, dict[int, int], int]] = {
+    "voc": (voc_tree, 21, {0: 0, 1: 1, 20: 20, 255: 255}, 2),
+    "ade": (ade_tree, 150, {0: 255, 1: 0, 75: 74, 150: 149}, 1),
+    "coco": (coco_tree, 171, {0: 0, 84: 84, 170: 170, 255: 255}, 2),
+    "cityscapes": (cityscapes_tree, 19, {0: 0, 18: 18, 255: 255}, 2),
+    "context": (context_tree, 60, {0: 0, 1: 1, 59: 59}, 1),
+    "context59": (context_tree, 59, {0: 255, 1: 0, 59: 58}, 1),
+    "camvid": (camvid_tree, 11, {0: 0, 10: 10, 11: 255}, 1),
+    "labelmefacade": (labelmefacade_tree, 8, {0: 0, 7: 7, 255: 255}, 1),
+    "ccp": (ccp_tree, 59, {0: 0, 58: 58}, 2),
+}
+
+
+def write_tree(name: str, root: Path) -> dict[int, int]:
+    """Write the set's tree with every raw id of its table; return that table."""
+    writer, _, expected, _ = TREES[name]
+    writer(root, ids_map(list(expected)))
+    return expected
+
+
+def tiny(root: Path, *names: str) -> list[SegSet]:
+    for name in names:
+        write_tree(name, root)
+    return [open_set(name, root) for name in names]
+
+
+# Readers -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_reader_is_tested():
+    assert set(TREES) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reader(name, tmp_path):
+    expected = write_tree(name, tmp_path)
+    opened = open_set(name, tmp_path)
+    assert len(opened) == TREES[name][3]
+    assert len(opened.classes) == len(opened.palette) == len(set(opened.classes)) == TREES[name][1]
+    assert all(0 <= value <= 255 for colour in opened.palette for value in colour)
+    for i in range(len(opened)):
+        image, label = opened.load(i)
+        assert image.mode == "RGB" and image.size == SIZE and label.dtype == np.uint8
+        np.testing.assert_array_equal(label, ids_map(list(expected.values())))
+    for split in READERS[name].splits:
+        if name != "labelmefacade":
+            image_paths = {path for path, _ in open_set(name, tmp_path, split).pairs}
+            same = READERS[name].splits[split] == READERS[name].splits["train"]
+            assert same or not image_paths & {path for path, _ in opened.pairs}, "train and validation share an image"
+
+
+def test_voc_background_ignored(tmp_path):
+    write_tree("voc", tmp_path)
+    opened = open_set("voc", tmp_path, voc_background="ignore")
+    assert len(opened.classes) == len(opened.palette) == 20 and opened.classes[0] == "aeroplane"
+    np.testing.assert_array_equal(opened.label(0), ids_map([255, 0, 19, 255]))
+
+
+def test_coco_raw_ids_close_the_holes(tmp_path):
+    holes = [11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90]
+    assert sorted(COCO_HOLES) == holes
+    raw = [0, 10, 12, 91, 92, 181, 255]
+    write_image(tmp_path / "coco_stuff164k/images/train2017/000000000009.jpg")
+    label = tmp_path / "coco_stuff164k/stuffthingmaps/train2017/000000000009.png"
+    write_label(label, ids_map(raw))
+    local = [i - sum(hole < i for hole in holes) if i < 255 else 255 for i in raw]
+    assert local == [0, 10, 11, 80, 81, 170, 255]  # 80 things, then stuff
+    np.testing.assert_array_equal(open_set("coco", tmp_path).label(0), ids_map(local))
+    write_label(label, ids_map([0, 44]))
+    with pytest.raises(UserError, match="44 out of range"):
+        open_set("coco", tmp_path)
+
+
+def test_known_class_names():
+    """Positions that other files of the release rely on: they pin the order of the name lists."""
+    for name, index, title in [
+        ("ade", 0, "wall"),
+        ("ade", 149, "flag"),
+        ("coco", 0, "person"),
+        ("coco", 170, "wood"),
+        ("cityscapes", 18, "bicycle"),
+        ("context", 0, "background"),
+        ("context59", 0, "aeroplane"),
+        ("camvid", 3, "road"),
+        ("labelmefacade", 7, "window"),
+        ("ccp", 41, "skin"),
+    ]:
+        assert class_table(name)[0][index] == title
+
+
+def test_labelmefacade_lists_follow_their_rule(tmp_path):
+    """The 200 smallest sha256 of the official test stems are held out; pretraining has the other 645 and train."""
+
+    def digest(stem: str) -> str:
+        return hashlib.sha256(stem.encode()).hexdigest()
+
+    pretrain = (SPLITS / "labelmefacade_pretrain.txt").read_text().split()
+    holdout = (SPLITS / "labelmefacade_holdout.txt").read_text().split()
+    train, rest = pretrain[:100], pretrain[100:]
+    assert (len(rest), len(holdout), len({*pretrain, *holdout})) == (645, 200, 945)
+    assert sorted(holdout + rest, key=digest) == holdout + rest and train == sorted(train)
+
+    tree, jpg, png = tmp_path / "labelmefacade8", io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (4, 4)).save(jpg, "jpeg")
+    Image.new("L", (4, 4)).save(png, "png")
+    for kind, content, ending in (("images", jpg, "jpg"), ("labels", png, "png")):
+        for split, stems in (("train", train), ("test", rest + holdout)):
+            (tree / kind / split).mkdir(parents=True)
+            for stem in stems:
+                (tree / kind / split / f"{stem}.{ending}").write_bytes(content.getvalue())
+    stems = {s: {p.stem for p, _ in open_set("labelmefacade", tmp_path, s).pairs} for s in ("pretrain", "holdout")}
+    assert stems == {"pretrain": set(pretrain), "holdout": set(holdout)}
+    assert len(open_set("labelmefacade", tmp_path, "train")) == 100
+    for kind, ending in (("images", "jpg"), ("labels", "png")):
+        (tree / kind / "test" / f"{rest[7]}.{ending}").unlink()
+    with pytest.raises(UserError, match=rest[7]):
+        open_set("labelmefacade", tmp_path, "pretrain")
+
+
+# Bad input ---------------------------------------------------------------------------------------------------------
+
+
+def refusal(name: str, root: Path, split: str = "train") -> str:
+    with pytest.raises(UserError) as raised:
+        open_set(name, root, split)
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+def test_missing_root_tree_and_split(tmp_path):
+    message = refusal("ade", tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in message and "DATA_ROOT" in message
+    for name in NAMES:
+        message = refusal(name, tmp_path)
+        assert str(tmp_path / READERS[name].tree) in message and READERS[name].layout in message
+    write_tree("ccp", tmp_path)
+    assert "no split 'val'; choose from pretrain, train" in refusal("ccp", tmp_path, "val")
+    assert "'imagenet'" in refusal("imagenet", tmp_path) and "camvid" in refusal("imagenet", tmp_path)
+
+
+def test_empty_split(tmp_path):
+    write_tree("ade", tmp_path)
+    for path in (tmp_path / "ade/ADEChallengeData2016").glob("*/training/*"):
+        path.unlink()
+    message = refusal("ade", tmp_path)
+    assert "'train' is empty" in message and "{images,annotations}/{training,validation}" in message
+    write_tree("voc", tmp_path)
+    write_list(tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt", [])
+    assert "'train' is empty" in refusal("voc", tmp_path)
+    (tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt").unlink()
+    assert "trainaug.txt is missing" in refusal("voc", tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_image_without_label_and_label_without_image(name, tmp_path):
+    write_tree(name, tmp_path)
+    image, label = open_set(name, tmp_path).pairs[-1]
+    kept = label.read_bytes()
+    label.unlink()
+    message = refusal(name, tmp_path)
+    assert str(image) in message and str(label.parent) in message and "no label" in message
+    label.write_bytes(kept)
+    image.rename(tmp_path / "elsewhere.jpg")
+    message = refusal(name, tmp_path)
+    # a list names the image that is missing; without a list the label is the odd one, or nothing is left of the split
+    assert any(hint in message for hint in (str(image), str(label), "is empty"))
+
+
+def test_label_without_image_names_the_label(tmp_path):
+    write_tree("camvid", tmp_path)
+    extra = tmp_path / "camvid11/labels/train/0001TP_extra.png"
+    write_label(extra, ids_map([0]))
+    assert str(extra) in refusal("camvid", tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_label_size_mismatch(name, tmp_path):
+    write_tree(name, tmp_path)
+    image, label = open_set(name, tmp_path).pairs[0]
+    write_label(label, np.ones((8, 11), np.uint8))
+    message = refusal(name, tmp_path)
+    assert all(part in message for part in (str(label), str(image), "11x8", "12x8"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_label_id_out_of_range(name, tmp_path):
+    write_tree(name, tmp_path)
+    label = open_set(name, tmp_path).pairs[0][1]
+    first_bad = max(raw for raw in TREES[name][2] if raw < 255) + 1
+    for bad in (first_bad, 254):
+        ids = ids_map([1])
+        ids[3, 4] = bad
+        write_label(label, ids)
+        message = refusal(name, tmp_path)
+        assert str(label) in message and f"{bad} out of range" in message
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_png_modes(name, tmp_path):
+    write_tree(name, tmp_path)
+    label = open_set(name, tmp_path).pairs[0][1]
+    Image.fromarray(np.ones(SIZE[::-1], np.uint16)).save(label)  # 16 bit
+    assert str(label) in refusal(name, tmp_path) and "'I;16'" in refusal(name, tmp_path)
+    Image.new("RGB", SIZE).save(label)
+    assert str(label) in refusal(name, tmp_path) and "'RGB'" in refusal(name, tmp_path)
+    write_label(label, ids_map([1]), palette=True)
+    if name in ("voc", "context", "context59"):  # the official maps of these have a palette
+        assert len(open_set(name, tmp_path)) == TREES[name][3]
+    else:
+        assert str(label) in refusal(name, tmp_path) and "'P'" in refusal(name, tmp_path)
+
+
+def test_truncated_files(tmp_path):
+    write_tree("ade", tmp_path)
+    image, label = open_set("ade", tmp_path).pairs[0]
+    for path in (label, image):
+        path.write_bytes(path.read_bytes()[:-30])
+        assert str(path) in refusal("ade", tmp_path)
+    image.write_text("this is no image")
+    assert str(image) in refusal("ade", tmp_path)
+
+
+def test_faults_beyond_the_checked_files_surface_when_read(tmp_path):
+    """The opening check takes 8 files; the same checks hold for the rest when training reads them."""
+    for i in range(30):
+        write_image(tmp_path / f"ccp59/images/{i:04}.jpg")
+        write_label(tmp_path / f"ccp59/labels/{i:04}.png", ids_map([0, 1]))
+    label = tmp_path / "ccp59/labels/0001.png"
+    write_label(label, ids_map([0, 59]))
+    union = UnionDataset([open_set("ccp", tmp_path)], TwoViews("moco", 8))
+    with pytest.raises(UserError, match=f"{label}: label id 59"):
+        union[1]
+
+
+def test_one_set_twice(tmp_path):
+    [ade] = tiny(tmp_path, "ade")
+    with pytest.raises(UserError, match="ade, ade"):
+        UnionDataset([ade, ade], TwoViews("moco", 8))
+
+
+# Union label space -------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    counts=st.lists(st.integers(1, 171), min_size=1, max_size=5),
+    seed=st.integers(0, 2**32 - 1),
+    number=st.integers(0, 4),
+)
+def test_union_minus_offset_is_local(counts, seed, number):
+    """Property 5: a local id comes back, ignore stays -1, and the sets' ids are disjoint."""
+    number %= len(counts)
+    sets = [SegSet(str(i), ("c",) * c, ((0, 0, 0),) * c, [], np.zeros(0)) for i, c in enumerate(counts)]
+    union = UnionDataset(sets, TwoViews("moco", 8))
+    local = torch.from_numpy(np.random.default_rng(seed).integers(-1, counts[number], (7, 9)).astype(np.uint8))
+    ids = to_union(local, union.offsets[number])
+    assert ids.dtype == torch.int64
+    ignored = local == 255
+    assert (ids[ignored] == -1).all()
+    assert torch.equal((ids - union.offsets[number])[~ignored], local[~ignored].long())
+    assert (union.dataset_of_class[ids[~ignored]] == number).all()
+    assert union.num_classes == len(union.dataset_of_class) == sum(counts)
+    assert all((union.dataset_of_class[s] == i).all() for i, s in enumerate(union.class_slices))
+
+
+def test_union_id_255_is_a_class(tmp_path):
+    """VOC + ADE + COCO: 342 classes; COCO's local 84 is union 255 and survives beside an ignored pixel."""
+    union = UnionDataset(tiny(tmp_path, "voc", "ade", "coco"), TwoViews("mmseg", 12))
+    assert (union.num_classes, union.offsets) == (342, [0, 21, 171])
+    number, i = union.locate(3)
+    assert (number, i) == (2, 0) and union[3]["dataset"] == 2 and len(union) == 5
+    seen = set(to_union(torch.from_numpy(union.sets[2].label(0)), union.offsets[2]).unique().tolist())
+    assert seen == {-1, 171, 255, 341}
+    with sample_rng(0):
+        views = [union[3] for _ in range(8)]
+    assert set(torch.cat([v[k] for v in views for k in ("q_label", "k_label")]).unique().tolist()) == seen
+    assert "342 classes" in union.describe() and "coco: 2 images, 171 classes, union ids 171..341" in union.describe()
+    with pytest.raises(IndexError):
+        union[5]
+
+
+# Augmentations -----------------------------------------------------------------------------------------------------
+
+
+def ramp(axis: int, size: tuple[int, int] = (200, 160)) -> tuple[Image.Image, Image.Image]:
+    """The image's channels and the label all hold the pixel's own coordinate along `axis` (0: x, 1: y)."""
+    grid = np.mgrid[: size[1], : size[0]][1 - axis].astype(np.uint8)
+    return Image.fromarray(np.stack([grid] * 3, -1)), Image.fromarray(grid)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("aug, crop", [("moco", 64), ("moco", 224), ("mmseg", 64), ("mmseg", 200), ("mmseg", 400)])
+def test_label_follows_its_view(aug, crop, axis, monkeypatch):
+    """Colour operations off, image and label show the same coordinate: half a pixel of shift would be seen."""
+    views = TwoViews(aug, crop)
+    monkeypatch.setattr(views.view, "colour", lambda image: image)
+    image, label = ramp(axis)
+    errors, flips, different = [], 0, 0
+    with sample_rng(1, 2, crop):
+        for _ in range(20):
+            q, q_label, k, k_label = views(image, label)
+            different += not torch.equal(q_label, k_label)
+            for view, ids in ((q, q_label), (k, k_label)):
+                assert view.shape == (3, crop, crop) and view.dtype == torch.float32
+                assert ids.shape == (crop, crop) and ids.dtype == torch.uint8
+                padded = ids == 255
+                assert (view[:, padded] == 0).all()
+                shown = (view * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None])[0]
+                difference = (shown - ids.float())[~padded]
+                # a nearest pixel is at most half a pixel off; the level is rounded; at the border the kernel is cut
+                assert difference.abs().max() <= 2.0
+                errors.append(difference.mean())
+                along = ids.float()[~padded.all(1)][:, ~padded.all(0)]
+                flips += bool((along[0, -1] < along[0, 0]).item()) if axis == 0 else 0
+    assert abs(torch.stack(errors).mean()) < 0.1
+    assert different == 20, "the two views are drawn independently"
+    assert axis == 1 or 8 <= flips <= 32, "both are mirrored in about half of the 40 views"
+
+
+def test_views_hold_only_existing_ids():
+    """Nearest neighbours: no id appears that the map does not hold (bilinear would make 3 from 1 and 5)."""
+    ids = np.random.default_rng(0).choice(np.array([1, 5, 255], np.uint8), (50, 70))
+    image, label = Image.new("RGB", (70, 50)), Image.fromarray(ids)
+    for aug in ("moco", "mmseg"):
+        for view in (TwoViews(aug, 32)(image, label) for _ in range(5)):
+            assert set(view[1].unique().tolist()) <= {1, 5, 255}
+
+
+def test_moco_crops_cover_their_scale():
+    """Boxes have 0.2 to 1 of the area (read off the coordinates that a view spans)."""
+    view, areas = MoCoView(200), []
+    with sample_rng(3):
+        for _ in range(60):
+            spans = []
+            for axis in (0, 1):
+                with sample_rng(len(areas), 7):
+                    ids = label_tensor(view.geometry(*ramp(axis))[1]).int()
+                spans.append(int(ids.max() - ids.min()) + 1)
+            areas.append(spans[0] * spans[1] / (200 * 160))
+    assert min(areas) > 0.19 and min(areas) < 0.35 and max(areas) > 0.8
+
+
+def test_mmseg_rejects_crops_of_one_class():
+    """cat_max_ratio 0.75 makes crops that one class fills rare."""
+    ids = np.zeros((128, 128), np.uint8)
+    ids[:, 100:] = 1
+    image, label = Image.new("RGB", (128, 128)), Image.fromarray(ids)
+
+    def share_of_one_class(cat_max_ratio: float) -> float:
+        view = MmsegView(64, ratio=(2.0, 2.0), cat_max_ratio=cat_max_ratio)
+        with sample_rng(5):
+            crops = [label_tensor(view.geometry(image, label)[1]) for _ in range(60)]
+        return sum(max((c == 0).float().mean(), (c == 1).float().mean()).item() > 0.75 for c in crops) / 60
+
+    assert share_of_one_class(0.75) < 0.1 < 0.5 < share_of_one_class(2.0)
+
+
+def test_mmseg_photometric_ranges():
+    """Brightness +-32 and contrast 0.5-1.5 reach their ends and no further; hue stays within +-36 degrees."""
+    view, grey, red = MmsegView(8), Image.new("RGB", (1, 1), (128,) * 3), Image.new("RGB", (1, 1), (200, 20, 20))
+    with sample_rng(6):
+        levels = np.array([view.colour(grey).getpixel((0, 0)) for _ in range(600)])
+        reds = np.array([view.colour(red).getpixel((0, 0)) for _ in range(300)])
+    assert (levels == levels[:, :1]).all(), "grey stays grey"
+    assert 96 * 0.5 - 1 <= levels.min() < 60 and 215 < levels.max() <= 160 * 1.5
+    assert (levels == 128).any()
+    assert (reds[:, 0] >= reds.max(1)).all() and len(np.unique(reds, axis=0)) > 100
+
+
+def test_moco_colours_vary_and_sometimes_grey():
+    view, image = MoCoView(16), Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
+    with sample_rng(7):
+        out = [np.asarray(view.colour(image)).astype(int) for _ in range(200)]
+    grey = sum((o == o[..., :1]).all() for o in out)
+    sharp = np.asarray(image).astype(int)
+    blurred = sum(np.abs(np.diff(o, axis=0)).mean() < 0.5 * np.abs(np.diff(sharp, axis=0)).mean() for o in out)
+    assert 20 <= grey <= 65 and 50 <= blurred <= 150 and any((o == sharp).all() for o in out)
+
+
+def test_unknown_augmentation():
+    with pytest.raises(ValueError, match="moco, mmseg"):
+        TwoViews("simclr", 8)
+
+
+# Loading -----------------------------------------------------------------------------------------------------------
+
+
+def first(batch: list) -> dict:
+    return batch[0]
+
+
+@pytest.mark.parametrize("aug", ["moco", "mmseg"])
+def test_samples_depend_on_seed_epoch_index_alone(aug, tmp_path):
+    keyed = Keyed(UnionDataset(tiny(tmp_path, "voc", "ccp"), TwoViews(aug, 8)), seed=3)
+    keys = [(epoch, index) for epoch in (0, 1) for index in range(4)]
+    here = [keyed[key] for key in keys]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    loader = DataLoader(keyed, sampler=keys[::-1], batch_size=1, num_workers=2, collate_fn=first)  # type: ignore[arg-type]
+    for a, b in zip(here[::-1], loader):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
+    assert not torch.equal(here[0]["q"], here[4]["q"]), "another epoch, another view"
+
+
+def test_cache(tmp_path):
+    """Large images are kept at the cache's size, small ones as they are; reading again touches no file."""
+    ids = np.random.default_rng(0).integers(0, 8, (60, 80)).astype(np.uint8)
+    tree = tmp_path / "labelmefacade8"
+    write_image(tree / "images/train/large.jpg", (80, 60))
+    write_label(tree / "labels/train/large.png", ids)
+    write_image(tree / "images/train/small.jpg")
+    write_label(tree / "labels/train/small.png", ids_map([0, 255, 7]))
+    opened = open_set("labelmefacade", tmp_path)
+    plain, cached = (UnionDataset([opened], TwoViews("moco", 16), cache_size=s) for s in (0, 30))
+    assert [cached.read(i)[0].size for i in (0, 1)] == [(40, 30), SIZE]
+    for i in (0, 1):
+        image, label = cached.read(i)
+        assert image.size == label.size and label.mode == "L"
+        assert set(np.unique(label)) == set(np.unique(opened.label(i)))
+    with sample_rng(4):
+        small = plain[1]
+    with sample_rng(4):
+        again = cached[1]
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(again[k])) for k, v in small.items())
+        before = [np.asarray(part).copy() for part in cached.read(0)]
+        seen = torch.cat([cached[0]["q_label"].flatten() for _ in range(10)])
+    assert set(seen.tolist()) == set(np.unique(ids).tolist())
+    for path in [*tree.rglob("*.jpg"), *tree.rglob("*.png")]:
+        path.unlink()
+    assert cached[0]["q"].shape == (3, 16, 16)
+    assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(before, cached.read(0))), "views never alter the cache"
+    assert "shorter side at most 30" in cached.describe() and "cache off" in plain.describe()
+    with pytest.raises(UserError, match="large.jpg"):
+        plain[0]
+
+
+def test_real_small_sets():
+    root = os.environ.get("DATA_ROOT")
+    if not root or not (Path(root) / "camvid11").is_dir():
+        pytest.skip("DATA_ROOT does not hold camvid11, labelmefacade8 and ccp59")
+    splits = [("camvid", "train", 367), ("camvid", "val", 101), ("camvid", "test", 233), ("ccp", "train", 1004)]
+    splits += [("labelmefacade", s, n) for s, n in (("train", 100), ("test", 845), ("pretrain", 745), ("holdout", 200))]
+    for name, split, count in splits:
+        opened = open_set(name, root, split)
+        assert len(opened) == count
+        for i in range(0, count, 50):
+            assert opened.label(i).min() < len(opened.classes)
