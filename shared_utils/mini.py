@@ -182,6 +182,11 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 }
 
 
+def _check(kind: str) -> None:
+    if kind not in WRITERS:
+        raise UserError(f"unknown mini data kind '{kind}': choose from {', '.join(WRITERS)}")
+
+
 def _stamp(kind: str) -> str:
     return f"mini data, kind {kind}, version {mini_draw.VERSION}\n"
 
@@ -200,22 +205,19 @@ def ensure(kind: str, root: Path | str = ROOT) -> Path:
     and of two processes the second waits and finds the work done. Raises UserError for an unknown kind, a root that
     cannot be written, and a folder of that name that this module did not make (it is never touched).
     """
-    if kind not in WRITERS:
-        raise UserError(f"unknown mini data kind '{kind}': choose from {', '.join(WRITERS)}")
+    _check(kind)
     root = Path(root)
     folder, work, old = root / kind, root / f".{kind}.writing", root / f".{kind}.old"
     if _fresh(kind, folder):
         return folder
-    if folder.exists() and not (folder / STAMP).exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(
-            f"{folder} exists and is not mini data (no {STAMP} in it): choose another root, or move it away"
-        )
     try:
         root.mkdir(parents=True, exist_ok=True)
         with (root / f".{kind}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if _fresh(kind, folder):
                 return folder
+            if folder.exists() and not (folder / STAMP).is_file():
+                raise UserError(f"{folder} is not mini data (it has no {STAMP}): choose another root, or move it away")
             for leftover in (work, old):
                 shutil.rmtree(leftover, ignore_errors=True)
             try:
@@ -239,7 +241,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("kinds", nargs="+", metavar="KIND", help=f"{', '.join(WRITERS)}, or all")
     parser.add_argument("--root", type=Path, default=ROOT, help="parent folder (default: %(default)s)")
     args = parser.parse_args(argv)
-    for kind in WRITERS if "all" in args.kinds else args.kinds:
+    kinds = [kind for name in args.kinds for kind in (WRITERS if name == "all" else [name])]
+    for kind in kinds:  # all of them before the first is written
+        _check(kind)
+    for kind in kinds:
         start = time.perf_counter()
         folder = ensure(kind, args.root)
         files = Counter(path.suffix[1:] for path in folder.rglob("*.*") if path.name != STAMP and path.is_file())
