@@ -292,8 +292,9 @@ class Encoder(nn.Module):
         self.num_classes = num_classes
         if num_classes > 0:
             conv = nn.Conv2d(channels, num_classes, 1)
-            conv.weight.data.normal_(std=0.01)  # as mmsegmentation's conv_seg
             self.classifier = nn.Sequential(nn.Dropout2d(0.1), conv)
+            _kaiming(self.classifier)
+            nn.init.normal_(conv.weight, std=0.01)  # as mmsegmentation's conv_seg
         else:
             self.projector = Projector(channels, dim)
 

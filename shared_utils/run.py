@@ -38,9 +38,8 @@ from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler
 
 # Flags that say where and how fast a run goes, not what it computes: they may change on a resume.
-RUNTIME_FLAGS = {
-    "output_dir", "data_root", "device", "workers", "threads", "log_every", "save_every", "resume", "overwrite", "cache_size",
-}  # fmt: skip
+RUNTIME_FLAGS = {"output_dir", "data_root", "device", "workers", "threads", "log_every", "save_every", "resume"}
+RUNTIME_FLAGS |= {"overwrite"}
 
 
 class Diverged(UserError):
@@ -69,7 +68,9 @@ def runs_root() -> Path:
 def add_run_flags(parser: argparse.ArgumentParser, output_dir: str) -> None:
     """Flags that every training script has; `output_dir` is relative to $RUNS."""
     group = parser.add_argument_group("run")
-    group.add_argument("--output-dir", type=Path, default=runs_root() / output_dir, help="folder of log and checkpoint")
+    group.add_argument(
+        "--output-dir", "--log-dir", type=Path, default=runs_root() / output_dir, help="folder of log and checkpoint"
+    )
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     group.add_argument("--amp", choices=["auto", "none", "bf16"], default="auto", help="auto: bf16 on GPUs, else none")
@@ -234,7 +235,8 @@ class Run:
         ]
         if changed:
             raise UserError(
-                f"{path}: saved with other flags ({'; '.join(changed)}); repeat them, or --overwrite, or another --output-dir"
+                f"{path}: saved with other flags ({'; '.join(changed)}); "
+                "repeat them, or give --overwrite, or another --output-dir"
             )
         absent = [name for name in self._tracked if name not in saved]
         if absent:
@@ -271,7 +273,7 @@ class Run:
 
     # -- while it runs -----------------------------------------------------------------------------------------------
     def batches(self, loader: DataLoader, sampler: EpochSampler, epochs: int) -> Iterator[tuple[int, Any]]:
-        """Yield (epoch, batch) from the current position to the end; between batches: signals, checkpoints, progress."""
+        """Yield (epoch, batch) from the current position to the end; between batches: signals, saving, progress."""
         from tqdm import tqdm
 
         total = epochs * sampler.steps_per_epoch
@@ -311,8 +313,7 @@ class Run:
                 f"step {self.step}: the loss is {number}; try a lower --lr, --amp none, or another --seed "
                 f"(the last good checkpoint in {self.dir} is unharmed)"
             )
-        last = self.step_in_epoch == 0 and self.step == 0
-        if self.rank != 0 or not (last or (self.step + 1) % self.args.log_every == 0):
+        if self.rank != 0 or not self.log_due():
             return
         row: dict[str, Any] = {"step": self.step + 1, "epoch": self.epoch, "loss": round(number, 6)}
         row |= {k: float(f"{float(v):.6g}") for k, v in values.items()} | {"data_wait": round(self.data_wait, 5)}
@@ -327,6 +328,10 @@ class Run:
         )
         if self._bar is not None:
             self._bar.set_postfix_str(self._last)
+
+    def log_due(self) -> bool:
+        """Whether this step is written to the log (the first one, then every --log-every): when telemetry is worth it."""
+        return self.step == 0 or (self.step + 1) % self.args.log_every == 0
 
     def due(self, every: int) -> bool:
         """Whether something that happens every `every` steps (pictures) is due now, on rank 0."""
@@ -388,8 +393,7 @@ class Run:
     def finish(self, *lines: str) -> None:
         """Close the logs and print where things are and what to do next."""
         self._close()
-        self.say(
-            f"  done: {self.step} steps in {self.minutes():.1f} min; {self.dir}/checkpoint.pth; tensorboard --logdir {self.dir}"
-        )
+        self.say(f"  done: {self.step} steps in {self.minutes():.1f} min; {self.dir}/checkpoint.pth")
+        self.say(f"  look: tensorboard --logdir {self.dir}")
         for line in lines:
             self.say(f"  {line}")
