@@ -75,7 +75,7 @@ def add_run_flags(parser: argparse.ArgumentParser, output_dir: str) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     group.add_argument("--amp", choices=["auto", "none", "bf16"], default="auto", help="auto: bf16 on GPUs, else none")
     group.add_argument("--workers", type=int, default=2, help="data loading processes per process")
-    group.add_argument("--threads", type=int, default=0, help="CPU threads of the training process; 0: torch's choice")
+    group.add_argument("--threads", type=int, default=0, help="threads of the training process; 0: cores - workers on a CPU")
     group.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl and tensorboard")
     group.add_argument(
         "--save-every", type=int, default=0, help="steps between checkpoints beside the one of each epoch"
@@ -162,8 +162,10 @@ class Run:
         self.rank, self.world = distributed.rank(), distributed.world()
         if args.amp == "auto":
             args.amp = "bf16" if self.device.type == "cuda" else "none"
-        if args.threads:
-            torch.set_num_threads(args.threads)
+        if args.threads or self.device.type == "cpu":  # threads that compete with the workers cost far more than they add
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            torch.set_num_threads(args.threads or max(1, cores // local - args.workers))
         seed_everything(args.seed)
         self.dir = Path(args.output_dir)
         self.step = self.epoch = self.step_in_epoch = 0
@@ -307,7 +309,7 @@ class Run:
 
         Names with a slash go to tensorboard as they are; the others below `train/`.
         """
-        number = float(loss)
+        number = float(loss.detach() if isinstance(loss, Tensor) else loss)
         if not math.isfinite(number):
             raise Diverged(
                 f"step {self.step}: the loss is {number}; try a lower --lr, --amp none, or another --seed "
@@ -330,7 +332,7 @@ class Run:
             self._bar.set_postfix_str(self._last)
 
     def log_due(self) -> bool:
-        """Whether this step is written to the log (the first one, then every --log-every): when telemetry is worth it."""
+        """Whether this step is written to the log (the first, then every --log-every): telemetry is due."""
         return self.step == 0 or (self.step + 1) % self.args.log_every == 0
 
     def due(self, every: int) -> bool:
