@@ -1,0 +1,51 @@
+# COCO-Stuff 164k: 118,287 / 5,000 images, 171 classes (labelTrainIds files), 80k iterations, batch 16 in total.
+_base_ = ["./_deeplabv3.py"]
+
+crop_size = (512, 512)
+scale = (2048, 512)
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations"),
+    dict(type="RandomResize", scale=scale, ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PhotoMetricDistortion"),
+    dict(type="PackSegInputs"),
+]
+# The label is loaded after Resize: predictions are scored at the original size.
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=scale, keep_ratio=True),
+    dict(type="LoadAnnotations"),
+    dict(type="PackSegInputs"),
+]
+train_dataloader = dict(
+    batch_size=16,
+    num_workers=4,
+    sampler=dict(type="InfiniteSampler", shuffle=True),
+    dataset=dict(
+        type="COCOStuffDataset",
+        data_root="data/coco_stuff164k",
+        data_prefix=dict(img_path="images/train2017", seg_map_path="annotations/train2017"),
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=4,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(
+        type="COCOStuffDataset",
+        data_root="data/coco_stuff164k",
+        data_prefix=dict(img_path="images/val2017", seg_map_path="annotations/val2017"),
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+
+model = dict(data_preprocessor=dict(size=crop_size), decode_head=dict(num_classes=171))
+param_scheduler = [dict(type="PolyLR", eta_min=1e-4, power=0.9, begin=0, end=80000, by_epoch=False)]
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=80000, val_interval=8000)
+default_hooks = dict(checkpoint=dict(interval=8000))
+# The set in mdp.datasets whose tree is checked before the start, and its splits.
+data = dict(name="coco", train="train", val="val")

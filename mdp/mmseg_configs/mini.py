@@ -1,0 +1,58 @@
+# The mini tree in Cityscapes layout, a taxonomy that pretraining never sees: 60 labelled scenes, narrow ResNet-18.
+_base_ = ["./_deeplabv3.py"]
+
+crop_size = (64, 64)
+scale = (1024, 96)
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations"),
+    dict(type="RandomResize", scale=scale, ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PhotoMetricDistortion"),
+    dict(type="PackSegInputs"),
+]
+# The label is loaded after Resize: predictions are scored at the original size.
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=scale, keep_ratio=True),
+    dict(type="LoadAnnotations"),
+    dict(type="PackSegInputs"),
+]
+train_dataloader = dict(
+    batch_size=16,
+    num_workers=2,
+    sampler=dict(type="InfiniteSampler", shuffle=True),
+    dataset=dict(
+        type="CityscapesDataset",
+        data_root="data/cityscapes",
+        data_prefix=dict(img_path="leftImg8bit/train", seg_map_path="gtFine/train"),
+        indices=60,
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=2,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(
+        type="CityscapesDataset",
+        data_root="data/cityscapes",
+        data_prefix=dict(img_path="leftImg8bit/val", seg_map_path="gtFine/val"),
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+
+model = dict(
+    data_preprocessor=dict(size=crop_size),
+    backbone=dict(depth=18, base_channels=16, stem_channels=16),
+    decode_head=dict(in_channels=128, channels=64, dilations=(1, 2, 4), num_classes=19),
+)
+param_scheduler = [dict(type="PolyLR", eta_min=1e-4, power=0.9, begin=0, end=200, by_epoch=False)]
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=200, val_interval=20)
+default_hooks = dict(checkpoint=dict(interval=20))
+# Validations: the early one (a tenth of the schedule) and the last one only.
+validate = "ends"
+# The set in mdp.datasets whose tree is checked before the start, and its splits.
+data = dict(name="cityscapes", train="train", val="val")

@@ -1,0 +1,53 @@
+# PASCAL VOC 2012 + SBD: 10,582 / 1,449 images, 21 classes, 40k iterations, batch 16 in total (authors' rebuttal draft).
+_base_ = ["./_deeplabv3.py"]
+
+crop_size = (512, 512)
+scale = (2048, 512)
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations"),
+    dict(type="RandomResize", scale=scale, ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PhotoMetricDistortion"),
+    dict(type="PackSegInputs"),
+]
+# The label is loaded after Resize: predictions are scored at the original size.
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=scale, keep_ratio=True),
+    dict(type="LoadAnnotations"),
+    dict(type="PackSegInputs"),
+]
+train_dataloader = dict(
+    batch_size=16,
+    num_workers=4,
+    sampler=dict(type="InfiniteSampler", shuffle=True),
+    dataset=dict(
+        type="PascalVOCAugDataset",
+        data_root="data/VOCdevkit/VOC2012",
+        data_prefix=dict(img_path="JPEGImages", seg_map_path="SegmentationClass"),
+        ann_file="ImageSets/Segmentation/trainaug.txt",
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=4,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(
+        type="PascalVOCAugDataset",
+        data_root="data/VOCdevkit/VOC2012",
+        data_prefix=dict(img_path="JPEGImages", seg_map_path="SegmentationClass"),
+        ann_file="ImageSets/Segmentation/val.txt",
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+
+model = dict(data_preprocessor=dict(size=crop_size), decode_head=dict(num_classes=21))
+param_scheduler = [dict(type="PolyLR", eta_min=1e-4, power=0.9, begin=0, end=40000, by_epoch=False)]
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=40000, val_interval=4000)
+default_hooks = dict(checkpoint=dict(interval=4000))
+# The set in mdp.datasets whose tree is checked before the start, and its splits.
+data = dict(name="voc", train="train", val="val")
