@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -410,7 +411,7 @@ class UnionDataset(Dataset):
             self._cache[index] = image, label
         return image, label
 
-    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """q, k: float [3, s, s]; q_label, k_label: int64 [s, s] union ids, -1 = ignore; dataset, index: int."""
         number = self.locate(index)[0]
         q, q_label, k, k_label = self.transform(*self.read(index))
