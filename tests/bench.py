@@ -1,0 +1,153 @@
+"""Time what a method adds to its backbone: python tests/bench.py <paper>|all [--device cpu|cuda]
+
+Each paper folder has `bench.py` with `cases(device) -> list of dicts`:
+    name      what is timed
+    floor     a function: the forward and backward passes that the paper demands anyway (one step)
+    step      a function: the whole training step;  or  method: the added work alone
+    note      sizes, and what differs from the paper's
+    floor_scale   optional factor on the floor's time (a floor measured on part of the batch)
+    release       optional function: the original release's step, timed side by side
+The overhead is step - floor (or method) over the floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from shared_utils import UserError  # noqa: E402
+from shared_utils.run import cli  # noqa: E402
+
+FUNCTIONS = ("floor", "step", "method", "release")
+KEYS = {"name": str, "note": str, "floor_scale": (int, float)}
+
+
+def validate(case: Mapping[str, Any]) -> None:
+    """UserError when a case has unknown or missing keys, or values of the wrong kind."""
+    label = f"bench case {case.get('name', '?')!r}"
+    unknown = set(case) - set(FUNCTIONS) - set(KEYS)
+    if unknown:
+        raise UserError(f"{label}: unknown keys {sorted(unknown)}")
+    if missing := {"name", "floor", "note"} - set(case):
+        raise UserError(f"{label}: missing keys {sorted(missing)}")
+    if ("step" in case) == ("method" in case):
+        raise UserError(f"{label}: needs either step (the whole) or method (the added work alone)")
+    wrong = [key for key in FUNCTIONS if key in case and not callable(case[key])]
+    wrong += [key for key, kind in KEYS.items() if key in case and not isinstance(case[key], kind)]
+    if wrong:
+        raise UserError(f"{label}: wrong kind of value for {wrong}")
+
+
+def seconds(functions: Sequence[Callable[[], None]], device: torch.device, repeats: int, budget: float) -> list[float]:
+    """Median wall times after two warm-up calls; `budget` seconds each, about.
+
+    The functions take turns, so that a machine that slows down meanwhile slows all of them.
+    """
+
+    def once(function: Callable[[], None]) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    warm = sum(once(function) for function in functions)
+    if warm < budget:
+        for function in functions:
+            once(function)
+    times: list[list[float]] = [[] for _ in functions]
+    while len(times[0]) < repeats and sum(map(sum, times)) < budget * len(functions):
+        for function, taken in zip(functions, times):
+            taken.append(once(function))
+    return [statistics.median(taken) for taken in times]
+
+
+def peak_mib(function: Callable[[], None], device: torch.device) -> float:
+    """Peak memory of one call: allocated on a GPU; on the CPU the growth of the resident high-water mark."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:  # Linux: start the high-water mark again
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return float("nan")
+    before = _status_mib("VmRSS")
+    function()
+    return _status_mib("VmHWM") - before
+
+
+def _status_mib(key: str) -> float:
+    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(key + ":"))
+    return int(line.split()[1]) / 1024
+
+
+def measure(case: Mapping[str, Any], device: torch.device, repeats: int, budget: float) -> dict[str, Any]:
+    """Time one case; milliseconds, per cent and MiB under the names of the printed columns."""
+    validate(case)
+    kind = "step" if "step" in case else "method"
+    peak = peak_mib(case[kind], device)
+    functions = [case[key] for key in ("floor", kind, "release") if key in case]
+    floor, timed, *release = (1e3 * value for value in seconds(functions, device, repeats, budget))
+    floor *= case.get("floor_scale", 1.0)
+    added = timed - floor if kind == "step" else timed
+    return {
+        "case": case["name"],
+        "step ms": f"{floor + added:.1f}",
+        "floor ms": f"{floor:.1f}",
+        "overhead ms": f"{added:.2f}",
+        "overhead %": f"{100 * added / floor:.1f}",
+        f"peak MiB ({kind})": f"{peak:.0f}",
+        "x release": f"{timed / release[0]:.2f}" if release else "-",
+        "note": case["note"],
+    }
+
+
+def papers() -> list[str]:
+    return sorted(path.parent.name for path in ROOT.glob("*/bench.py") if path.parent.name != "tests")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("paper", help=f"a folder with a bench.py, or all: {', '.join(papers())}")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    parser.add_argument("--repeats", type=int, default=20, help="calls a median is taken of, at most")
+    parser.add_argument("--budget", type=float, default=15.0, help="seconds a timed function gets, about")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    args = parser.parse_args(argv)
+    chosen = papers() if args.paper == "all" else [args.paper]
+    if unknown := [name for name in chosen if name not in papers()]:
+        raise UserError(f"{unknown[0]}: no such folder with a bench.py; there are: {', '.join(papers()) or 'none'}")
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device}: this machine has no GPU that torch can use")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{where}, torch {torch.__version__}; medians of up to {args.repeats} calls")
+    for name in chosen:
+        cases = importlib.import_module(f"{name}.bench").cases(device)
+        rows = [measure(case, device, args.repeats, args.budget) for case in cases if args.only in case.get("name", "")]
+        print(f"\n{name}")
+        for kind in dict.fromkeys(tuple(row) for row in rows):
+            lines = [kind, *(tuple(map(str, row.values())) for row in rows if tuple(row) == kind)]
+            widths = [max(len(line[i]) for line in lines) for i in range(len(kind))]
+            print(
+                "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)
