@@ -192,19 +192,11 @@ def test_coco_raw_ids_close_the_holes(tmp_path):
 
 def test_known_class_names():
     """Positions that other files of the release rely on: they pin the order of the name lists."""
-    for name, index, title in [
-        ("ade", 0, "wall"),
-        ("ade", 149, "flag"),
-        ("coco", 0, "person"),
-        ("coco", 170, "wood"),
-        ("cityscapes", 18, "bicycle"),
-        ("context", 0, "background"),
-        ("context59", 0, "aeroplane"),
-        ("camvid", 3, "road"),
-        ("labelmefacade", 7, "window"),
-        ("ccp", 41, "skin"),
-    ]:
-        assert class_table(name)[0][index] == title
+    known = "ade 0 wall, ade 149 flag, coco 0 person, coco 170 wood, cityscapes 18 bicycle, context 0 background"
+    known += ", context59 0 aeroplane, camvid 3 road, labelmefacade 7 window, ccp 41 skin"
+    for entry in known.split(", "):
+        name, index, title = entry.split()
+        assert class_table(name)[0][int(index)] == title
 
 
 def test_labelmefacade_lists_follow_their_rule(tmp_path):
@@ -263,7 +255,7 @@ def test_empty_split(tmp_path):
     for path in (tmp_path / "ade/ADEChallengeData2016").glob("*/training/*"):
         path.unlink()
     message = refusal("ade", tmp_path)
-    assert "'train' is empty" in message and "{images,annotations}/{training,validation}" in message
+    assert "'train' is empty" in message and READERS["ade"].layout in message
     write_tree("voc", tmp_path)
     write_list(tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt", [])
     assert "'train' is empty" in refusal("voc", tmp_path)
@@ -286,7 +278,7 @@ def test_image_without_label_and_label_without_image(name, tmp_path):
     assert any(hint in message for hint in (str(image), str(label), "is empty"))
 
 
-def test_label_without_image_names_the_label(tmp_path):
+def test_label_without_image(tmp_path):
     write_tree("camvid", tmp_path)
     extra = tmp_path / "camvid11/labels/train/0001TP_extra.png"
     write_label(extra, ids_map([0]))
@@ -320,7 +312,8 @@ def test_png_modes(name, tmp_path):
     write_tree(name, tmp_path)
     label = open_set(name, tmp_path).pairs[0][1]
     Image.fromarray(np.ones(SIZE[::-1], np.uint16)).save(label)  # 16 bit
-    assert str(label) in refusal(name, tmp_path) and "'I;16'" in refusal(name, tmp_path)
+    message = refusal(name, tmp_path)
+    assert str(label) in message and "'I;16'" in message
     Image.new("RGB", SIZE).save(label)
     assert str(label) in refusal(name, tmp_path) and "'RGB'" in refusal(name, tmp_path)
     write_label(label, ids_map([1]), palette=True)
@@ -362,11 +355,7 @@ def test_one_set_twice(tmp_path):
 
 
 @settings(deadline=None, max_examples=50)
-@given(
-    counts=st.lists(st.integers(1, 171), min_size=1, max_size=5),
-    seed=st.integers(0, 2**32 - 1),
-    number=st.integers(0, 4),
-)
+@given(st.lists(st.integers(1, 171), min_size=1, max_size=5), st.integers(0, 2**32 - 1), st.integers(0, 4))
 def test_union_minus_offset_is_local(counts, seed, number):
     """Property 5: a local id comes back, ignore stays -1, and the sets' ids are disjoint."""
     number %= len(counts)
@@ -402,17 +391,13 @@ def test_union_id_255_is_a_class(tmp_path):
 # Loading -----------------------------------------------------------------------------------------------------------
 
 
-def first(batch: list) -> dict:
-    return batch[0]
-
-
 @pytest.mark.parametrize("aug", ["moco", "mmseg"])
 def test_samples_depend_on_seed_epoch_index_alone(aug, tmp_path):
     keyed = Keyed(UnionDataset(tiny(tmp_path, "voc", "ccp"), TwoViews(aug, 8)), seed=3)
     keys = [(epoch, index) for epoch in (0, 1) for index in range(4)]
     here = [keyed[key] for key in keys]
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    loader = DataLoader(keyed, sampler=keys[::-1], batch_size=1, num_workers=2, collate_fn=first)  # type: ignore[arg-type]
+    loader = DataLoader(keyed, sampler=keys[::-1], batch_size=None, num_workers=2)  # type: ignore[arg-type]
     for a, b in zip(here[::-1], loader):
         assert a.keys() == b.keys()
         assert all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)
