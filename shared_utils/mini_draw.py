@@ -96,9 +96,12 @@ def _dilate(mask: np.ndarray, pixels: int) -> np.ndarray:
 
 def texture(rng: np.random.Generator, name: str, height: int, width: int) -> np.ndarray:
     """A pattern [H, W] float32 in 0..1 of one of the TEXTURES, with random phase, direction and period ("plain": 0)."""
-    y, x = np.mgrid[:height, :width] + rng.uniform(0, 64, (2, 1, 1))
+    start = rng.uniform(0, 64, 2)
+    y, x = np.arange(height)[:, None] + start[0], np.arange(width)[None] + start[1]
     theta, step = rng.uniform(0, math.pi), 2 * math.pi / rng.uniform(7, 13)
-    u, v = (x * math.cos(theta) + y * math.sin(theta)) * step, (y * math.cos(theta) - x * math.sin(theta)) * step
+    if name in ("stripes", "checker", "dots"):
+        u = ((x * math.cos(theta) + y * math.sin(theta)) * step).astype(np.float32)
+        v = ((y * math.cos(theta) - x * math.sin(theta)) * step).astype(np.float32)
     if name == "stripes":
         out = 0.5 + 0.5 * np.sin(u)
     elif name == "checker":
