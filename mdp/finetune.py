@@ -88,6 +88,8 @@ def read_checkpoint(spec: str, branch: str) -> tuple[dict[str, Tensor] | None, d
     if spec.startswith("imagenet:"):
         state = checkpoint.read_weights(spec.removeprefix("imagenet:"))
         return {f"backbone.{k}": v for k, v in state.items() if not k.startswith("fc.")}, {}
+    if not Path(spec).is_file():
+        raise UserError(f"{spec}: no such checkpoint; run bash mdp/run_pretrain.sh first, or give --checkpoint none")
     state, flags = load_pretrained(spec, branch)
     if flags.get("head") == "none":
         flags.pop("head")  # fine-tuning needs one; it starts new

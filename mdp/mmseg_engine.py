@@ -34,6 +34,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import mdp.mmseg_datasets  # noqa: F401  (registers the folder's datasets)
+from mdp.eval_seg import panels
 from shared_utils import UserError
 from shared_utils.data import Keyed, load_image
 from shared_utils.run import Diverged
@@ -104,14 +105,6 @@ class ClassIoU(IoUMetric):
         return super().compute_metrics(results)
 
 
-def overlay(image: np.ndarray, label: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] photo half covered by the colours of its ids [H, W]; 255 stays bare."""
-    known = label < len(palette)
-    colours = palette[np.where(known, label, 0)]
-    mixed = (0.4 * image + 0.6 * colours).astype(np.uint8)
-    return np.where(known[..., None], mixed, image)
-
-
 def table(per_class: dict[str, float]) -> str:
     """Markdown table of IoU per class, for tensorboard's text tab."""
     rows = [f"| {name} | {'-' if math.isnan(v) else f'{v:.2f}'} |" for name, v in per_class.items()]
@@ -123,7 +116,7 @@ class Recorder(Hook):
 
     priority = "LOWEST"  # after the scheduler and the checkpoint hook: a saved step is a finished step
 
-    def __init__(self, out: Path, seed: int, due: set[int], log_every: int = 10, train: bool = True) -> None:
+    def __init__(self, out: Path, seed: int, due: set[int], log_every: int = 10) -> None:
         self.out, self.seed, self.due, self.log_every = out, seed, due, log_every
         self.records: list[dict[str, Any]] = []
         self.signal = 0
@@ -131,7 +124,7 @@ class Recorder(Hook):
         self.main = int(os.environ.get("RANK", 0)) == 0
         self.writer = SummaryWriter(str(out)) if self.main else None
         self.bar: Any = None
-        self.mark = time.time()
+        self.mark, self.wait, self.lr = time.time(), 0.0, 0.0
 
     # -- training
     def before_train(self, runner: Runner) -> None:
@@ -176,19 +169,20 @@ class Recorder(Hook):
 
     # -- validation
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.picture(outputs, runner.val_evaluator)
+
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.picture(outputs, runner.test_evaluator)
+
+    def picture(self, outputs: Any, evaluator: Any) -> None:
+        """Keep photo, label and prediction of the first images of a validation."""
         for sample in outputs or []:
             if len(self.pictures) >= OVERLAYS or not self.main:
                 return
             photo = np.asarray(load_image(sample.img_path))
-            meta = (
-                runner.val_dataloader.dataset.metainfo if runner.val_loop else runner.test_dataloader.dataset.metainfo
-            )
-            palette = np.asarray(meta["palette"], dtype=np.uint8)
             truth, guess = (m.data[0].cpu().numpy() for m in (sample.gt_sem_seg, sample.pred_sem_seg))
-            panels = [photo, overlay(photo, truth, palette), overlay(photo, guess, palette)]
-            self.pictures.append((Path(sample.img_path).stem, np.concatenate(panels, axis=1)))
-
-    after_test_iter = after_val_iter
+            palette = evaluator.metrics[0].dataset_meta["palette"]
+            self.pictures.append((Path(sample.img_path).stem, panels(photo, truth, guess, palette)))
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         self.record(runner.val_evaluator.metrics[0], metrics or {}, runner.iter)
@@ -266,7 +260,7 @@ def build_runner(cfg: Config) -> Runner:
     return runner
 
 
-def network(runner: Runner) -> torch.nn.Module:
+def network(runner: Runner) -> Any:
     """The segmentor itself, without the wrapper of several processes."""
     return getattr(runner.model, "module", runner.model)
 

@@ -65,4 +65,4 @@ default_hooks = dict(checkpoint=dict(interval=30))
 # Validations: the early one (a tenth of the schedule) and the last one only.
 validate = "ends"
 # The set in mdp.datasets whose tree is checked before the start, and its splits.
-data = dict(name="camvid", train="train", val="val")
+data = dict(name="camvid", train="train", val="val", test="test")
