@@ -30,7 +30,7 @@ from shared_utils import UserError  # noqa: E402
 from shared_utils.run import cli  # noqa: E402
 
 FUNCTIONS = ("floor", "step", "method", "release")
-KEYS = {"name": str, "note": str, "floor_scale": (int, float)}
+KEYS: dict[str, Any] = {"name": str, "note": str, "floor_scale": (int, float)}
 
 
 def validate(case: Mapping[str, Any]) -> None:

@@ -1,0 +1,425 @@
+"""The architecture: every rule is a function that names what breaks it, tried on this tree and on small bad trees."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from shared_utils.results import BEGIN, END, PAPERS
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = [paper.folder for paper in PAPERS]
+HEADINGS = ["Idea", "Run", "Evaluate", "Results", "Differences", "Layout", "Citation"]
+# import name of each requirement whose name differs; pydensecrf (CRF) is an optional import that is never installed
+IMPORTS = {
+    "onedl-mmengine": "mmengine",
+    "onedl-mmcv": "mmcv",
+    "onedl-mmsegmentation": "mmseg",
+    "scikit-learn": "sklearn",
+    "opencv-python": "cv2",
+    "pillow": "PIL",
+}
+OPTIONAL = {"pydensecrf"}
+
+
+def requirements(path: Path) -> list[Requirement]:
+    lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def folders(root: Path) -> list[str]:
+    return [name for name in NAMES if (root / name).is_dir()]
+
+
+def tree(root: Path, *suffixes: str) -> Iterator[Path]:
+    """The files of the repository (git's list where there is git), with one of the suffixes if any are given."""
+    if (root / ".git").exists():
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")
+        paths = [root / name for name in listed if name]
+    else:
+        ignored = {".venv", "runs", "data", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"}
+        paths = [path for path in root.rglob("*") if not ignored & set(path.relative_to(root).parts)]
+    for path in sorted(paths):
+        if path.is_file() and (not suffixes or path.suffix in suffixes):
+            yield path
+
+
+def imported(path: Path, root: Path) -> Iterator[str]:
+    """Dotted names that a file imports, relative ones resolved, and those it hands to importlib or names in strings."""
+    package = path.relative_to(root).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            base += [node.module] if node.module else []
+            # `from .. import x`, `from a import b`: x and a.b may be modules
+            yield from (".".join([*base, alias.name]) for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.fullmatch(rf"({'|'.join([*NAMES, 'tests'])})(\.[A-Za-z_]\w*)+", node.value):
+                yield node.value
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            yield from (
+                arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
+            )
+
+
+def import_problems(root: Path) -> list[str]:
+    """A paper folder imports itself, shared_utils and declared requirements; shared_utils imports no paper folder."""
+    declared = {r.name for r in requirements(root / "requirements.txt")}
+    wrong = []
+    for folder in [*folders(root), "shared_utils"]:
+        extra = root / folder / "requirements.txt"
+        names = declared | ({r.name for r in requirements(extra)} if extra.exists() else set())
+        allowed = {IMPORTS.get(name, name.replace("-", "_")) for name in names} | OPTIONAL | sys.stdlib_module_names
+        allowed |= {folder, "shared_utils"}
+        for path in sorted((root / folder).rglob("*.py")):
+            tops = {name.split(".")[0] for name in imported(path, root)}
+            wrong += [f"{path.relative_to(root)} imports {top}" for top in sorted(tops - allowed)]
+        for path in sorted((root / folder).rglob("*.sh")):
+            for top in re.findall(r"-m\s+([A-Za-z_]\w*)", path.read_text(encoding="utf-8")):
+                if top not in allowed | {"torch", "pip", "venv"}:
+                    wrong.append(f"{path.relative_to(root)} runs -m {top}")
+    return wrong
+
+
+def folder_problems(root: Path) -> list[str]:
+    """What each paper folder must hold, and the fixed headings of its README."""
+    wrong = []
+    for folder in folders(root):
+        here = root / folder
+        wrong += [f"{folder}/{name} is missing" for name in ("README.md", "results.csv") if not (here / name).is_file()]
+        if not list(here.glob("run_*.sh")):
+            wrong.append(f"{folder}/run_*.sh is missing")
+        if not list((root / "tests").glob(f"test_{folder}*.py")):
+            wrong.append(f"tests/test_{folder}*.py is missing")
+        if (here / "README.md").is_file():
+            text = (here / "README.md").read_text(encoding="utf-8")
+            outside = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+            if re.findall(r"^## (.+?)\s*$", outside, re.M) != HEADINGS:
+                wrong.append(f"{folder}/README.md: its second-level headings must be {', '.join(HEADINGS)}")
+            if not text.startswith("# ") or len(re.findall(r"^# ", outside, re.M)) != 1:
+                wrong.append(f"{folder}/README.md: must start with its only first-level heading")
+            if BEGIN not in text or END not in text:
+                wrong.append(f"{folder}/README.md: has no results markers")
+    known = {*NAMES, "shared_utils", "tests"}
+    strange = {path.parent.name for path in tree(root, ".py") if path.parent.parent == root} - known
+    return wrong + [f"{name}/ is neither one of the ten papers nor shared_utils nor tests" for name in sorted(strange)]
+
+
+def code_problems(root: Path) -> list[str]:
+    """Calls that hide a wrong checkpoint, run untrusted data or tie the code to one device."""
+    wrong = []
+    for path in tree(root, ".py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            label = f"{path.relative_to(root)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func).split(".")[-1]
+                false = {k.arg for k in node.keywords if isinstance(k.value, ast.Constant) and k.value.value is False}
+                # a test may write a bad checkpoint to show that it is refused, code may not read one
+                if name == "load_state_dict" and "strict" in false or name == "load" and "weights_only" in false:
+                    wrong.append(f"{label}: {name} without its check")
+                if isinstance(node.func, ast.Attribute) and name == "cuda" and "torch" not in ast.unparse(node.func):
+                    wrong.append(f"{label}: .cuda() instead of .to(device)")
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if "pickle" in names and path.parent.name != "tests":
+                wrong.append(f"{label}: imports pickle")
+    return wrong
+
+
+MACHINE = re.compile(r"(?<![\w.$}>/-])/(?:home|root|work|Users|mnt/data)/\w|\.\./shared\b")
+HOSTS = re.compile(r"\b(?:pypi\.org|pythonhosted\.org|conda\.anaconda\.org|pytorch\.org/whl|npmjs\.org|debian\.org)\b")
+
+
+def text_problems(root: Path) -> list[str]:
+    """Addresses of package registries and absolute paths of one machine."""
+    wrong = []
+    for path in tree(root, ".py", ".sh", ".md", ".txt", ".yml", ".toml", ".cff", ".csv", ".json", ".jsonl", ""):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for number, line in enumerate(text.splitlines(), 1):
+            if found := MACHINE.search(line) or HOSTS.search(line):
+                wrong.append(f"{path.relative_to(root)}:{number}: {found[0]}")
+    return wrong
+
+
+def conda_problems(root: Path) -> list[str]:
+    """environment.yml takes its packages from requirements.txt, whose every line is one exact pin."""
+    wrong = []
+    conda = yaml.safe_load((root / "environment.yml").read_text(encoding="utf-8"))
+    pip = [part["pip"] for part in conda["dependencies"] if isinstance(part, dict)]
+    if pip != [["-r requirements.txt"]]:
+        wrong.append(f"environment.yml: its pip part must be -r requirements.txt, not {pip}")
+    if conda["channels"] != ["conda-forge", "nodefaults"]:
+        wrong.append("environment.yml: the channels must be conda-forge and nodefaults")
+    for path in (root / "requirements.txt", root / "tests" / "requirements.txt"):
+        for need in requirements(path):
+            if [s.operator for s in need.specifier] != ["=="] or need.url:
+                wrong.append(f"{path.relative_to(root)}: {need} is not one exact pin")
+        for minor in ("3.10", "3.11", "3.12", "3.13"):
+            active = [
+                r.name for r in requirements(path) if not r.marker or r.marker.evaluate({"python_version": minor})
+            ]
+            every = {r.name for r in requirements(path)}
+            wrong += [f"{path.name}: {name} has no single pin on {minor}" for name in every if active.count(name) != 1]
+    return wrong
+
+
+CHECKS = [import_problems, folder_problems, code_problems, text_problems, conda_problems]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_this_tree(check: Callable[[Path], list[str]]) -> None:
+    assert check(ROOT) == []
+
+
+GOOD = {
+    "requirements.txt": 'torch==2.14.1\nav==18.1.0; python_version >= "3.11"\nav==17.1.0; python_version < "3.11"\n',
+    "tests/requirements.txt": "pytest==9.2.0\n",
+    "environment.yml": "channels: [conda-forge, nodefaults]\ndependencies: [pip, {pip: [-r requirements.txt]}]\n",
+    "shared_utils/run.py": "import torch\n",
+    "mdp/__init__.py": "",
+    "mdp/builder.py": "import os\nimport torch.nn as nn\nfrom . import losses\nfrom shared_utils import run\n",
+    "mdp/README.md": "# T\n"
+    + "".join(f"## {h}\n" for h in HEADINGS)
+    + f"{BEGIN}\n{END}\n```bash\n# not a heading\n```\n",
+    "mdp/results.csv": "id\n",
+    "mdp/run_a.sh": "$PYTHON -m mdp.builder\n$PYTHON -m torch.distributed.run -m mdp.builder\n",
+    "tests/test_mdp.py": "",
+}
+BAD = [
+    (import_problems, "mdp/builder.py", "import hsa.builder\n", "imports hsa"),
+    (import_problems, "mdp/builder.py", "from hsa import builder\n", "imports hsa"),
+    (import_problems, "mdp/builder.py", "def f():\n    from tests.bench import main\n", "imports tests"),
+    (import_problems, "mdp/builder.py", "from ..hsa import builder\n", "imports hsa"),
+    (import_problems, "mdp/builder.py", "import importlib\nimportlib.import_module('hsa')\n", "imports hsa"),
+    (import_problems, "mdp/builder.py", "custom_imports = ['hsa.builder']\n", "imports hsa"),
+    (import_problems, "mdp/builder.py", "import pandas\n", "imports pandas"),
+    (import_problems, "mdp/run_a.sh", "$PYTHON -m hsa.builder\n", "runs -m hsa"),
+    (import_problems, "shared_utils/run.py", "import mdp.builder\n", "imports mdp"),
+    (folder_problems, "mdp/README.md", "# T\n## Idea\n## Run\n", "second-level headings"),
+    (folder_problems, "mdp/README.md", GOOD["mdp/README.md"].replace(BEGIN, ""), "no results markers"),
+    (folder_problems, "mdp/README.md", "text\n" + GOOD["mdp/README.md"], "first-level heading"),
+    (folder_problems, "mdp/results.csv", None, "mdp/results.csv is missing"),
+    (folder_problems, "mdp/run_a.sh", None, "run_*.sh is missing"),
+    (folder_problems, "tests/test_mdp.py", None, "test_mdp*.py is missing"),
+    (folder_problems, "helpers/__init__.py", "", "helpers/ is neither"),
+    (code_problems, "mdp/builder.py", "m.load_state_dict(s, strict=False)\n", "load_state_dict without its check"),
+    (code_problems, "mdp/builder.py", "torch.load(p, weights_only=False)\n", "load without its check"),
+    (code_problems, "mdp/builder.py", "model.cuda()\n", ".cuda()"),
+    (code_problems, "mdp/builder.py", "import pickle\n", "imports pickle"),
+    (text_problems, "mdp/README.md", "see /" + "home/ann/data\n", "README.md:1"),
+    (text_problems, "requirements.txt", "--index-url https://" + "pypi" + ".org/simple\n", "requirements.txt:1"),
+    (conda_problems, "environment.yml", GOOD["environment.yml"].replace("-r req", "torch, -r req"), "pip part"),
+    (conda_problems, "environment.yml", GOOD["environment.yml"].replace("nodefaults", "defaults"), "channels"),
+    (conda_problems, "requirements.txt", "torch>=2.11\n", "not one exact pin"),
+    (conda_problems, "requirements.txt", 'numpy==2.4.6; python_version >= "3.11"\n', "no single pin on 3.10"),
+]
+
+
+def small_tree(root: Path, changes: dict[str, str | None]) -> Path:
+    for name, text in {**GOOD, **changes}.items():
+        if text is not None:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(text, encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_a_good_small_tree_passes(check: Callable[[Path], list[str]], tmp_path: Path) -> None:
+    assert check(small_tree(tmp_path, {})) == []
+
+
+@pytest.mark.parametrize(("check", "name", "text", "expected"), BAD)
+def test_each_rule_fails_on_what_breaks_it(
+    check: Callable[[Path], list[str]], name: str, text: str | None, expected: str, tmp_path: Path
+) -> None:
+    problems = check(small_tree(tmp_path, {name: text}))
+    assert any(expected in line for line in problems), problems
+
+
+def test_installed_versions_are_the_pins() -> None:
+    if not (Path(sys.prefix) / ".state").exists():
+        pytest.skip("not in the environment that shared_utils/env.sh makes: another one may serve with other versions")
+    pins = requirements(ROOT / "requirements.txt") + requirements(ROOT / "tests" / "requirements.txt")
+    active = [need for need in pins if not need.marker or need.marker.evaluate()]
+    assert {need.name: version(need.name) for need in active} == {need.name: str(need.specifier)[2:] for need in active}
+
+
+# --- run scripts -----------------------------------------------------------------------------------------------------
+
+STUB = '#!/usr/bin/env bash\nprintf \'%s\\037\' "$@" >> "$CALLS"\nprintf \'\\036\' >> "$CALLS"\n'
+
+
+def run_script(script: Path, *words: str, tmp: Path, **extra: str) -> tuple[int, str, list[list[str]]]:
+    """Run a run_*.sh with a Python that only records its arguments; exit code, stderr, the recorded calls."""
+    tmp.mkdir(parents=True, exist_ok=True)
+    stub, calls = tmp / "python", tmp / "calls"
+    stub.write_text(STUB)
+    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    calls.write_text("")
+    environment = {**os.environ, "PYTHON": str(stub), "SKIP_ENV": "1", "CALLS": str(calls), "RUNS": str(tmp), **extra}
+    environment = {k: v for k, v in environment.items() if v or k not in ("GPUS", "DATA_ROOT")}
+    # from another folder: a script finds the root by itself
+    command = ["bash", str(script), *words]
+    done = subprocess.run(command, cwd=tmp, env=environment, capture_output=True, text=True, timeout=60)
+    recorded = [call.split("\037")[:-1] for call in calls.read_text().split("\036")[:-1]]
+    return done.returncode, done.stderr, recorded
+
+
+def script_problems(script: Path, tmp: Path) -> list[str]:
+    """What a run_*.sh does otherwise than all of them; `tmp` is a folder to work in."""
+    text, wrong = script.read_text(encoding="utf-8"), []
+    if subprocess.run(["bash", "-n", str(script)], capture_output=True).returncode:
+        return ["is not valid bash"]
+    if not re.search(r"^set -euo pipefail$", text, re.M):
+        wrong.append("has no set -euo pipefail")
+    if not re.search(r"^source shared_utils/env\.sh$", text, re.M):
+        wrong.append("does not source shared_utils/env.sh")
+    if re.search(r'(?<!")\$[@*](?!")', text):
+        wrong.append("has $@ without quotes, or $*")
+    code, said, calls = run_script(script, "nosuchtier", tmp=tmp / "tier")
+    if code != 2 or calls or len(said.strip().splitlines()) != 1:
+        wrong.append(f"unknown tier: exit {code}, {len(calls)} calls, stderr {said!r}; must be 2, none, one line")
+    for words in ([], ["mini"], ["small"], ["paper"]):
+        name = words[0] if words else "without a tier"
+        extra = ["--flag", "two words", "--last"]
+        # without a tier, flags may follow directly
+        code, said, calls = run_script(script, *words, *extra, tmp=tmp / name, DATA_ROOT=str(tmp), GPUS="1")
+        if code or not any(call[-3:] == extra for call in calls):
+            wrong.append(f"{name}: exit {code}, extra flags do not come last in {calls}; {said[-300:]}")
+        if words and not re.search(rf"^\s*(\w+\|)*{name}(\|\w+)*\)", text, re.M):
+            wrong.append(f"{name}: has no card")
+    return wrong
+
+
+SCRIPTS = sorted(path for name in NAMES for path in (ROOT / name).glob("run_*.sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_run_scripts(script: Path, tmp_path: Path) -> None:
+    assert script_problems(script, tmp_path) == []
+
+
+GOOD_SCRIPT = """#!/usr/bin/env bash
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source shared_utils/env.sh
+tier=mini
+case ${1:-} in
+  mini | small | paper) tier=$1; shift ;;
+  -* | "") ;;
+  *) echo "error: unknown tier $1: mini, small or paper" >&2; exit 2 ;;
+esac
+case $tier in
+  mini) flags=(--epochs 1) ;;
+  small) flags=(--epochs 2) ;;
+  paper) flags=(--epochs 3) ;;
+esac
+"$PYTHON" -m mdp.main "${flags[@]}" "$@"
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("", "", None),
+        ('esac\n"$P', 'if\n"$P', "valid bash"),
+        ("set -euo pipefail", "set -e", "set -euo"),
+        ("source shared_utils/env.sh", ". shared_utils/env.sh", "does not source"),
+        ('"$@"', "$@", "without quotes"),
+        ("exit 2", "exit 1", "unknown tier: exit 1"),
+        ("exit 2", "tier=mini; shift", "unknown tier: exit 0"),
+        ('"${flags[@]}" "$@"', '"$@" "${flags[@]}"', "do not come last"),
+        ("mini | small | paper)", "mini | small)", "paper: exit 2"),
+        ("  paper) flags=(--epochs 3) ;;\n", "  *) flags=() ;;\n", "paper: has no card"),
+    ],
+)
+def test_script_rules_fail_on_what_breaks_them(old: str, new: str, expected: str | None, tmp_path: Path) -> None:
+    (tmp_path / "mdp").mkdir()
+    (tmp_path / "shared_utils").mkdir()
+    (tmp_path / "shared_utils" / "env.sh").write_text("")
+    script = tmp_path / "mdp" / "run_a.sh"
+    script.write_text(GOOD_SCRIPT.replace(old, new) if old else GOOD_SCRIPT)
+    problems = script_problems(script, tmp_path / "work")
+    assert problems == [] if expected is None else any(expected in line for line in problems), problems
+
+
+# --- entry points and continuous integration -------------------------------------------------------------------------
+
+# One process imports torch once and forks for each module; `_exit` code 0 and a usage text are what --help must give.
+HELP = """
+import io, os, runpy, sys
+import torch
+for name in sys.argv[1:]:
+    sys.stdout.flush()
+    if (child := os.fork()) == 0:
+        sys.argv, sys.stdout, code = [name, "--help"], io.StringIO(), 1
+        try:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        except SystemExit as stop:
+            code = 0 if not stop.code and "usage:" in sys.stdout.getvalue() else 1
+        except BaseException as error:
+            sys.stderr.write(f"{name}: {error!r}\\n")
+        os._exit(code)
+    if os.waitpid(child, 0)[1]:
+        print(name)
+"""
+
+
+def without_help(root: Path, modules: list[str]) -> list[str]:
+    """The modules that do not answer --help with a usage text and exit code 0."""
+    command = [sys.executable, "-W", "ignore", "-c", HELP, *modules]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=300).stdout.split()
+
+
+def entry_points(root: Path) -> list[str]:
+    found = [path.relative_to(root) for path in tree(root, ".py") if path.name != "conftest.py"]
+    named = [
+        path for path in found if re.search(r'^if __name__ == "__main__":', (root / path).read_text("utf-8"), re.M)
+    ]
+    return [".".join(path.with_suffix("").parts) for path in named]
+
+
+def test_every_entry_point_answers_help() -> None:
+    modules = entry_points(ROOT)
+    assert "shared_utils.results" in modules
+    assert without_help(ROOT, modules) == []
+
+
+def test_a_module_without_help_is_named(tmp_path: Path) -> None:
+    (tmp_path / "silent.py").write_text('if __name__ == "__main__":\n    print("ran")\n')
+    (tmp_path / "broken.py").write_text('import nosuch\nif __name__ == "__main__":\n    pass\n')
+    good = 'import argparse\nif __name__ == "__main__":\n    argparse.ArgumentParser().parse_args()\n'
+    (tmp_path / "good.py").write_text(good)
+    assert entry_points(tmp_path) == ["broken", "good", "silent"]
+    assert without_help(tmp_path, ["broken", "good", "silent"]) == ["broken", "silent"]
+
+
+def listed_by_workflow(root: Path, output: Path) -> list[str]:
+    """The smoke jobs that the workflow makes for a tree: its own listing step, executed."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    assert "fromJSON(needs.folders.outputs.folders)" in workflow["jobs"]["smoke"]["strategy"]["matrix"]["folder"]
+    (step,) = [step for step in workflow["jobs"]["folders"]["steps"] if step.get("id") == "list"]
+    environment = {**os.environ, "GITHUB_OUTPUT": str(output)}
+    subprocess.run(["bash", "-e", "-c", step["run"]], cwd=root, env=environment, check=True)
+    name, _, value = output.read_text().strip().partition("=")
+    assert name == "folders"
+    return yaml.safe_load(value)
+
+
+def test_workflow_forgets_no_folder(tmp_path: Path) -> None:
+    assert listed_by_workflow(ROOT, tmp_path / "here") == sorted(folders(ROOT))
+    small = small_tree(tmp_path / "small", {"fame/README.md": "", "fame/results.csv": "", "hsa/README.md": ""})
+    assert listed_by_workflow(small, tmp_path / "there") == ["fame", "mdp"]
