@@ -123,13 +123,14 @@ _env_main() {
   if ! _env_ready "$venv" "$what"; then
     [ -n "$first_lacks" ] && _env_say "$first_lacks"
     mkdir -p "$venv" 2>/dev/null && [ -w "$venv" ] || { _env_fail "cannot write $venv: name another place with VENV=/path" || return 2; }
-    # Two runs at once: the second waits for the first, then finds the environment complete. The lock goes with its process.
+    # Two runs at once: the second waits for the first and finds the environment complete. pip inherits the lock, so that
+    # one that outlives its killed run is waited for too.
     if command -v flock >/dev/null 2>&1; then
       exec 9>"$venv.lock"
       flock -n 9 || { _env_say "another run is preparing $venv, waiting for it" && flock 9; }
     fi
     rc=0
-    _env_ready "$venv" "$what" || _env_install "$venv" "$what" 9>&- || rc=$?
+    _env_ready "$venv" "$what" || _env_install "$venv" "$what" || rc=$?
     if command -v flock >/dev/null 2>&1; then exec 9>&-; fi
     [ "$rc" = 0 ] || return "$rc"
   fi

@@ -1,0 +1,210 @@
+"""Results tables and the bench driver."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared_utils import UserError, results
+from shared_utils.results import BEGIN, COLUMNS, END
+
+bench: Any = importlib.import_module("tests.bench")
+
+MEASURED = {
+    "id": "a",
+    "table": "Table 1",
+    "experiment": "MDP",
+    "dataset": "CamVid",
+    "metric": "mIoU",
+    "paper_value": "71.9",
+    "paper_source": "table 1",
+    "tier": "small",
+    "ours_mean": "40.5",
+    "ours_std": "0.4",
+    "n_seeds": "3",
+    "baseline_mean": "38.0",
+    "baseline_std": "0.5",
+    "status": "effect shown at small scale",
+    "command": "bash mdp/run_arms.sh small",
+    "commit": "0123456789abcdef",
+    "hardware": "2 cores",
+    "minutes": "12.5",
+    "date": "2026-11-22",
+    "log": "logs/a.jsonl",
+}
+NOT_RUN = {
+    **dict.fromkeys(COLUMNS, ""),
+    **{key: MEASURED[key] for key in ("table", "experiment", "dataset", "metric", "paper_value")},
+    "id": "b",
+    "paper_source": "recalled",
+    "status": "not run (needs ADE20K and 8 GPUs)",
+}
+
+
+def make(root: Path, *rows: dict[str, str], columns: list[str] = COLUMNS) -> Path:
+    (root / "mdp" / "logs").mkdir(parents=True)
+    (root / "mdp" / "logs" / "a.jsonl").write_text("{}\n")
+    for readme in (root / "README.md", root / "mdp" / "README.md"):
+        readme.write_text(f"# before\n{BEGIN}\n{END}\nafter\n")
+    with (root / "mdp" / "results.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([columns, *([row[name] for name in COLUMNS] for row in rows)])
+    return root
+
+
+def test_this_tree_is_fresh(capsys: pytest.CaptureFixture[str]) -> None:
+    assert results.main(["--check"]) == 0, capsys.readouterr()
+
+
+def test_rendered_then_fresh_then_stale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make(tmp_path, MEASURED, NOT_RUN)
+    assert results.main(["--root", str(root), "--check"]) == 1
+    assert "stale" in capsys.readouterr().out and BEGIN + "\n" + END in (root / "README.md").read_text()
+    assert results.main(["--root", str(root)]) == 0
+    assert results.main(["--root", str(root), "--check"]) == 0
+    paper, front = (root / "mdp" / "README.md").read_text(), (root / "README.md").read_text()
+    assert paper.startswith("# before\n") and paper.endswith(f"{END}\nafter\n")
+    for text in ("### Table 1", "71.9 (table 1)", "40.5 ± 0.4", "38.0 ± 0.5", "3 seeds", "[log](logs/a.jsonl)"):
+        assert text in paper
+    assert "71.9 (recalled, unverified)" in paper and "`bash mdp/run_arms.sh small`" in paper
+    assert "1 effect shown at small scale, 1 not run" in front and "40.5 ± 0.4 (baseline 38.0 ± 0.5)" in front
+    assert sum(f"| {name.folder} |" in front for name in results.PAPERS) == 9 and "[mdp](mdp/README.md)" in front
+    (root / "mdp" / "README.md").write_text(paper.replace("40.5", "45.0"))
+    capsys.readouterr()
+    assert results.main(["--root", str(root), "--check"]) == 1
+    assert "mdp/README.md" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "expected"),
+    [
+        (MEASURED, {"status": "works"}, "unknown status 'works'"),
+        (MEASURED, {"status": "not run"}, "unknown status 'not run'"),
+        (MEASURED, {"status": "not run (needs GPUs)"}, "has a value in ours_mean"),
+        (MEASURED, {"ours_mean": "about 40"}, "ours_mean is not a number"),
+        (MEASURED, {"baseline_std": "nan"}, "baseline_std is not a number"),
+        (MEASURED, {"ours_mean": ""}, "needs ours_mean"),
+        (MEASURED, {"n_seeds": ""}, "needs n_seeds"),
+        (MEASURED, {"n_seeds": "0"}, "n_seeds is not"),
+        (MEASURED, {"n_seeds": "2.5"}, "n_seeds is not"),
+        (MEASURED, {"ours_std": ""}, "several seeds need ours_std"),
+        (MEASURED, {"command": ""}, "needs command"),
+        (MEASURED, {"commit": ""}, "needs commit"),
+        (MEASURED, {"commit": "main"}, "commit is not a hash"),
+        (MEASURED, {"log": ""}, "needs log"),
+        (MEASURED, {"log": "logs/b.jsonl"}, "logs/b.jsonl does not exist"),
+        (MEASURED, {"log": "logs/a.jsonl; logs/b.jsonl"}, "logs/b.jsonl does not exist"),
+        (MEASURED, {"log": "../README.md"}, "does not exist in the tree"),
+        (MEASURED, {"date": "22.11.2026"}, "date is not"),
+        (MEASURED, {"tier": "huge"}, "unknown tier"),
+        (NOT_RUN, {"paper_source": ""}, "needs a paper_source"),
+        (NOT_RUN, {"status": "paper value unknown"}, "a status other than"),
+        (NOT_RUN, {"experiment": ""}, "experiment is empty"),
+        (NOT_RUN, {"experiment": "<!-- results:end -->"}, "holds an HTML comment"),
+        (NOT_RUN, {"id": "a"}, "id a is not unique"),
+    ],
+)
+def test_invalid_rows_are_named(
+    base: dict[str, str], change: dict[str, str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = NOT_RUN if base is MEASURED else MEASURED
+    root = make(tmp_path, {**base, **change}, other)
+    assert results.main(["--root", str(root), "--check"]) == 1
+    said = capsys.readouterr().err
+    assert "mdp/results.csv" in said and expected in said
+    assert results.main(["--root", str(root)]) == 2
+    assert BEGIN + "\n" + END in (root / "mdp" / "README.md").read_text()
+
+
+def test_invalid_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make(tmp_path / "columns", MEASURED, columns=[*COLUMNS[:-1], "logs"])
+    assert results.main(["--root", str(root), "--check"]) == 1
+    assert "columns must be exactly" in capsys.readouterr().err
+    root = make(tmp_path / "cells", MEASURED)
+    (root / "mdp" / "results.csv").write_text(",".join(COLUMNS) + "\na,b\n")
+    assert results.main(["--root", str(root), "--check"]) == 1
+    assert "row 2 has 2 cells" in capsys.readouterr().err
+    root = make(tmp_path / "name", MEASURED)
+    (root / "mdp").rename(root / "mdp2")
+    assert results.main(["--root", str(root), "--check"]) == 1
+    assert "mdp2 is not one of the ten papers" in capsys.readouterr().err
+    root = make(tmp_path / "markers", MEASURED)
+    (root / "mdp" / "README.md").write_text(f"{END}\n{BEGIN}\n")
+    with pytest.raises(UserError, match=r"mdp/README\.md: needs one line"):
+        results.main(["--root", str(root)])
+
+
+def test_unknown_paper_value_may_be_measured(tmp_path: Path) -> None:
+    row = {**MEASURED, "paper_value": "", "paper_source": "", "status": "paper value unknown"}
+    assert results.row_problems(row, make(tmp_path, row) / "mdp") == []
+
+
+@given(st.text(alphabet="ab |\\`<>&-!\n\r\t\u2028*", max_size=30))
+def test_no_cell_breaks_a_table(text: str) -> None:
+    rows = [{**NOT_RUN, "experiment": text, "dataset": text}]
+    lines = results.render_paper(rows, Path("mdp")).splitlines()
+    assert len(lines) == 5
+    assert {line.count("|") for line in lines[2:]} == {9}
+    assert END not in "\n".join(lines)
+
+
+def cases(**change: Any) -> list[dict[str, Any]]:
+    def work(seconds: float) -> Any:
+        return lambda: time.sleep(seconds)
+
+    case = {"name": "slow", "note": "", "floor": work(0.02), "step": work(0.03)}
+    return [{key: value for key, value in {**case, **change}.items() if value is not None}]
+
+
+@pytest.mark.parametrize(
+    ("change", "overhead"),
+    [
+        ({}, 50.0),
+        ({"step": None, "method": lambda: time.sleep(0.01)}, 50.0),
+        ({"floor_scale": 1.2}, 25.0),
+    ],
+)
+def test_overhead_is_the_share_of_the_floor(change: dict[str, Any], overhead: float) -> None:
+    (case,) = cases(**change)
+    row = bench.measure(case, torch.device("cpu"), repeats=7, budget=2.0)
+    assert float(row["overhead %"]) == pytest.approx(overhead, abs=12)
+    assert row["x release"] == "-"
+
+
+def test_ratio_to_the_release() -> None:
+    (case,) = cases(release=lambda: time.sleep(0.06))
+    row = bench.measure(case, torch.device("cpu"), repeats=5, budget=2.0)
+    assert float(row["x release"]) == pytest.approx(0.5, abs=0.12)
+
+
+def test_peak_memory_of_a_call() -> None:
+    peak = bench.peak_mib(lambda: torch.ones(64 * 2**18).sum(), torch.device("cpu"))
+    assert peak != peak or 55 <= peak <= 90  # 64 MiB; not a number where the system does not tell
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"floor": None}, "missing keys"),
+        ({"step": None}, "either step"),
+        ({"method": print}, "either step"),
+        ({"step": 3}, "wrong kind"),
+        ({"speed": 1}, "unknown keys"),
+    ],
+)
+def test_bad_bench_cases_are_named(change: dict[str, Any], expected: str) -> None:
+    (case,) = cases(**change)
+    with pytest.raises(UserError, match=expected):
+        bench.validate(case)
+
+
+def test_bench_of_an_unknown_folder() -> None:
+    with pytest.raises(UserError, match="nosuch: no such folder"):
+        bench.main(["nosuch", "--device", "cpu"])
