@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         # Query view: mix at full resolution, then embed every pixel.
         mixed = apply_plan(q, q_label, draw_plan(dataset, args.mix, args.mix_prob, args.mix_beta, draws))
         ready = args.objective != "contrast" or args.bank_type == "none" or int(bank.proto_valid.sum()) >= 2
-        loss, watched = torch.zeros(()), {}
+        loss, watched = torch.zeros((), device=run.device), {}
         if ready:
             with run.autocast():
                 out = query(mixed.x)  # [B, D, h, w], or logits [B, C, h, w] of a control
@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
 
         if regions is not None:
             bank.enqueue(distributed.gather(regions[0]), distributed.gather(regions[1]))
-        run.log(loss, lr=lr, **watched)
+        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
         if ready and run.due(args.image_every):
             run.image("views/query_label_nearest_prototype", batch_picture(mixed.x, mixed.y_a, v.detach(), bank, union))
 

@@ -14,7 +14,7 @@ from shared_utils import UserError
 
 
 def save(path: str | os.PathLike, obj: Any) -> None:
-    """Write `obj` atomically: temporary file in the same folder, flush, fsync, replace. The old file survives a failure."""
+    """Write `obj` atomically (temporary file beside it, flush, fsync, replace); a failure leaves the old file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,5 +1,6 @@
 """One code path for one process and for N (torchrun): start, gather, reduce, and batch norm over several processes."""
 
+import atexit
 import os
 
 import torch
@@ -19,7 +20,14 @@ def init(device: str = "auto") -> torch.device:
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        atexit.register(_leave)
     return chosen
+
+
+def _leave() -> None:
+    """At exit: processes that leave one after another without a word make gloo abort the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def world() -> int:

@@ -75,7 +75,9 @@ def add_run_flags(parser: argparse.ArgumentParser, output_dir: str) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     group.add_argument("--amp", choices=["auto", "none", "bf16"], default="auto", help="auto: bf16 on GPUs, else none")
     group.add_argument("--workers", type=int, default=2, help="data loading processes per process")
-    group.add_argument("--threads", type=int, default=0, help="threads of the training process; 0: cores - workers on a CPU")
+    group.add_argument(
+        "--threads", type=int, default=0, help="threads of the training process; 0: cores - workers on a CPU"
+    )
     group.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl and tensorboard")
     group.add_argument(
         "--save-every", type=int, default=0, help="steps between checkpoints beside the one of each epoch"
@@ -162,7 +164,9 @@ class Run:
         self.rank, self.world = distributed.rank(), distributed.world()
         if args.amp == "auto":
             args.amp = "bf16" if self.device.type == "cuda" else "none"
-        if args.threads or self.device.type == "cpu":  # threads that compete with the workers cost far more than they add
+        if (
+            args.threads or self.device.type == "cpu"
+        ):  # threads that compete with the workers cost far more than they add
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
             local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
             torch.set_num_threads(args.threads or max(1, cores // local - args.workers))

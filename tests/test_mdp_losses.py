@@ -93,10 +93,15 @@ def test_gradient_equals_autograd_whatever_the_chunk(chunk, monkeypatch):
     s = (v @ bank.proto.T / TAU).masked_fill(~bank.proto_valid, -torch.inf)
     logp = s.log_softmax(1)
     w = [torch.where((y >= 0) & bank.proto_valid[y.clamp(min=0)], f, 0.0) for y, f in ((y_a, lam), (y_b, 1 - lam))]
-    plain = -sum(x * logp.gather(1, y.clamp(min=0)[:, None])[:, 0].nan_to_num(neginf=0) for x, y in zip(w, (y_a, y_b), strict=True))
+    plain = -sum(
+        x * logp.gather(1, y.clamp(min=0)[:, None])[:, 0].nan_to_num(neginf=0)
+        for x, y in zip(w, (y_a, y_b), strict=True)
+    )
     blocked = s.detach().clone()
     for y in (y_a, y_b):
-        blocked[torch.arange(len(v)), y.clamp(min=0)] = torch.where(y >= 0, -torch.inf, blocked[torch.arange(len(v)), y.clamp(min=0)])
+        blocked[torch.arange(len(v)), y.clamp(min=0)] = torch.where(
+            y >= 0, -torch.inf, blocked[torch.arange(len(v)), y.clamp(min=0)]
+        )
     top, index = blocked.topk(2, dim=1)
     pull = -(w[0] + w[1]) * (top.softmax(1) * logp.gather(1, index)).sum(1)
     (plain + 0.3 * pull).sum().backward()
@@ -126,7 +131,9 @@ def test_orthonormal_prototypes():  # property 3
     bank.proto.copy_(torch.eye(6))
     y = torch.arange(6)
     expected = math.log(1 + 5 * math.exp(-1 / TAU))
-    torch.testing.assert_close(unmixed(bank.proto.clone(), y, bank).p2c, torch.full((6,), expected, dtype=torch.float64))
+    torch.testing.assert_close(
+        unmixed(bank.proto.clone(), y, bank).p2c, torch.full((6,), expected, dtype=torch.float64)
+    )
 
 
 def test_never_seen_classes_change_neither_loss_nor_gradient():  # property 4
@@ -258,7 +265,10 @@ def test_classifier_controls():
     union = losses.classifier_ce(logits, y, groups, dataset, False)
     heads = losses.classifier_ce(logits, y, groups, dataset, True)
     torch.testing.assert_close(mean(union), F.cross_entropy(logits, y, ignore_index=-1))
-    own = [F.cross_entropy(logits[:1, :2], y[:1], ignore_index=-1), F.cross_entropy(logits[1:, 2:], y[1:] - 2, ignore_index=-3)]
+    own = [
+        F.cross_entropy(logits[:1, :2], y[:1], ignore_index=-1),
+        F.cross_entropy(logits[1:, 2:], y[1:] - 2, ignore_index=-3),
+    ]
     torch.testing.assert_close(mean(heads), (own[0] * 3 + own[1] * 3) / 6)
 
 

@@ -106,7 +106,9 @@ def test_ema_update():
 
 
 def test_a_batch_that_does_not_divide_the_ring_is_refused_with_a_cure():
-    with pytest.raises(UserError, match=r"--bank-size 100 does not divide by the global batch of 64; take --bank-size 128"):
+    with pytest.raises(
+        UserError, match=r"--bank-size 100 does not divide by the global batch of 64; take --bank-size 128"
+    ):
         PrototypeBank(2, 2, size=100).check_batch(64)
     PrototypeBank(2, 2, size=10560).check_batch(64)
 

@@ -1,0 +1,135 @@
+"""Folders, lists, keyed randomness and the resumable sampler."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shared_utils import UserError
+from shared_utils.data import (
+    EpochSampler,
+    Keyed,
+    flat_folder,
+    image_folder,
+    list_file,
+    list_images,
+    load_image,
+    sample_rng,
+)
+
+
+def write(path, colour=(255, 0, 0), size=(5, 4)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def test_image_folder_numbers_classes_alphabetically(tmp_path):
+    for name in ("b/2.png", "a/1.jpg", "a/sub/3.png"):
+        write(tmp_path / name)
+    data = image_folder(tmp_path, transform=lambda image: image.size)
+    assert data.classes == ["a", "b"] and [y for _, y in data.samples] == [0, 0, 1]
+    assert data[2] == ((5, 4), 1, 2)
+    assert [y for _, y in flat_folder(tmp_path).samples] == [-1] * 3
+
+
+def test_bad_folders_are_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        image_folder(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no class folder; expected"):
+        image_folder(tmp_path)
+    (tmp_path / "empty_class").mkdir()
+    with pytest.raises(UserError, match="empty_class: no image"):
+        image_folder(tmp_path)
+    write(tmp_path / ".hidden.png")
+    with pytest.raises(UserError, match="no image"):
+        list_images(tmp_path)
+
+
+def test_list_files_in_both_forms(tmp_path):
+    for name in ("a/1.png", "b/2.png"):
+        write(tmp_path / name)
+    subset = tmp_path / "1percent.txt"
+    subset.write_text("b/2.png\n")
+    assert list_file(subset, tmp_path).samples == [(tmp_path / "b/2.png", 1)]
+    subset.write_text("a/1.png 7\nb/2.png 3\n")
+    assert [y for _, y in list_file(subset, tmp_path).samples] == [7, 3]
+    subset.write_text("a/1.png\na/9.png\n")
+    with pytest.raises(UserError, match=r"1percent.txt, line 2: .*a/9.png does not exist"):
+        list_file(subset, tmp_path)
+    subset.write_text("a/1.png x\n")
+    with pytest.raises(UserError, match="line 1: expected"):
+        list_file(subset, tmp_path)
+    subset.write_text("\n")
+    with pytest.raises(UserError, match="the list is empty"):
+        list_file(subset, tmp_path)
+
+
+def test_unreadable_images_are_named(tmp_path):
+    write(tmp_path / "ok.png", size=(60, 60))
+    whole = (tmp_path / "ok.png").read_bytes()
+    (tmp_path / "zero.png").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("not an image")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8)).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:900])
+    assert load_image(tmp_path / "ok.png").size == (60, 60) and len(whole) > 0
+    for name in ("zero.png", "text.jpg", "cut.jpg"):
+        with pytest.raises(UserError, match=f"{name}: not a readable image") as error:
+            load_image(tmp_path / name)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="none.png: no such file"):
+        load_image(tmp_path / "none.png")
+
+
+class Noise(torch.utils.data.Dataset):
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return index, random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_randomness_depends_on_seed_epoch_and_index_alone():
+    def draw(workers, seed=3, epoch=1):
+        sampler = EpochSampler(12, 4, 0, shuffle=False).at(epoch)
+        loader = torch.utils.data.DataLoader(Keyed(Noise(), seed), batch_sampler=sampler, num_workers=workers)
+        return torch.cat([torch.stack([torch.as_tensor(x).double() for x in batch], 1) for batch in loader])
+
+    assert torch.equal(draw(0), draw(2))
+    for other in (draw(0, seed=4), draw(0, epoch=2)):
+        assert (draw(0)[:, 1:] != other[:, 1:]).all()
+    assert len(draw(0)[:, 1:].unique()) == 36  # three generators, twelve samples, no two alike
+
+
+def test_sample_rng_restores_the_global_generators():
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    with sample_rng(1, 2, 3):
+        inside = random.random(), np.random.rand(), torch.rand(1).item()
+    after = random.random(), np.random.rand(), torch.rand(1).item()
+    torch.manual_seed(0), np.random.seed(0), random.seed(0)
+    assert after == (random.random(), np.random.rand(), torch.rand(1).item()) and inside != after
+
+
+def flatten(sampler):
+    return [key for batch in sampler for key in batch]
+
+
+def test_an_epoch_visits_everything_once_and_starts_anywhere():
+    sampler = EpochSampler(103, 10, seed=5)
+    first = flatten(sampler.at(0))
+    assert len(first) == 100 == len({i for _, i in first}) and all(epoch == 0 for epoch, _ in first)
+    assert flatten(sampler.at(0, 7)) == first[70:] and len(sampler) == 3 and sampler.steps_per_epoch == 10
+    assert [i for _, i in flatten(sampler.at(1))] != [i for _, i in first]
+    assert flatten(EpochSampler(103, 10, seed=6)) != first
+
+
+def test_processes_share_the_global_batch():
+    one = list(EpochSampler(64, 8, seed=1).at(2))
+    parts = [list(EpochSampler(64, 4, seed=1, rank=r, world=2).at(2)) for r in (0, 1)]
+    assert [a + b for a, b in zip(*parts, strict=True)] == one
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(UserError, match="a global batch of 16 needs as many samples, the data has 10"):
+        EpochSampler(10, 8, 0, world=2)

@@ -1,0 +1,95 @@
+"""Two gloo processes against one: batch norm, gathers, shuffle; and the split batch norm."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from shared_utils import distributed
+from shared_utils.distributed import SplitBatchNorm, convert_norm
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TWO = """
+import torch
+from torch import nn
+from shared_utils import distributed as d
+torch.set_num_threads(1)
+d.init("cpu")
+r = d.rank()
+assert d.world() == 2
+
+# synchronised batch norm: output, gradients and running statistics of one process on the whole batch
+g = torch.Generator().manual_seed(0)
+x, w = torch.randn(6, 3, 4, 4, generator=g, dtype=torch.float64).float(), torch.randn(6, 3, 4, 4, generator=g)
+whole, mine = nn.BatchNorm2d(3), d.convert_norm(nn.Sequential(nn.BatchNorm2d(3)), "sync")
+for p in (whole, mine[0]):
+    with torch.no_grad():
+        p.weight.copy_(torch.tensor([1.0, 2.0, -1.0])), p.bias.copy_(torch.tensor([0.1, 0.0, 3.0]))
+a, b = x.clone().requires_grad_(), x[3 * r : 3 * r + 3].clone().requires_grad_()
+ya, yb = whole(a), mine(b)
+(ya * w).sum().backward(), (yb * w[3 * r : 3 * r + 3]).sum().backward()
+close = dict(rtol=1e-4, atol=1e-5)
+torch.testing.assert_close(yb, ya[3 * r : 3 * r + 3], **close)
+torch.testing.assert_close(b.grad, a.grad[3 * r : 3 * r + 3], **close)
+torch.testing.assert_close(d.all_sum(mine[0].weight.grad), whole.weight.grad, **close)
+torch.testing.assert_close(mine[0].running_mean, whole.running_mean, **close)
+torch.testing.assert_close(mine[0].running_var, whole.running_var, **close)
+assert int(mine[0].num_batches_tracked) == 1
+mine.eval(), whole.eval()
+torch.testing.assert_close(mine(b), whole(a)[3 * r : 3 * r + 3], **close)
+
+# gathers
+assert d.gather(torch.tensor([r, 10 + r])).tolist() == [0, 10, 1, 11]
+z = torch.tensor([1.0 + r], requires_grad=True)
+(d.gather_with_grad(z) * torch.tensor([2.0, 3.0])).sum().backward()
+assert z.grad.item() == [4.0, 6.0][r]  # the sum of both processes' gradients
+
+# shuffle and its inverse
+x = torch.arange(8.0)[4 * r : 4 * r + 4]
+shuffled, order = d.shuffle(x, torch.Generator().manual_seed(1))
+assert sorted(d.gather(shuffled).tolist()) == list(range(8)) and not torch.equal(shuffled, x)
+assert torch.equal(d.unshuffle(shuffled * 10, order), x * 10)
+print("fine", r)
+"""
+
+
+def test_two_processes(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "fine 0" in done.stdout and "fine 1" in done.stdout
+
+
+def test_split_batch_norm_is_batch_norm_on_each_share():
+    x = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    split, plain = SplitBatchNorm(3, 4), [nn.BatchNorm2d(3) for _ in range(4)]
+    expected = torch.cat([bn(part) for bn, part in zip(plain, x.chunk(4), strict=True)])
+    torch.testing.assert_close(split(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(split.running_var, torch.stack([bn.running_var for bn in plain]).mean(0))
+    with pytest.raises(ValueError, match="a batch of 6 does not divide into 4"):
+        split(x[:6])
+    split.eval()
+    assert split(x[:6]).shape == (6, 3, 4, 4)
+
+
+def test_convert_norm_keeps_keys_and_values():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4, eps=1e-3)))
+    before = net.state_dict()
+    for kind, cls in (("sync", distributed.SyncBatchNorm), ("local", nn.BatchNorm2d)):
+        new = convert_norm(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4, eps=1e-3))), kind)
+        assert new.state_dict().keys() == before.keys() and type(new[1][0]) is cls and new[1][0].eps == 1e-3
+
+
+def test_one_process_is_a_passthrough():
+    x = torch.ones(3, requires_grad=True)
+    assert distributed.gather(x) is x and distributed.gather_with_grad(x) is x and distributed.all_sum(x) is x
+    shuffled, order = distributed.shuffle(x.detach() * torch.arange(3), torch.Generator().manual_seed(0))
+    assert torch.equal(distributed.unshuffle(shuffled, order), torch.arange(3.0))
