@@ -57,7 +57,7 @@ test_dataloader = dict(
 model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(depth=18, base_channels=16, stem_channels=16),
-    decode_head=dict(in_channels=128, channels=64, dilations=(1, 4, 8, 12), num_classes=11),
+    decode_head=dict(in_channels=128, channels=64, dilations=(1, 3, 6), num_classes=11),
 )
 param_scheduler = [dict(type="PolyLR", eta_min=1e-4, power=0.9, begin=0, end=300, by_epoch=False)]
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=300, val_interval=30)
