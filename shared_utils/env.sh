@@ -75,7 +75,7 @@ _env_install() {
     _env_say "making a virtual environment in $venv with $base"
     "$base" -I -m venv --clear "$venv" >&2 || { _env_fail "$base -m venv $venv failed (see above)" || return 2; }
   fi
-  _env_say "installing the requirements into $venv: about 5.3 GB, 1-3 minutes with a fast network, once"
+  _env_say "installing the requirements into $venv: about 6.3 GB, 1-3 minutes with a fast network, once"
   started=$SECONDS
   echo installing >"$venv/.state" || return 2
   "$venv/bin/python" -I -m pip install --disable-pip-version-check --no-warn-script-location --prefer-binary "${files[@]}" >&2 ||
