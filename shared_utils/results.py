@@ -230,7 +230,8 @@ def main(argv: list[str] | None = None) -> int:
         all_rows[folder.name], problems = read(folder)
         wrong += problems
         bodies[folder / "README.md"] = render_paper(all_rows[folder.name], folder)
-    bodies[root / "README.md"] = render_front(all_rows)
+    if (root / "README.md").is_file():  # absent where one folder was copied out
+        bodies[root / "README.md"] = render_front(all_rows)
     if wrong:
         print("\n".join(f"error: {line}" for line in wrong), file=sys.stderr)
         return 1 if args.check else 2

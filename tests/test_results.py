@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from shared_utils import UserError, results
 from shared_utils.results import BEGIN, COLUMNS, END
 
+ROOT = Path(__file__).resolve().parent.parent
 bench: Any = importlib.import_module("tests.bench")
 
 MEASURED = {
@@ -60,6 +61,7 @@ def make(root: Path, *rows: dict[str, str], columns: list[str] = COLUMNS) -> Pat
 
 
 def test_this_tree_is_fresh(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (ROOT / "README.md").is_file()
     assert results.main(["--check"]) == 0, capsys.readouterr()
 
 
@@ -138,6 +140,16 @@ def test_invalid_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     root = make(tmp_path / "markers", MEASURED)
     (root / "mdp" / "README.md").write_text(f"{END}\n{BEGIN}\n")
     with pytest.raises(UserError, match=r"mdp/README\.md: needs one line"):
+        results.main(["--root", str(root)])
+
+
+def test_a_folder_copied_out_renders_alone(tmp_path: Path) -> None:
+    root = make(tmp_path, MEASURED)
+    (root / "README.md").unlink()
+    assert results.main(["--root", str(root)]) == 0
+    assert "40.5 ± 0.4" in (root / "mdp" / "README.md").read_text() and not (root / "README.md").exists()
+    (root / "mdp" / "README.md").unlink()
+    with pytest.raises(UserError, match=r"mdp/README\.md: missing"):
         results.main(["--root", str(root)])
 
 
