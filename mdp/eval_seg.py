@@ -78,8 +78,11 @@ def scores(matrix: Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
 
 def show(title: str, result: Mapping[str, Any]) -> None:
     print(f"{title}: mIoU {result['mIoU']:.2f}, aAcc {result['aAcc']:.2f}, mAcc {result['mAcc']:.2f}")
-    for name, value in result["per_class"].items():
-        print(f"  {name:24}{'-' if value is None else format(value, '.2f'):>7}")
+    seen = {name: value for name, value in result["per_class"].items() if value is not None}
+    for name, value in seen.items():
+        print(f"  {name:24}{value:7.2f}")
+    if len(seen) < len(result["per_class"]):
+        print(f"  ({len(result['per_class']) - len(seen)} classes in neither label nor prediction)")
 
 
 # ------------------------------------------------------------------------------------------- protocol: fine-tuned run

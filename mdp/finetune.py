@@ -45,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
         "--checkpoint", default="none", help="MDP checkpoint or export; none; imagenet:PATH; imagenet:torchvision"
     )
     p.add_argument("--branch", choices=["q", "k"], default="q", help="encoder taken from an MDP checkpoint")
-    p.add_argument("--compare", choices=["scratch"], help="afterwards repeat without the checkpoint, print both")
+    p.add_argument(
+        "--compare", choices=["none", "scratch"], default="none", help="afterwards repeat without the checkpoint"
+    )
     p.add_argument("--data-root", type=Path, default=Path(os.environ.get("DATA_ROOT", "data")))
     p.add_argument("--output-dir", type=Path, help="default $RUNS/mdp/finetune/CONFIG/TAG")
     p.add_argument("--tag", help="name of the run; default: the checkpoint's folder (or scratch, imagenet) and seed")
@@ -300,7 +302,7 @@ def claim(out: Path, flags: dict[str, Any], overwrite: bool, main_process: bool)
 def compare(args: argparse.Namespace, implied: dict[str, Any], pretrained: dict[str, Any]) -> None:
     """Repeat from scratch with the same network, seed and schedule, and print both."""
     twin = argparse.Namespace(**vars(args))
-    twin.checkpoint, twin.compare = "none", None
+    twin.checkpoint, twin.compare = "none", "none"
     for key, value in implied.items():
         setattr(twin, key, int_list(value) if key == "dilations" else value)
     twin.tag = f"{args.tag}-scratch" if args.tag else None
@@ -321,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     find_config(args.config)
     state, implied = read_checkpoint(args.checkpoint, args.branch)
     result = run(args, implied, state)
-    if args.compare:
+    if args.compare == "scratch" and args.checkpoint != "none":
         compare(args, implied, result)
     return 0
 

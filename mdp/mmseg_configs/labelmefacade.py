@@ -2,7 +2,7 @@
 # A narrow ResNet-18 on two CPU cores; the flags of mdp.finetune scale it up.
 _base_ = ["./_deeplabv3.py"]
 
-crop_size = (128, 128)
+crop_size = (96, 96)
 scale = (1024, 180)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
