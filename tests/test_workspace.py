@@ -289,6 +289,7 @@ def script_problems(script: Path, tmp: Path) -> list[str]:
         wrong.append("does not source shared_utils/env.sh")
     if re.search(r'(?<!")\$[@*](?!")', text):
         wrong.append("has $@ without quotes, or $*")
+    drives = re.search(r"^\s*bash \S+/run_\w+\.sh", text, re.M) is not None
     code, said, calls = run_script(script, "nosuchtier", tmp=tmp / "tier")
     if code != 2 or calls or len(said.strip().splitlines()) != 1:
         wrong.append(f"unknown tier: exit {code}, {len(calls)} calls, stderr {said!r}; must be 2, none, one line")
@@ -297,10 +298,17 @@ def script_problems(script: Path, tmp: Path) -> list[str]:
         extra = ["--flag", "two words", "--last"]
         # without a tier, flags may follow directly
         code, said, calls = run_script(script, *words, *extra, tmp=tmp / name, DATA_ROOT=str(tmp), GPUS="1")
-        if code or not any(call[-3:] == extra for call in calls):
+        # a script that runs other run scripts adds what tells its arms apart after the extra flags
+        last = [call[-3:] == extra or (drives and "\0".join(extra) in "\0".join(call)) for call in calls]
+        if code or not any(last):
             wrong.append(f"{name}: exit {code}, extra flags do not come last in {calls}; {said[-300:]}")
         if words and not re.search(rf"^\s*(\w+\|)*{name}(\|\w+)*\)", text, re.M):
             wrong.append(f"{name}: has no card")
+    if "GPUS" in text:
+        calls = run_script(script, "paper", tmp=tmp / "gpus", DATA_ROOT=str(tmp), GPUS="3")[2]
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", "3", "-m"]
+        if not any(call[:5] == launch for call in calls):
+            wrong.append(f"GPUS=3 does not start three processes: {calls}")
     return wrong
 
 
@@ -327,7 +335,9 @@ case $tier in
   small) flags=(--epochs 2) ;;
   paper) flags=(--epochs 3) ;;
 esac
-"$PYTHON" -m mdp.main "${flags[@]}" "$@"
+launch=("$PYTHON")
+if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
+"${launch[@]}" -m mdp.main "${flags[@]}" "$@"
 """
 
 
@@ -335,7 +345,7 @@ esac
     ("old", "new", "expected"),
     [
         ("", "", None),
-        ('esac\n"$P', 'if\n"$P', "valid bash"),
+        ("esac\nlaunch", "if\nlaunch", "valid bash"),
         ("set -euo pipefail", "set -e", "set -euo"),
         ("source shared_utils/env.sh", ". shared_utils/env.sh", "does not source"),
         ('"$@"', "$@", "without quotes"),
@@ -343,6 +353,7 @@ esac
         ("exit 2", "tier=mini; shift", "unknown tier: exit 0"),
         ('"${flags[@]}" "$@"', '"$@" "${flags[@]}"', "do not come last"),
         ("mini | small | paper)", "mini | small)", "paper: exit 2"),
+        ("torch.distributed.run", "torch.distributed.launch", "GPUS=3 does not"),
         ("  paper) flags=(--epochs 3) ;;\n", "  *) flags=() ;;\n", "paper: has no card"),
     ],
 )
