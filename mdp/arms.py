@@ -33,6 +33,16 @@ SETS = {
 }
 
 
+# Comparisons beside the one of every arm with no pretraining.
+CONTRASTS = [("multi", "p2p"), ("multi", "single"), ("multi", "multihead"), ("mix", "multi"), ("csc", "mix")]
+STATUS = {
+    "above": "effect shown at small scale",
+    "no difference": "no effect at small scale",
+    "one seed each, no verdict": "no effect at small scale",
+    "below": "contradicted",
+}
+
+
 def collect(root: Path) -> dict[str, dict[str, dict[int, dict]]]:
     """{config: {arm: {seed: result.json}}} of everything below `root`. UserError when there is nothing."""
     found: dict[str, dict[str, dict[int, dict]]] = {}
@@ -59,11 +69,14 @@ def spread(x: list[float]) -> float:
 
 
 def verdict(ours: list[float], baseline: list[float]) -> str:
-    """The acceptance rule: the means differ by more than the pooled standard deviation (at least two seeds each)."""
-    if min(len(ours), len(baseline)) < 2:
-        return "one seed, no verdict"
-    pooled = math.sqrt((statistics.variance(ours) + statistics.variance(baseline)) / 2)
-    gap = statistics.mean(ours) - statistics.mean(baseline)
+    """The acceptance rule: do the means differ by more than the pooled standard deviation of the seeds?
+
+    An arm of one seed is held against the spread of the other; of two arms of one seed each nothing can be said.
+    """
+    variances = [statistics.variance(x) for x in (ours, baseline) if len(x) > 1]
+    if not variances:
+        return "one seed each, no verdict"
+    gap, pooled = statistics.mean(ours) - statistics.mean(baseline), math.sqrt(statistics.mean(variances))
     return "above" if gap > pooled else "below" if gap < -pooled else "no difference"
 
 
@@ -102,22 +115,21 @@ def record(found: dict[str, dict[str, dict[int, dict]]], root: Path, results: Pa
     (HERE / "logs").mkdir(exist_ok=True)
     written = 0
     for config, arms in found.items():
-        for arm in sorted(arms, key=list(ARMS).index):
-            runs = arms[arm]
+        for arm, runs in arms.items():
             log = HERE / "logs" / f"{config}-{arm}.json"
             log.write_text(json.dumps(compact(runs, root / arm), separators=(",", ":")) + "\n")
+        pairs = [(arm, "scratch") for arm in ARMS if arm != "scratch"] + CONTRASTS
+        for arm, against in ((a, b) for a, b in pairs if a in arms and b in arms):
+            runs = arms[arm]
             facts = json.loads((next(iter(runs.values()))["folder"] / "config.json").read_text())
-            minutes = sum(run["seconds"] for run in runs.values()) / 60 / len(runs)
-            if arm != "scratch":
-                saved = checkpoint.load(root / arm / f"seed{min(runs)}" / "checkpoint.pth")
-                minutes += saved["progress"]["seconds"] / 60
+            saved = checkpoint.load(root / arm / f"seed{min(runs)}" / "checkpoint.pth")
+            minutes = saved["progress"]["seconds"] / 60 + statistics.mean(run["seconds"] for run in runs.values()) / 60
             for when in ("early", "final"):
-                ours, base = values(runs, when), values(arms["scratch"], when)
-                compared = verdict(ours, base)
+                ours, base = values(runs, when), values(arms[against], when)
                 row = dict.fromkeys(columns, "") | {
-                    "id": f"small-{config}-{arm}-{when}",
-                    "table": "Small tier, measured here",
-                    "experiment": f"{ARMS[arm]}",
+                    "id": f"small-{config}-{arm}-vs-{against}-{when}",
+                    "table": f"Small tier, measured here: {SETS[config]}",
+                    "experiment": f"{ARMS[arm]}; baseline: {ARMS[against]}",
                     "dataset": SETS[config],
                     "metric": "mIoU at 10% of the schedule" if when == "early" else "mIoU at the end",
                     "tier": "small",
@@ -126,13 +138,14 @@ def record(found: dict[str, dict[str, dict[int, dict]]], root: Path, results: Pa
                     "n_seeds": len(ours),
                     "baseline_mean": f"{statistics.mean(base):.2f}",
                     "baseline_std": "" if len(base) < 2 else f"{spread(base):.2f}",
-                    "status": "effect shown at small scale" if compared == "above" else "no effect at small scale",
-                    "command": f"ARMS={arm} SEEDS='{' '.join(map(str, sorted(runs)))}' bash mdp/run_arms.sh small",
+                    "status": STATUS[verdict(ours, base)],
+                    "command": f"ARMS='{against} {arm}' SEEDS='{' '.join(map(str, sorted(runs)))}' "
+                    "bash mdp/run_arms.sh small",
                     "commit": facts["git_commit"],
                     "hardware": facts["hardware"],
                     "minutes": f"{minutes:.1f}",
                     "date": facts["date"],
-                    "log": f"logs/{log.name}",
+                    "log": f"logs/{config}-{arm}.json; logs/{config}-{against}.json",
                 }
                 rows.append({k: str(v) for k, v in row.items()})
                 written += 1
