@@ -28,7 +28,7 @@ from torch import Tensor
 from mdp.datasets import open_set
 from mdp.export_mmseg import load_pretrained
 from mdp.models import ARCHS, HEADS
-from shared_utils import UserError, checkpoint
+from shared_utils import UserError, checkpoint, distributed
 from shared_utils.run import RUNTIME_FLAGS, cli, plain, provenance, runs_root
 
 CONFIGS = Path(__file__).parent / "mmseg_configs"
@@ -219,9 +219,12 @@ def run(args: argparse.Namespace, implied: dict[str, Any], state: dict[str, Tens
     tag = args.tag or default_tag(args.checkpoint, args.seed)
     out = args.output_dir or runs_root() / "mdp" / "finetune" / Path(args.config).stem / tag
     counts = check_data(cfg, args.data_root)
-    main_process = int(os.environ.get("RANK", 0)) == 0
-    flags = {**plain(args), "model": json.loads(json.dumps(cfg.model)), "world": int(os.environ.get("WORLD_SIZE", 1))}
-    resume = claim(out, flags, args.overwrite, main_process)
+    main_process = distributed.rank() == 0
+    flags = {**plain(args), "model": json.loads(json.dumps(cfg.model)), "world": distributed.world()}
+    if main_process:
+        claim(out, flags, args.overwrite)
+    distributed.barrier()  # nobody looks before the folder is claimed
+    resume = (out / "mmengine" / "last_checkpoint").is_file()
     if (out / "result.json").is_file():
         if main_process:
             print(f"{out}: complete already; --overwrite does it again")
@@ -255,12 +258,9 @@ def run(args: argparse.Namespace, implied: dict[str, Any], state: dict[str, Tens
     recorder = engine.Recorder(out, args.seed, set(cfg.due), args.log_every)
     engine.train(runner, recorder, resume)
     spent = time.time() - started
-    result = (
-        {"early": recorder.records[0], "final": recorder.records[-1], "seconds": round(spent, 1)}
-        if main_process
-        else {}
-    )
+    result: dict[str, Any] = {}
     if main_process:
+        result = {"early": recorder.records[0], "final": recorder.records[-1], "seconds": round(spent, 1)}
         weights = {k: v.cpu().contiguous() for k, v in engine.network(runner).state_dict().items()}
         checkpoint.save(out / "model.pth", {"state_dict": weights, "args": flags})
         (out / "result.json").write_text(json.dumps(result, indent=1))
@@ -280,23 +280,21 @@ def import_engine() -> Any:
     return mmseg_engine
 
 
-def claim(out: Path, flags: dict[str, Any], overwrite: bool, main_process: bool) -> bool:
-    """Write ``config.json``; True when a run with the same flags can go on. UserError when its flags differ."""
+def claim(out: Path, flags: dict[str, Any], overwrite: bool) -> None:
+    """Write ``config.json``. UserError when the folder holds a run with other flags."""
     path = out / "config.json"
-    if overwrite and main_process:
+    if overwrite:
         shutil.rmtree(out, ignore_errors=True)
-    if path.is_file() and not overwrite:
+    if path.is_file():
         stored = json.loads(path.read_text())["flags"]
         skip = RUNTIME_FLAGS | {"tag", "compare"}
         changed = sorted(k for k in flags if k not in skip and flags[k] != stored.get(k))
         if changed:
             names = ", ".join(f"{k} was {stored.get(k)}" for k in changed if k != "model") or "the model differs"
             raise UserError(f"{out}: holds a run with other flags ({names}); --overwrite, --tag or --output-dir")
-        return (out / "mmengine" / "last_checkpoint").is_file()
-    if main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"flags": flags, **provenance()}, indent=1))
-    return False
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"flags": flags, **provenance()}, indent=1))
 
 
 def compare(args: argparse.Namespace, implied: dict[str, Any], pretrained: dict[str, Any]) -> None:
@@ -321,6 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.iters is not None and args.iters < 1:
         raise UserError(f"--iters {args.iters}: give 1 or more")
     find_config(args.config)
+    distributed.init()
     state, implied = read_checkpoint(args.checkpoint, args.branch)
     result = run(args, implied, state)
     if args.compare == "scratch" and args.checkpoint != "none":

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import mdp.mmseg_datasets  # noqa: F401  (registers the folder's datasets)
 from mdp.eval_seg import panels
-from shared_utils import UserError
+from shared_utils import UserError, distributed
 from shared_utils.data import Keyed, load_image
 from shared_utils.run import Diverged
 
@@ -63,7 +63,7 @@ class KeyedSampler(Sampler):
 
     def __init__(self, dataset: Dataset, seed: int = 0) -> None:
         self.size, self.seed, self.first = len(dataset), seed, 0  # type: ignore[arg-type]
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = distributed.rank(), distributed.world()
 
     def skip(self, num_samples: int) -> None:
         """Start after the first ``num_samples`` of this process (mmengine calls it on a resume)."""
@@ -121,7 +121,7 @@ class Recorder(Hook):
         self.records: list[dict[str, Any]] = []
         self.signal = 0
         self.pictures: list[tuple[str, np.ndarray]] = []
-        self.main = int(os.environ.get("RANK", 0)) == 0
+        self.main = distributed.rank() == 0
         self.writer = SummaryWriter(str(out)) if self.main else None
         self.bar: Any = None
         self.mark, self.wait, self.lr = time.time(), 0.0, 0.0
@@ -215,9 +215,8 @@ class Recorder(Hook):
 
 def prepare(cfg: Config, out: Path, seed: int, workers: int) -> Config:
     """Settings of every run here, for training and evaluation: keyed data, own log, no network, no noise."""
-    distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    cfg.launcher = "pytorch" if distributed else "none"
+    world = distributed.world()
+    cfg.launcher = "pytorch" if world > 1 else "none"
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
         loader = cfg[name]
         loader.num_workers, loader.persistent_workers = workers, workers > 0
@@ -229,11 +228,11 @@ def prepare(cfg: Config, out: Path, seed: int, workers: int) -> Config:
     if cfg.train_dataloader.batch_size % world:
         raise UserError(f"--batch-size {cfg.train_dataloader.batch_size} is not a multiple of {world} processes")
     cfg.train_dataloader.batch_size //= world
-    if distributed and torch.cuda.is_available():
+    if world > 1 and torch.cuda.is_available():
         for part in (cfg.model.backbone, cfg.model.decode_head):
             part.norm_cfg = dict(type="SyncBN", requires_grad=True)
-    if not torch.cuda.is_available():
-        cfg.env_cfg.dist_cfg = dict(backend="gloo")
+    if world > 1 and not torch.cuda.is_available():  # mmengine's default wrapper names a GPU
+        cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
     cfg.val_evaluator.type = cfg.test_evaluator.type = "ClassIoU"
     cfg.default_hooks.logger = None  # the Recorder logs
     cfg.visualizer = dict(type="Visualizer", vis_backends=[])
@@ -256,7 +255,8 @@ def build_runner(cfg: Config) -> Runner:
     quiet()
     runner = Runner.from_cfg(cfg)
     network(runner).init_weights()
-    runner.model.to(memory_format=torch.channels_last)
+    if distributed.world() == 1:  # DDP has fixed the layout of its gradients already
+        runner.model.to(memory_format=torch.channels_last)
     return runner
 
 
