@@ -303,7 +303,7 @@ def compare(args: argparse.Namespace, implied: dict[str, Any], pretrained: dict[
     twin.checkpoint, twin.compare = "none", "none"
     for key, value in implied.items():
         setattr(twin, key, int_list(value) if key == "dilations" else value)
-    twin.tag = f"{args.tag}-scratch" if args.tag else None
+    twin.tag = f"{args.tag or default_tag(args.checkpoint, args.seed)}-scratch"
     twin.output_dir = args.output_dir.with_name(args.output_dir.name + "-scratch") if args.output_dir else None
     scratch = run(twin, {}, None)
     if pretrained and scratch:
