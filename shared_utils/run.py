@@ -151,8 +151,8 @@ def _set_rng_state(state: Mapping[str, Any]) -> None:
 
 def _worker_init(_: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the main process decides
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Run:

@@ -167,6 +167,21 @@ def test_killed_between_checkpoints_and_resumed_is_bit_identical(data, whole, tm
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
 
 
+def test_a_signal_to_the_whole_process_group_still_saves(data, whole, tmp_path):
+    """As a batch system sends it: the data workers get it too, and must not take the run down before it has saved."""
+    script = (
+        "import os, signal, sys; from shared_utils.run import Run; from mdp.main_pretrain import main; log = Run.log\n"
+        "def patched(self, *a, **k):\n    log(self, *a, **k)\n    self.step == 6 and os.killpg(0, signal.SIGTERM)\n"
+        "Run.log = patched; main(sys.argv[1:])"
+    )
+    flags = [*SMALL, "--data-root", str(data), "--output-dir", str(tmp_path), *FULL, "--workers", "2"]
+    command = [sys.executable, "-c", script, *flags]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, start_new_session=True).returncode == 143
+    assert checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["step"] == 7
+    train(data, tmp_path, *FULL)
+    assert differing(whole, tmp_path) == []
+
+
 @pytest.mark.parametrize("part", ["rng-free", "bank", "optimizer"])
 def test_a_checkpoint_without_a_part_would_not_be_identical(part, data, whole, tmp_path, monkeypatch):
     """The negative test: lose the bank's pointer or the momentum and the end differs."""
