@@ -28,7 +28,7 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
     cuda = device.type == "cuda"
     few = B if cuda else 2
     bank = PrototypeBank(C, D, M).to(device)
-    model = MDP(Encoder("resnet50", "aspp", D), bank).to(device, memory_format=torch.channels_last)
+    model = MDP(Encoder("resnet50", "aspp", D), bank).to(device).to(memory_format=torch.channels_last)
     x = torch.randn(B, 3, S, S, device=device).contiguous(memory_format=torch.channels_last)
     # Label maps of 8 x 8 px blocks: about ten classes an image, a tenth of the pixels ignored.
     few_classes = torch.randint(0, C, (B, 10), device=device)

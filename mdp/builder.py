@@ -1,6 +1,7 @@
 """Query encoder, momentum key encoder and prototype bank in one module, as the group's MoCo forks arrange them."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,9 @@ from mdp.models import Encoder
 from mdp.prototypes import PrototypeBank
 
 
-def downsample_labels(y: Tensor, size: tuple[int, int]) -> Tensor:
+def downsample_labels(y: Tensor, size: Sequence[int]) -> Tensor:
     """Nearest by pixel centre, [B, H, W] -> [B, h, w]: bilinear would invent classes."""
-    return F.interpolate(y[:, None].float(), size=size, mode="nearest-exact")[:, 0].long()
+    return F.interpolate(y[:, None].float(), size=tuple(size), mode="nearest-exact")[:, 0].long()
 
 
 class MDP(nn.Module):

@@ -1,7 +1,7 @@
 """Pixel losses against constants: class prototypes, bank regions, the pixels of the other view; and the CE controls.
 
-Every contrastive form here is  L_i = w_i * logsumexp_c(v_i . key_c / tau) - v_i . target_i / tau  with constant keys and
-a constant target (a weighted sum of keys), so only the log-sum-exp needs the pixels x keys matrix, and only in chunks.
+Every contrastive form here is  L_i = w_i * logsumexp_c(v_i . key_c / tau) - v_i . target_i / tau  with constant keys
+and a constant target (a weighted sum of keys), so only the log-sum-exp needs the pixels x keys matrix, in chunks.
 
 Symbols: N pixels, D dimension, C classes of all datasets, V valid classes, tau temperature.
 """
@@ -18,7 +18,7 @@ CHUNK = 1 << 24  # logits held at a time
 
 
 class _LogSumExp(torch.autograd.Function):
-    """log sum_c exp(v_i . key_c / tau); the gradient, softmax @ keys / tau, is made in the same pass over the chunks."""
+    """log sum_c exp(v_i . key_c / tau); its gradient, softmax @ keys / tau, is made in the same pass over chunks."""
 
     @staticmethod
     def forward(ctx, v, keys, allowed, tau, dropped):  # type: ignore[no-untyped-def]
@@ -66,7 +66,7 @@ def label_weights(
     """Weights of the two labels of each pixel: lambda and 1 - lambda, zero where ignored or without a prototype.
 
     Args:
-        y_a, y_b: [N] union labels, -1 = none; lam: [N]; usable: [C] bool; mix_ignore: `renorm` scales a lone label to 1.
+        y_a, y_b: [N] union labels, -1 = none; lam: [N]; usable: [C] bool; mix_ignore: `renorm` lifts a lone label to 1.
     """
     w_a = torch.where((y_a >= 0) & usable[y_a.clamp(min=0)], lam, 0.0)
     w_b = torch.where((y_b >= 0) & usable[y_b.clamp(min=0)], 1 - lam, 0.0)

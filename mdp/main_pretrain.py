@@ -34,7 +34,7 @@ def get_parser() -> argparse.ArgumentParser:
     a(
         "--synthetic",
         action="store_true",
-        help="generate the mini data and take it as --data-root (nothing to download)",
+        help="generate the mini data and take it as --data-root, no download",
     )
     a("--voc-background", choices=["class", "ignore"], default="class", help="VOC's background: class 0 or ignored")
     a("--cache-size", type=int, default=0, help="keep images decoded in memory, shorter side at most this; 0: off")
@@ -44,8 +44,8 @@ def get_parser() -> argparse.ArgumentParser:
     a("--base-channels", type=int, default=64, help="width of the first stage (64 in the paper)")
     a("--head-channels", type=int, default=512, help="width of the decode head")
     a("--dilations", type=_ints, default="1,12,24,36", help="dilations of the ASPP branches")
-    a("--norm", choices=["sync", "local", "shuffle"], default="sync", help="batch norm over all processes, each its own, "
-      "or each its own with the key images shuffled over the processes")  # fmt: skip
+    a("--norm", choices=["sync", "local", "shuffle"], default="sync", help="batch norm over all processes, "
+      "each its own, or each its own with the key images shuffled over the processes")  # fmt: skip
     a("--init", default="none", help="none (random), imagenet (torchvision) or a file of backbone weights")
     a("--crop-size", type=int, default=224)
     a("--aug", choices=["moco", "mmseg"], default="moco", help="augmentation of the two views")
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         bank.check_batch(args.batch_size)
     encoder = build_encoder(args, c)
     distributed.convert_norm(encoder, "sync" if args.norm == "sync" and run.world > 1 else "local")
-    model = MDP(encoder, bank, args.moco_m, args.key_encoder).to(run.device, memory_format=torch.channels_last)
+    model = MDP(encoder, bank, args.moco_m, args.key_encoder).to(run.device).to(memory_format=torch.channels_last)
     model.train()
     query: nn.Module = model.encoder_q
     if run.world > 1:
@@ -205,8 +205,8 @@ def main(argv: list[str] | None = None) -> int:
     run.preflight(
         {
             "data": union.describe().replace("\n", "; "),
-            "batch": f"{args.batch_size} = {args.batch_size // run.world} x {run.world}, {steps} steps an epoch, {args.epochs} epochs",
-            "learning rate": f"{args.lr} peak (given for this batch, not rescaled), warm-up {args.warmup_epochs} epochs, cosine to 0",
+            "batch": f"{args.batch_size} = {args.batch_size // run.world} x {run.world}, {steps} steps an epoch",
+            "learning rate": f"{args.lr} peak for this batch, {args.warmup_epochs} epochs of warm-up, cosine to 0",
             "parameters": f"{sum(x.numel() for x in model.encoder_q.parameters()) / 1e6:.2f} M trained",
             "bank": f"{args.bank_type}, {args.bank_size} images = {args.bank_size / len(union):.2f} epochs",
             "expected initial loss": f"log|V| -> at most log {c} = {math.log(c):.2f} once every class was seen",
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         if ready:
             with run.autocast():
                 out = query(mixed.x)  # [B, D, h, w], or logits [B, C, h, w] of a control
-            size = out.shape[-2:]
+            size = out.shape[-2:]  # h, w
             y_a, y_b = downsample_labels(mixed.y_a, size), downsample_labels(mixed.y_b, size)
             v = out.float() if args.objective != "contrast" else F.normalize(out.float(), dim=1)
             pick = torch.arange(size.numel(), device=v.device)

@@ -30,7 +30,7 @@ class Plan(NamedTuple):
 
 
 def draw_partners(dataset: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """For each image a random other image of another dataset; of any dataset when the batch holds one only. [B] -> [B]."""
+    """For each image another image of another dataset; of any when the batch holds one only. [B] -> [B]."""
     b = len(dataset)
     other = dataset[:, None] != dataset[None, :]
     anyone = ~torch.eye(b, dtype=torch.bool, device=dataset.device)
@@ -41,7 +41,7 @@ def draw_partners(dataset: Tensor, generator: torch.Generator | None = None) -> 
 
 
 def draw_plan(dataset: Tensor, mix: str, prob: float, beta: float, generator: torch.Generator | None = None) -> Plan:
-    """Draw partner, kind, lambda ~ Beta(beta, beta) and box corner for each image (CPU generator, then to the device)."""
+    """Draw partner, kind, lambda ~ Beta(beta, beta) and box corner for each image (with a CPU generator)."""
     b, device = len(dataset), dataset.device
     gamma = torch._standard_gamma(torch.full((2, b), float(beta)), generator=generator)
     lam = gamma[0] / gamma.sum(0)

@@ -1,6 +1,6 @@
 """The memory bank and the two-step average: pixels -> region of an image -> prototype of a class.
 
-Paper 2106.04121 and the authors' rebuttal draft for the idea; the ring of image slots is inferred from the ablated sizes.
+Paper 2106.04121 and the authors' rebuttal draft for the idea; the ring of image slots is inferred from its sizes.
 
 Symbols: N images, R regions kept per image, D dimension, C classes of all datasets together, M image slots.
 """

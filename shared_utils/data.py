@@ -181,7 +181,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return self
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.arange(self.size)
+        order: np.ndarray = np.arange(self.size)
         if self.shuffle:
             order = np.random.Generator(np.random.PCG64(mix_key(self.seed, self.epoch))).permutation(self.size)
         for step in range(self.start, self.steps_per_epoch):

@@ -20,12 +20,12 @@ def init(device: str = "auto") -> torch.device:
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-        atexit.register(_leave)
+        atexit.register(leave)
     return chosen
 
 
-def _leave() -> None:
-    """At exit: processes that leave one after another without a word make gloo abort the others."""
+def leave() -> None:
+    """Before the exit: processes that leave one after another without a word make gloo abort the others."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -117,7 +117,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
         if self.track_running_stats:
             with torch.no_grad():
                 n = total[-1]
-                self.num_batches_tracked += 1
+                assert self.running_mean is not None and self.running_var is not None  # for the type checker
+                assert self.num_batches_tracked is not None
+                self.num_batches_tracked.add_(1)
                 momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
                 self.running_mean.lerp_(mean.detach(), momentum)
                 self.running_var.lerp_(var.detach() * n / (n - 1), momentum)
@@ -148,10 +150,12 @@ class SplitBatchNorm(nn.BatchNorm2d):
         mean, var = (s.repeat(self.splits) if s is not None else None for s in (self.running_mean, self.running_var))
         weight, bias = (p.repeat(self.splits) if p is not None else None for p in (self.weight, self.bias))
         out = F.batch_norm(shares, mean, var, weight, bias, True, self.momentum or 0.0, self.eps)
-        if self.running_mean is not None and mean is not None and var is not None:
+        if mean is not None and var is not None:
+            assert self.running_mean is not None and self.running_var is not None  # for the type checker
+            assert self.num_batches_tracked is not None
             self.running_mean.copy_(mean.view(self.splits, c).mean(0))
             self.running_var.copy_(var.view(self.splits, c).mean(0))
-            self.num_batches_tracked += 1
+            self.num_batches_tracked.add_(1)
         return out.view(-1, self.splits, c, h, w).transpose(0, 1).reshape(n, c, h, w)
 
 

@@ -269,7 +269,7 @@ def render_scene(domain: str, split: str, index: int) -> tuple[np.ndarray, np.nd
     if kind.strangers and rng.random() < 0.25:
         digits[-1] = int(rng.choice(kind.strangers))
     sizes = rng.uniform(26, 38, len(digits))
-    for digit, size, spot in zip(digits, sizes, _spots(rng, kind.shape, sizes)):
+    for digit, size, spot in zip(digits, sizes, _spots(rng, kind.shape, sizes.tolist())):
         cover = ink(int(rng.choice(glyph_split(split, digit))), kind.shape, spot, size, rng.uniform(-0.25, 0.25))
         canvas = _over(canvas, _paint(rng, str(rng.choice(FILLS)), kind.shape, kind.objects), cover)
         inside = cover > 0.5
@@ -333,7 +333,7 @@ def render_sequence(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
     back = _paint(rng, str(rng.choice(TEXTURES)), (136, 200), DARK if index % 2 else PALE)
     pan, sizes = rng.uniform(-1.5, 1.5, 2), rng.uniform(34, 50, int(rng.integers(2, 4)))
     objects = []
-    for size, (x, y) in zip(sizes, _spots(rng, shape, sizes)):
+    for size, (x, y) in zip(sizes, _spots(rng, shape, sizes.tolist())):
         glyph = int(rng.choice(glyph_split(split, int(rng.integers(10)))))
         fill = _paint(rng, str(rng.choice(FILLS)), (384, 512), BRIGHT if index % 2 else DEEP)
         objects.append((glyph, fill, size, (x, y), rng.uniform(-4, 4, 2), rng.uniform(-0.05, 0.05), rng.uniform(3, 9)))

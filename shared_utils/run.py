@@ -42,6 +42,9 @@ RUNTIME_FLAGS = {"output_dir", "data_root", "device", "workers", "threads", "log
 RUNTIME_FLAGS |= {"overwrite"}
 
 
+_open_runs: list["Run"] = []  # whose tensorboard files are still being written
+
+
 class Diverged(UserError):
     """A non-finite loss."""
 
@@ -49,15 +52,23 @@ class Diverged(UserError):
 def cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
     """Run an entry point; a UserError becomes one line on stderr and exit code 2 (a diverged run: 1)."""
     try:
-        code = main(None)
+        code: Any = main(None) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.stderr.flush()
-        # os._exit: worker processes and other ranks must not keep a failed run alive
-        if distributed.world() > 1:
-            os._exit(1 if isinstance(error, Diverged) else 2)
-        sys.exit(1 if isinstance(error, Diverged) else 2)
-    sys.exit(code or 0)
+        code = 1 if isinstance(error, Diverged) else 2
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    if code == 0 or code > 128:  # all processes are here; after an error the others may be waiting for this one
+        distributed.leave()
+    for run in list(_open_runs):
+        run.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: an orderly exit would wait for data workers that a traceback still holds, and for the other processes.
+    # Workers go when their parent has gone.
+    os._exit(code)
 
 
 def runs_root() -> Path:
@@ -151,8 +162,17 @@ def _set_rng_state(state: Mapping[str, Any]) -> None:
 
 def _worker_init(_: int) -> None:
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group; the main process decides
-        signal.signal(number, signal.SIG_IGN)
+    # A signal may reach the whole group: the main process decides, and gets ten seconds to save before its workers go.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+
+
+def _plain_errors(loader: DataLoader) -> Iterator[Any]:
+    """The batches of a loader; a worker's UserError arrives wrapped in a traceback and leaves as its one line."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
 
 
 class Run:
@@ -276,6 +296,7 @@ class Run:
         except OSError as error:
             raise UserError(f"{self.dir}: cannot write here ({error.strerror}); give another --output-dir") from None
         self._writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
+        _open_runs.append(self)
 
     # -- while it runs -----------------------------------------------------------------------------------------------
     def batches(self, loader: DataLoader, sampler: EpochSampler, epochs: int) -> Iterator[tuple[int, Any]]:
@@ -290,7 +311,7 @@ class Run:
         while self.epoch < epochs:
             sampler.at(self.epoch, self.step_in_epoch)
             waiting = time.perf_counter()
-            for batch in loader:
+            for batch in _plain_errors(loader):
                 self.data_wait = time.perf_counter() - waiting
                 yield self.epoch, batch
                 self.step += 1
@@ -369,7 +390,7 @@ class Run:
             self.say(
                 f"  stopped by {signal.Signals(number).name} at step {self.step}; the same command goes on from here"
             )
-            self._close()
+            self.close()
             if self.world > 1:
                 os._exit(128 + number)
             raise SystemExit(128 + number)
@@ -390,7 +411,10 @@ class Run:
             checkpoint.save(self.dir / "checkpoint.pth", {**state, **meta})
         distributed.barrier()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """End the progress bar and write out what tensorboard has not written yet."""
+        if self in _open_runs:
+            _open_runs.remove(self)
         if self._bar is not None:
             self._bar.close()
         if self._writer is not None:
@@ -398,7 +422,7 @@ class Run:
 
     def finish(self, *lines: str) -> None:
         """Close the logs and print where things are and what to do next."""
-        self._close()
+        self.close()
         self.say(f"  done: {self.step} steps in {self.minutes():.1f} min; {self.dir}/checkpoint.pth")
         self.say(f"  look: tensorboard --logdir {self.dir}")
         for line in lines:

@@ -155,9 +155,10 @@ def test_terminated_and_resumed_is_bit_identical(step, data, whole, tmp_path, mo
 
 def test_killed_between_checkpoints_and_resumed_is_bit_identical(data, whole, tmp_path):
     script = (
-        "import os, signal, sys; from shared_utils.run import Run; from mdp.main_pretrain import main; log = Run.log\n"
-        "def patched(self, *a, **k):\n    log(self, *a, **k)\n    self.step == 8 and os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Run.log = patched; main(sys.argv[1:])"
+        "import os, signal; from shared_utils.run import Run, cli; from mdp.main_pretrain import main; log = Run.log\n"
+        "def patched(self, *a, **k):\n    log(self, *a, **k)\n"
+        "    self.step == 8 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Run.log = patched; cli(main)"
     )
     command = [sys.executable, "-c", script, *SMALL, "--data-root", str(data), "--output-dir", str(tmp_path), *FULL]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
@@ -170,9 +171,9 @@ def test_killed_between_checkpoints_and_resumed_is_bit_identical(data, whole, tm
 def test_a_signal_to_the_whole_process_group_still_saves(data, whole, tmp_path):
     """As a batch system sends it: the data workers get it too, and must not take the run down before it has saved."""
     script = (
-        "import os, signal, sys; from shared_utils.run import Run; from mdp.main_pretrain import main; log = Run.log\n"
+        "import os, signal; from shared_utils.run import Run, cli; from mdp.main_pretrain import main; log = Run.log\n"
         "def patched(self, *a, **k):\n    log(self, *a, **k)\n    self.step == 6 and os.killpg(0, signal.SIGTERM)\n"
-        "Run.log = patched; main(sys.argv[1:])"
+        "Run.log = patched; cli(main)"
     )
     flags = [*SMALL, "--data-root", str(data), "--output-dir", str(tmp_path), *FULL, "--workers", "2"]
     command = [sys.executable, "-c", script, *flags]
@@ -254,6 +255,18 @@ def test_bad_flags_are_one_line(flags, message, data, tmp_path):
         train(data, tmp_path / "out", *flags.format(tmp=tmp_path).split())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_file_that_breaks_later_is_one_line_too(workers, data, tmp_path):
+    """The preflight reads a few files only; the others are named when a worker meets them."""
+    broken = tmp_path / "data"
+    shutil.copytree(data, broken)
+    image = sorted((broken / "ade/ADEChallengeData2016/images/training").iterdir())[1]
+    image.write_bytes(image.read_bytes()[:200])
+    with pytest.raises(UserError, match=f"^{image}: not a readable image") as error:
+        train(broken, tmp_path / "out", "--workers", workers)
+    assert "\n" not in str(error.value)
 
 
 def test_the_command_line_prints_one_line_and_exits_with_2(tmp_path):

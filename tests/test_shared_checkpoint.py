@@ -98,10 +98,13 @@ TRUNK = {k: v for k, v in RESNET.items() if not k.startswith("fc.")}
         ("plain", {"state_dict": RESNET, "epoch": 3}),
         ("moco", {"epoch": 200, "arch": "resnet18", "state_dict": {
             **{f"module.encoder_q.{k}": v for k, v in {**TRUNK, **PROJECTION}.items()},
-            **{f"module.encoder_k.{k}": v + 1 for k, v in {**TRUNK, **PROJECTION}.items()}, "module.queue": torch.ones(2, 3)}}),
-        ("swav", {f"module.{k}": v for k, v in {**TRUNK, "projection_head.0.weight": torch.ones(2), "prototypes.weight": torch.ones(2)}.items()}),
-        ("dino", {"student": {f"module.backbone.{k}": v + 1 for k, v in TRUNK.items()}, "args": argparse.Namespace(lr=1.0),
-                  "teacher": {**{f"backbone.{k}": v for k, v in TRUNK.items()}, "head.mlp.0.weight": torch.ones(2)}}),
+            **{f"module.encoder_k.{k}": v + 1 for k, v in {**TRUNK, **PROJECTION}.items()},
+            "module.queue": torch.ones(2, 3)}}),
+        ("swav", {f"module.{k}": v for k, v in {**TRUNK, "projection_head.0.weight": torch.ones(2),
+                                                "prototypes.weight": torch.ones(2)}.items()}),
+        ("dino", {"student": {f"module.backbone.{k}": v + 1 for k, v in TRUNK.items()},
+                  "teacher": {**{f"backbone.{k}": v for k, v in TRUNK.items()}, "head.mlp.0.weight": torch.ones(2)},
+                  "args": argparse.Namespace(lr=1.0)}),
         ("mae", {"model": TRUNK, "optimizer": {}, "args": argparse.Namespace()}),
     ],
 )  # fmt: skip

@@ -73,7 +73,7 @@ def test_split_batch_norm_is_batch_norm_on_each_share():
     split, plain = SplitBatchNorm(3, 4), [nn.BatchNorm2d(3) for _ in range(4)]
     expected = torch.cat([bn(part) for bn, part in zip(plain, x.chunk(4), strict=True)])
     torch.testing.assert_close(split(x), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(split.running_var, torch.stack([bn.running_var for bn in plain]).mean(0))
+    torch.testing.assert_close(split.running_var, torch.stack([bn.state_dict()["running_var"] for bn in plain]).mean(0))
     with pytest.raises(ValueError, match="a batch of 6 does not divide into 4"):
         split(x[:6])
     split.eval()
