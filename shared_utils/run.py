@@ -162,9 +162,9 @@ def _set_rng_state(state: Mapping[str, Any]) -> None:
 
 def _worker_init(_: int) -> None:
     torch.set_num_threads(1)
-    # A signal may reach the whole group: the main process decides, and gets ten seconds to save before its workers go.
+    # A signal may reach the whole group: the main process decides, and gets half a minute to save before its workers go.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def _plain_errors(loader: DataLoader) -> Iterator[Any]:
