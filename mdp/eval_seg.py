@@ -30,7 +30,7 @@ from mdp.datasets import READERS, open_set
 from mdp.models import Encoder
 from shared_utils import UserError, checkpoint
 from shared_utils.data import load_image
-from shared_utils.run import cli, plain, provenance, runs_root
+from shared_utils.run import cli, plain, provenance, runs_root, set_threads
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -227,14 +227,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data-root", type=Path, default=Path(os.environ.get("DATA_ROOT", "data")))
     p.add_argument("--output-dir", type=Path)
     p.add_argument("--workers", type=int, default=2)
-    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
+    p.add_argument("--threads", type=int, default=0, help="threads of this process; 0: cores - workers on a CPU")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_threads(args.threads, args.workers, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     started = time.time()
     done = evaluate_run(args) if args.protocol == "mmseg" else evaluate_prototypes(args)
     for title, result in done["results"].items():

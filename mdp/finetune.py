@@ -29,10 +29,12 @@ from mdp.datasets import open_set
 from mdp.export_mmseg import load_pretrained
 from mdp.models import ARCHS, HEADS
 from shared_utils import UserError, checkpoint, distributed
-from shared_utils.run import RUNTIME_FLAGS, cli, plain, provenance, runs_root
+from shared_utils.run import RUNTIME_FLAGS, cli, plain, provenance, runs_root, set_threads
 
 CONFIGS = Path(__file__).parent / "mmseg_configs"
 MODEL_FLAGS = ("arch", "head", "base_channels", "head_channels", "dilations")
+# What a run leaves in its folder.
+RUN_FILES = ("config.json", "result.json", "validations.json", "log.jsonl", "model.pth", "mmengine", "events.*")
 # New in fine-tuning, whatever the weights: the classifier.
 NEW = ("decode_head.conv_seg.*",)
 
@@ -65,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dilations", type=int, nargs="+", help="of the ASPP branches")
     p.add_argument("--amp", choices=["none", "bf16"], default="none")
     p.add_argument("--workers", type=int, default=2)
-    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
+    p.add_argument("--threads", type=int, default=0, help="threads of this process; 0: cores - workers on a CPU")
     p.add_argument("--log-every", type=int, default=10)
     p.add_argument("--overwrite", action="store_true", help="start anew where the output folder holds a run")
     return p
@@ -243,8 +245,7 @@ def run(args: argparse.Namespace, implied: dict[str, Any], state: dict[str, Tens
         print(f"  validations after {', '.join(map(str, cfg.due))}; loading mmsegmentation ...", flush=True)
     engine = import_engine()
     started = time.time()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_threads(args.threads, args.workers, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     runner = engine.build_runner(engine.prepare(cfg, out, args.seed, args.workers))
     if args.checkpoint == "imagenet:torchvision":
         state = torchvision_weights(backbone.depth, backbone.base_channels)
@@ -283,8 +284,14 @@ def import_engine() -> Any:
 def claim(out: Path, flags: dict[str, Any], overwrite: bool) -> None:
     """Write ``config.json``. UserError when the folder holds a run with other flags."""
     path = out / "config.json"
-    if overwrite:
-        shutil.rmtree(out, ignore_errors=True)
+    if overwrite and out.is_dir():
+        if any(out.iterdir()) and not path.is_file():
+            raise UserError(
+                f"{out}: not a run (no config.json), so --overwrite leaves it alone; give another --output-dir"
+            )
+        for name in RUN_FILES:  # nothing else in the folder is ours to delete
+            for old in out.glob(name):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
     if path.is_file():
         stored = json.loads(path.read_text())["flags"]
         skip = RUNTIME_FLAGS | {"tag", "compare"}

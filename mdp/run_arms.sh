@@ -18,7 +18,7 @@ case "$tier" in
   mini)
     # Every arm once on the mini data, fine-tuned on the unseen third taxonomy: 15-25 minutes on two CPU cores.
     single=(--datasets ade --epochs 48)
-    tune=(--compare none --threads 1)
+    tune=(--compare none)
     configs=${CONFIGS:-mini}
     ;;
   small)

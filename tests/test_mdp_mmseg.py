@@ -303,3 +303,15 @@ def test_a_diverging_run_stops(engine: Any, root: Path, tmp_path: Path) -> None:
 
 def test_narrow_head_matches_pretraining_flags() -> None:
     assert Encoder(**NARROW).decode_head.out_channels == NARROW["head_channels"]
+
+
+def test_overwrite_deletes_a_run_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a run .*--overwrite leaves it alone"):
+        finetune.claim(tmp_path, {"lr": 1}, overwrite=True)
+    for name in ("config.json", "result.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "mmengine").mkdir()
+    finetune.claim(tmp_path, {"lr": 1}, overwrite=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "thesis.txt"]
+    assert json.loads((tmp_path / "config.json").read_text())["flags"] == {"lr": 1}
