@@ -33,8 +33,9 @@ SETS = {
 }
 
 
-# Comparisons beside the one of every arm with no pretraining.
-CONTRASTS = [("multi", "p2p"), ("multi", "single"), ("multi", "multihead"), ("mix", "multi"), ("csc", "mix")]
+# The claim, the first comparisons of the table; then every arm against no pretraining, and arms against each other.
+ACCEPTANCE = [("multi", "scratch"), ("multi", "p2p")]
+CONTRASTS = [("multi", "single"), ("multi", "multihead"), ("mix", "multi"), ("csc", "mix")]
 STATUS = {
     "above": "effect shown at small scale",
     "no difference": "no effect at small scale",
@@ -87,7 +88,9 @@ def table(found: dict[str, dict[str, dict[int, dict]]]) -> str:
         for arm in sorted(arms, key=list(ARMS).index):
             early, final = values(arms[arm], "early"), values(arms[arm], "final")
             against = verdict(early, values(arms["scratch"], "early")) if "scratch" in arms and arm != "scratch" else ""
-            cells = [f"{statistics.mean(x):.2f} ± {spread(x):.2f}" for x in (early, final)]
+            cells = [
+                f"{statistics.mean(x):.2f}" + (f" ± {spread(x):.2f}" if len(x) > 1 else "") for x in (early, final)
+            ]
             lines.append(f"| {config} | {arm} | {len(early)} | {cells[0]} | {cells[1]} | {against} |")
     return "\n".join(lines)
 
@@ -118,7 +121,7 @@ def record(found: dict[str, dict[str, dict[int, dict]]], root: Path, results: Pa
         for arm, runs in arms.items():
             log = HERE / "logs" / f"{config}-{arm}.json"
             log.write_text(json.dumps(compact(runs, root / arm), separators=(",", ":")) + "\n")
-        pairs = [(arm, "scratch") for arm in ARMS if arm != "scratch"] + CONTRASTS
+        pairs = [*ACCEPTANCE, *((arm, "scratch") for arm in ARMS if arm not in ("scratch", "multi")), *CONTRASTS]
         for arm, against in ((a, b) for a, b in pairs if a in arms and b in arms):
             runs = arms[arm]
             facts = json.loads((next(iter(runs.values()))["folder"] / "config.json").read_text())
