@@ -325,3 +325,11 @@ def test_learning_rate_warms_up_and_falls_to_zero():
     values = [learning_rate(Args, step, 20) for step in range(200)]  # type: ignore[arg-type]
     assert values[0] == pytest.approx(0.03 / 20) and values[19] == pytest.approx(0.03) == max(values)
     assert values[110] == pytest.approx(0.015) and values[-1] < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: bf16 and fused SGD on the device")
+def test_on_a_gpu(data, tmp_path):
+    log = train(data, tmp_path, "--device", "cuda", "--epochs", "3")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["flags"]["amp"] == "bf16" and log[-1]["loss"] < log[1]["loss"]
