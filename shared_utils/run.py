@@ -202,6 +202,7 @@ class Run:
         self.data_wait = 0.0
         self._tracked: dict[str, Any] = {}
         self._signal = 0
+        self._handlers: dict[int, Any] = {}  # what the signals did before
         self._writer: Any = None
         self._started = time.time()
         self._seconds_before = 0.0
@@ -250,7 +251,7 @@ class Run:
             self._open_logs()
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not in the main thread
-                signal.signal(number, self._on_signal)
+                self._handlers[number] = signal.signal(number, self._on_signal)
 
     def _resume(self, path: Path) -> None:
         saved = checkpoint.load(path)
@@ -418,7 +419,10 @@ class Run:
         distributed.barrier()
 
     def close(self) -> None:
-        """End the progress bar and write out what tensorboard has not written yet."""
+        """End the progress bar, write out what tensorboard has not written yet, give the signals back."""
+        while self._handlers:
+            number, handler = self._handlers.popitem()
+            signal.signal(number, handler)
         if self in _open_runs:
             _open_runs.remove(self)
         if self._bar is not None:
