@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
@@ -66,9 +67,11 @@ def cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
         run.close()
     sys.stdout.flush()
     sys.stderr.flush()
-    # At once: an orderly exit would wait for data workers that a traceback still holds, and for the other processes.
-    # Workers go when their parent has gone.
-    os._exit(code)
+    # An orderly exit would wait for data workers that a traceback still holds, and for other processes that wait for
+    # this one. At once, then: workers go when their parent has gone.
+    if distributed.world() > 1 or multiprocessing.active_children():
+        os._exit(code)
+    sys.exit(code)
 
 
 def runs_root() -> Path:

@@ -197,8 +197,8 @@ def test_ratio_to_the_release() -> None:
 
 
 def test_peak_memory_of_a_call() -> None:
-    peak = bench.peak_mib(lambda: torch.ones(64 * 2**18).sum(), torch.device("cpu"))
-    assert peak != peak or 55 <= peak <= 90  # 64 MiB; not a number where the system does not tell
+    peak = bench.peak_mib(lambda: torch.ones(256 * 2**18).sum(), torch.device("cpu"))
+    assert peak != peak or 200 <= peak <= 350  # 256 MiB; not a number where the system does not tell
 
 
 @pytest.mark.parametrize(
