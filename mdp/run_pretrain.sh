@@ -32,7 +32,7 @@ case "$tier" in
     flags=(
       --datasets labelmefacade,ccp --data-root "${DATA_ROOT:-data}" --cache-size 128
       --arch resnet18 --base-channels 16 --head-channels 64 --dilations 1,3,6 --dim 64 --amp bf16
-      --crop-size 96 --batch-size 32 --epochs 20 --lr 0.1 --moco-m 0.99 --bank-size 1024 --workers 1
+      --crop-size 96 --batch-size 32 --epochs 20 --lr 0.1 --bank-size 1024 --workers 1
     )
     ;;
   paper)
