@@ -20,6 +20,7 @@ case "$tier" in
     flags=(
       --config mini
       --data-root data/mini/segmentation
+      --lr 0.05
       --checkpoint "${CHECKPOINT:-${RUNS:-runs}/mdp/pretrain/mini/checkpoint.pth}"
       --compare scratch
     )
