@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -115,3 +116,5 @@ def test_mini_commands(folder: str, tmp_path: Path) -> None:
         rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         course = [row["loss"] for row in rows if "loss" in row]
         assert falls(course), f"the loss of {run} does not fall: {course}"
+    if (ROOT / "tests" / f"readme_{folder}.py").exists():  # what this paper's mini runs must have shown
+        importlib.import_module(f"tests.readme_{folder}").check(tmp_path)
