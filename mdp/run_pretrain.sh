@@ -16,8 +16,8 @@ out=${RUNS:-runs}/mdp/pretrain/$tier
 case "$tier" in
   mini)
     # Section 3 of the paper at toy size: the VOC and ADE20K layouts of the mini data (800 images, 171 classes of which
-    # 15 occur), narrow ResNet-18, 600 steps. One to three minutes on two CPU cores; loss from about log 15 = 2.7 down
-    # to 1.2, of which the sparse coding is 0.26.
+    # 15 occur), narrow ResNet-18, 600 steps. One to three minutes on two CPU cores; loss below log 15 = 2.7 from the
+    # first steps on, down to 1.2, of which the sparse coding is 0.26.
     flags=(
       --synthetic --datasets voc,ade
       --arch resnet18 --base-channels 16 --head-channels 64 --dilations 1,2,4 --dim 64
