@@ -39,7 +39,6 @@ CONTRASTS = [("multi", "single"), ("multi", "multihead"), ("mix", "multi"), ("cs
 STATUS = {
     "above": "effect shown at small scale",
     "no difference": "no effect at small scale",
-    "one seed each, no verdict": "no effect at small scale",
     "below": "contradicted",
 }
 
@@ -129,6 +128,8 @@ def record(found: dict[str, dict[str, dict[int, dict]]], root: Path, results: Pa
             minutes = saved["progress"]["seconds"] / 60 + statistics.mean(run["seconds"] for run in runs.values()) / 60
             for when in ("early", "final"):
                 ours, base = values(runs, when), values(arms[against], when)
+                if verdict(ours, base) not in STATUS:
+                    continue  # one seed each claims nothing
                 row = dict.fromkeys(columns, "") | {
                     "id": f"small-{config}-{arm}-vs-{against}-{when}",
                     "table": f"Small tier, measured here: {SETS[config]}",
@@ -167,6 +168,10 @@ def main(argv: list[str] | None = None) -> int:
     found = collect(args.root)
     print(table(found))
     if args.record:
+        if args.root.resolve().name != "small":
+            raise UserError(
+                f"{args.root}: --record takes the small tier's folder; other tiers are no row of results.csv"
+            )
         print(f"{record(found, args.root, HERE / 'results.csv')} rows -> {HERE / 'results.csv'}")
     return 0
 

@@ -38,8 +38,8 @@ case "$tier" in
     )
     ;;
   paper)
-    # ResNet-50-D8 DeepLabV3, no auxiliary head, batch 16 (Cityscapes 8), 40k iterations on VOC and 80k elsewhere; some
-    # 8 hours of four large GPUs for VOC. Expected final mIoU (authors' rebuttal draft; VOC+ADE20K+COCO, 200 epochs):
+    # ResNet-50-D8 DeepLabV3, no auxiliary head, batch 16 (Cityscapes 8), 40k iterations on VOC and 80k elsewhere;
+    # never run here, so no time is given. Expected final mIoU (authors' rebuttal draft; VOC+ADE20K+COCO, 200 epochs):
     #   --config voc12aug 77.79   ade20k 42.69   cityscapes 80.64   coco_stuff164k 38.37
     # The supervised baseline: --checkpoint imagenet:torchvision (VOC 75.63, ADE20K 39.36, COCO-Stuff 35.25).
     flags=(

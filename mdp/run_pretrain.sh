@@ -37,7 +37,7 @@ case "$tier" in
     ;;
   paper)
     # Table 1, last row: VOC2012+aug, ADE20K and COCO-Stuff-164k, 149k images, 200 epochs, bank 10560 (one epoch of VOC).
-    # 465,000 steps of 64 crops, days on eight GPUs. Fine-tuned: VOC 77.79, ADE20K 42.69, Cityscapes 80.64.
+    # 465,000 steps of 64 crops; never run here, so no time is given. Fine-tuned: VOC 77.79, ADE20K 42.69, Cityscapes 80.64.
     # Default ablation: --datasets voc,ade --epochs 100 --bank-size 4096 (VOC 73.32, ADE20K 40.15, Cityscapes 77.75).
     # Augmentation, learning rate, mixing schedule and sparse-coding weight are inferred: see README.md, Differences.
     flags=(

@@ -73,5 +73,10 @@ def test_recorded_rows_are_valid_and_replace_older_ones(tree: Path, tmp_path: Pa
     assert (claim["ours_mean"], claim["ours_std"], claim["n_seeds"], claim["minutes"]) == ("16.60", "0.53", "3", "3.0")
     assert claim["status"] == "effect shown at small scale"
     assert row["small-camvid-multi-vs-p2p-early"]["status"] == "no effect at small scale"
+    one = {"camvid": {arm: {0: runs[0]} for arm, runs in arms.collect(tree)["camvid"].items()}}
+    assert arms.record(one, tree, folder / "results.csv") == 0  # one seed each claims nothing
+    with pytest.raises(UserError, match="--record takes the small tier's folder"):
+        arms.main([str(tree), "--record"])
+    arms.record(arms.collect(tree), tree, folder / "results.csv")
     log = json.loads((folder / "logs/camvid-multi.json").read_text())
     assert log["finetune"]["2"]["early"]["mIoU"] == 16.4 and log["pretrain"]["0"][-1]["step"] == 200
