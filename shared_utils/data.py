@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from shared_utils import UserError
@@ -48,18 +50,47 @@ def list_images(root: str | os.PathLike) -> list[Path]:
 
 
 class ImageList(Dataset):
-    """Images with integer labels (-1 where there is none); `transform` draws from the global RNGs (see `Keyed`)."""
+    """Images with integer labels (-1 where there is none); `transform` draws from the global RNGs (see `Keyed`).
 
-    def __init__(self, samples: list[tuple[Path, int]], classes: list[str], transform: Callable | None = None):
+    `cache` decodes everything now and keeps it in memory, which the loader's processes then share.
+    """
+
+    def __init__(
+        self,
+        samples: list[tuple[Path, int]],
+        classes: list[str],
+        transform: Callable | None = None,
+        cache: bool = False,
+    ):
         self.samples, self.classes, self.transform = samples, classes, transform
+        self._decoded = [load_image(path) for path, _ in samples] if cache else None
 
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def labels(self) -> Tensor:
+        """Labels [N], int64."""
+        return torch.tensor([label for _, label in self.samples])
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded image, RGB."""
+        return load_image(self.samples[index][0]) if self._decoded is None else self._decoded[index]
+
     def __getitem__(self, index: int) -> tuple[Any, int, int]:
-        path, label = self.samples[index]
-        image = load_image(path)
-        return (self.transform(image) if self.transform else image), label, index
+        image = self.image(index)
+        return (self.transform(image) if self.transform else image), self.samples[index][1], index
+
+
+def per_class(images: ImageList, count: int, cache: bool = False) -> ImageList:
+    """The first `count` images of each class, in the same order; 0: all of them."""
+    seen: Counter[int] = Counter()
+    kept = []
+    for path, label in images.samples:
+        seen[label] += 1
+        if not count or seen[label] <= count:
+            kept.append((path, label))
+    return ImageList(kept, images.classes, images.transform, cache)
 
 
 def image_folder(root: str | os.PathLike, transform: Callable | None = None) -> ImageList:

@@ -130,48 +130,59 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """Batch norm over `splits` contiguous shares of the batch: one process behaves as `splits` processes without sync.
+    """Batch norm over contiguous shares of the batch: one process behaves as `splits` processes without sync.
 
-    Running statistics take the mean of the shares. The batch must divide by `splits`.
+    With `passes` > 1 the batch holds so many forward passes one after another (views that would otherwise go through
+    the network separately), each cut into `splits` shares. Running statistics take the mean over the shares of a
+    pass, and the passes one after another. The batch must divide by passes * splits.
     """
 
-    def __init__(self, num_features: int, splits: int = 8, **kwargs) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, num_features: int, splits: int = 8, passes: int = 1, **kwargs) -> None:  # type: ignore[no-untyped-def]
         super().__init__(num_features, **kwargs)
-        self.splits = splits
+        self.splits, self.passes = splits, passes
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.splits == 1:
+        shares = self.splits * self.passes
+        if not self.training or shares == 1:
             return super().forward(x)
         n, c, h, w = x.shape
-        if n % self.splits:
-            raise ValueError(f"a batch of {n} does not divide into {self.splits} batch-norm splits")
+        if n % shares:
+            raise ValueError(f"a batch of {n} does not divide into {shares} batch-norm splits")
         # [N, C, H, W] -> [N/s, s*C, H, W]: a share becomes a block of channels with statistics of its own
-        shares = x.view(self.splits, n // self.splits, c, h, w).transpose(0, 1).reshape(-1, self.splits * c, h, w)
-        mean, var = (s.repeat(self.splits) if s is not None else None for s in (self.running_mean, self.running_var))
-        weight, bias = (p.repeat(self.splits) if p is not None else None for p in (self.weight, self.bias))
-        out = F.batch_norm(shares, mean, var, weight, bias, True, self.momentum or 0.0, self.eps)
+        blocks = x.view(shares, n // shares, c, h, w).transpose(0, 1).reshape(-1, shares * c, h, w)
+        weight, bias = (p.repeat(shares) if p is not None else None for p in (self.weight, self.bias))
+        track = self.track_running_stats and self.running_mean is not None and self.running_var is not None
+        zeros = x.new_zeros(2, shares * c, dtype=torch.float32) if track else None  # momentum 1: the shares' statistics
+        mean, var = (None, None) if zeros is None else zeros
+        out = F.batch_norm(blocks, mean, var, weight, bias, True, 1.0, self.eps)
         if mean is not None and var is not None:
             assert self.running_mean is not None and self.running_var is not None  # for the type checker
             assert self.num_batches_tracked is not None
-            self.running_mean.copy_(mean.view(self.splits, c).mean(0))
-            self.running_var.copy_(var.view(self.splits, c).mean(0))
-            self.num_batches_tracked.add_(1)
-        return out.view(-1, self.splits, c, h, w).transpose(0, 1).reshape(n, c, h, w)
+            for m, v in zip(mean.view(self.passes, -1, c).mean(1), var.view(self.passes, -1, c).mean(1)):
+                self.num_batches_tracked.add_(1)
+                momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                self.running_mean.lerp_(m.to(self.running_mean.dtype), momentum)
+                self.running_var.lerp_(v.to(self.running_var.dtype), momentum)
+        return out.view(-1, shares, c, h, w).transpose(0, 1).reshape(n, c, h, w)
 
 
-def convert_norm(module: nn.Module, kind: str, splits: int = 8) -> nn.Module:
+def convert_norm(module: nn.Module, kind: str, splits: int = 8, passes: int = 1) -> nn.Module:
     """Replace every BatchNorm2d below `module`; kind: `sync`, `split` or `local` (unchanged). Keys stay the same."""
     if kind == "local":
         return module
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d:
             new: nn.BatchNorm2d
-            new = SyncBatchNorm(child.num_features) if kind == "sync" else SplitBatchNorm(child.num_features, splits)
+            new = (
+                SyncBatchNorm(child.num_features)
+                if kind == "sync"
+                else SplitBatchNorm(child.num_features, splits, passes)
+            )
             new.eps, new.momentum = child.eps, child.momentum
             new.load_state_dict(child.state_dict())
             setattr(module, name, new.train(child.training))
         else:
-            convert_norm(child, kind, splits)
+            convert_norm(child, kind, splits, passes)
     return module
 
 

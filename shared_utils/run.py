@@ -79,6 +79,14 @@ def runs_root() -> Path:
     return Path(os.environ.get("RUNS", "runs"))
 
 
+class Parser(argparse.ArgumentParser):
+    """Flags with underscores, as the original releases have them, are understood with dashes too."""
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
+        dashed = [name.replace("_", "-") for name in names if name.startswith("--") and "_" in name]
+        return super().add_argument(*names, *dashed, **kwargs)
+
+
 def add_run_flags(parser: argparse.ArgumentParser, output_dir: str) -> None:
     """Flags that every training script has; `output_dir` is relative to $RUNS."""
     group = parser.add_argument_group("run")
@@ -88,11 +96,13 @@ def add_run_flags(parser: argparse.ArgumentParser, output_dir: str) -> None:
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     group.add_argument("--amp", choices=["auto", "none", "bf16"], default="auto", help="auto: bf16 on GPUs, else none")
-    group.add_argument("--workers", type=int, default=2, help="data loading processes per process")
+    group.add_argument("--workers", "--num_workers", type=int, default=2, help="data loading processes per process")
     group.add_argument(
         "--threads", type=int, default=0, help="threads of the training process; 0: cores - workers on a CPU"
     )
-    group.add_argument("--log-every", type=int, default=10, help="steps between lines of log.jsonl and tensorboard")
+    group.add_argument(
+        "--log-every", "--report_freq", type=int, default=10, help="steps between lines of log.jsonl and tensorboard"
+    )
     group.add_argument(
         "--save-every", type=int, default=0, help="steps between checkpoints beside the one of each epoch"
     )
@@ -174,14 +184,14 @@ def _set_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _worker_init(_: int) -> None:
+def worker_init(_: int) -> None:
     torch.set_num_threads(1)
     # A signal may reach the whole group: the main process decides, and has half a minute to save.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
-def _plain_errors(loader: DataLoader) -> Iterator[Any]:
+def plain_errors(loader: DataLoader) -> Iterator[Any]:
     """The batches of a loader; a worker's UserError arrives wrapped in a traceback and leaves as its one line."""
     try:
         yield from loader
@@ -231,7 +241,7 @@ class Run:
             num_workers=self.args.workers,
             pin_memory=self.device.type == "cuda",
             persistent_workers=self.args.workers > 0,
-            worker_init_fn=_worker_init,
+            worker_init_fn=worker_init,
             generator=torch.Generator(),
         )
 
@@ -321,7 +331,7 @@ class Run:
         while self.epoch < epochs:
             sampler.at(self.epoch, self.step_in_epoch)
             waiting = time.perf_counter()
-            for batch in _plain_errors(loader):
+            for batch in plain_errors(loader):
                 self.data_wait = time.perf_counter() - waiting
                 yield self.epoch, batch
                 self.step += 1

@@ -80,6 +80,23 @@ def test_split_batch_norm_is_batch_norm_on_each_share():
     assert split(x[:6]).shape == (6, 3, 4, 4)
 
 
+def test_passes_update_the_running_statistics_one_after_another():
+    x = torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(2)) + 1
+    split, plain = SplitBatchNorm(3, 1, passes=3), nn.BatchNorm2d(3)
+    expected = torch.cat([plain(part) for part in x.chunk(3)])
+    torch.testing.assert_close(split(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(split.state_dict(), plain.state_dict())
+    both = SplitBatchNorm(3, 2, passes=3)  # two splits a pass: the mean of the splits, then the next pass
+    parts = [[nn.BatchNorm2d(3, momentum=1.0) for _ in range(2)] for _ in range(3)]
+    mean = torch.zeros(3)
+    for bns, view in zip(parts, x.chunk(3), strict=True):
+        for bn, part in zip(bns, view.chunk(2), strict=True):
+            bn(part)
+        mean = 0.9 * mean + 0.1 * torch.stack([bn.state_dict()["running_mean"] for bn in bns]).mean(0)
+    both(x)
+    torch.testing.assert_close(both.state_dict()["running_mean"], mean)
+
+
 def test_convert_norm_keeps_keys_and_values():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4, eps=1e-3)))
     before = net.state_dict()
