@@ -1,7 +1,9 @@
 """Exact nearest neighbours in feature space: extraction, search, and what is read off the neighbours."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,55 +22,70 @@ def features(
     batch_size: int = 256,
     workers: int = 0,
     amp: bool = False,
+    out: Path | None = None,
 ) -> Tensor:
     """L2-normalised features of all images, in the order of the data set, complete on every process.
 
     Args:
         embed: a batch [B, 3, H, W] -> features [B, D]; in eval mode, or rows depend on their batch.
         images: its transform must be deterministic.
+        out: an .npy file that the rows are written to, each process its own, instead of memory and an exchange.
 
-    Returns: [N, D] float32 on the CPU. Each process computes a share and the shares are exchanged.
+    Returns: [N, D] float32 on the CPU (mapped from `out` if given). Each process computes a share of the rows.
     """
     world, rank = distributed.world(), distributed.rank()
     share = -(-len(images) // world)
-    mine = range(min(rank * share, len(images)), min((rank + 1) * share, len(images)))
+    first = min(rank * share, len(images))
     loader = DataLoader(
-        Subset(images, mine),
+        Subset(images, range(first, min(first + share, len(images)))),
         batch_size,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=worker_init,
         generator=torch.Generator(),
     )
-    rows: Tensor | None = None
+
+    def blocks() -> Iterator[Tensor]:
+        for x, _, _ in plain_errors(loader):
+            x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                z = embed(x)
+            yield F.normalize(z.float().flatten(1), dim=1).cpu()
+
+    coming = blocks()
+    block = next(coming, None)  # None: more processes than images
+    dim = torch.tensor([0 if block is None else block.shape[1]], device=device)
+    if world > 1:
+        torch.distributed.all_reduce(dim, torch.distributed.ReduceOp.MAX)
+    if out is None:
+        rows = torch.zeros(share, int(dim))
+    else:
+        if rank == 0:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(out, "w+", np.float32, (len(images), int(dim)))
+        distributed.barrier()
+        mapped = torch.from_numpy(np.lib.format.open_memmap(out, "r+"))
+        rows = mapped[first : first + share]
     done = 0
-    for x, _, _ in plain_errors(loader):
-        x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            z = embed(x)
-        z = F.normalize(z.float().flatten(1), dim=1).cpu()
-        if rows is None:
-            rows = torch.zeros(share, z.shape[1])
-        rows[done : done + len(z)] = z
-        done += len(z)
-    if world == 1:
-        assert rows is not None, "an ImageList is never empty"
-        return rows
-    dim = torch.tensor([0 if rows is None else rows.shape[1]], device=device)
-    torch.distributed.all_reduce(dim, torch.distributed.ReduceOp.MAX)
-    rows = torch.zeros(share, int(dim)) if rows is None else rows
-    return distributed.gather(rows.to(device)).cpu()[: len(images)]
+    while block is not None:
+        rows[done : done + len(block)] = block
+        done += len(block)
+        block = next(coming, None)
+    distributed.barrier()
+    if out is not None:
+        return mapped
+    return rows if world == 1 else distributed.gather(rows.to(device)).cpu()[: len(images)]
 
 
 @torch.no_grad()
 def search(
-    queries: Tensor, bank: Tensor, k: int, exclude_self: bool = False, chunk: int = 2048
+    queries: Tensor, bank: Tensor, k: int, exclude_self: bool = False, first: int = 0, chunk: int = 2048
 ) -> tuple[Tensor, Tensor]:
     """The k rows of `bank` with the largest inner product, exactly; for normalised rows the nearest in L2 too.
 
     Args:
         queries: [Q, D]; bank: [N, D], same device.
-        exclude_self: queries are rows of the bank, and row i must not find itself (by index: a duplicate stays).
+        exclude_self: query i is row `first` + i of the bank, and must not find itself (by index: a duplicate stays).
 
     Returns: inner products [Q, k], falling, and indices [Q, k] int64.
     """
@@ -79,11 +96,24 @@ def search(
         s = queries[start : start + chunk] @ bank.T  # [chunk, N]
         if exclude_self:
             rows = torch.arange(len(s), device=s.device)
-            s[rows, rows + start] = -torch.inf
+            s[rows, rows + first + start] = -torch.inf
         sim, index = s.topk(k, dim=1)
         sims.append(sim)
         indices.append(index)
     return torch.cat(sims), torch.cat(indices)
+
+
+def neighbours(bank: Tensor, k: int, device: torch.device) -> Tensor:
+    """Indices [N, k] of each row's nearest others; the processes share the rows among them."""
+    world, rank = distributed.world(), distributed.rank()
+    share = -(-len(bank) // world)
+    first = min(rank * share, len(bank))
+    on_device = bank.to(device)
+    mine = on_device.new_zeros(share, k, dtype=torch.int64)
+    if first < len(bank):
+        found = search(on_device[first : first + share], on_device, k, exclude_self=True, first=first)[1]
+        mine[: len(found)] = found
+    return distributed.gather(mine)[: len(bank)].cpu()
 
 
 def vote(index: Tensor, sim: Tensor, labels: Tensor, tau: float | None = 0.07) -> Tensor:

@@ -1,0 +1,119 @@
+"""Bags of instances and the views of an anchor and of a member of its bag (paper 2107.01691, release moco/folder.py)."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from shared_utils import UserError
+from shared_utils.data import ImageList
+
+
+def order_hash(images: ImageList) -> str:
+    """Hash of the relative paths in their order: bags are row numbers and mean nothing under another order."""
+    names = "\n".join("/".join(path.parts[-2:]) for path, _ in images.samples)
+    return hashlib.sha256(names.encode()).hexdigest()
+
+
+class Bags:
+    """For each image the indices of its bag.
+
+    Args:
+        array: [N, K] neighbour indices (kNN, random), or [N] group numbers (labels, k-means clusters): the bag is
+            then everything else in the group, or the image itself where it is alone.
+    """
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+        if array.ndim == 1:
+            order = np.argsort(array, kind="stable")
+            bounds = np.flatnonzero(np.diff(array[order])) + 1
+            self._groups = np.split(order, bounds)
+            self._group_of = np.empty(len(array), np.int64)
+            self._place = np.empty(len(array), np.int64)
+            for number, members in enumerate(self._groups):
+                self._group_of[members] = number
+                self._place[members] = np.arange(len(members))
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def draw(self, index: int) -> int:
+        """A member of the bag of `index`, uniformly, from numpy's global generator."""
+        if self.array.ndim == 2:
+            return int(np.random.choice(self.array[index]))
+        members = self._groups[self._group_of[index]]
+        if len(members) == 1:
+            return index
+        place = np.random.randint(len(members) - 1)  # skip the anchor itself
+        return int(members[place + (place >= self._place[index])])
+
+
+def save_bags(path: Path, array: np.ndarray, images: ImageList, kind: str) -> None:
+    """The release's file (int64 .npy), and beside it a .json with the kind and the hash of the image order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as handle:
+        np.save(handle, array.astype(np.int64))
+    facts = {"kind": kind, "images": len(images), "order_sha256": order_hash(images)}
+    path.with_suffix(".json").write_text(json.dumps(facts) + "\n")
+
+
+def load_bags(path: Path, images: ImageList, clus_pos_num: int) -> tuple[Bags, str]:
+    """Bags of a correlation file for these images, and a line that says what they are.
+
+    Only the first `clus_pos_num` columns are used. A file without its .json (the release's own) is checked by shape
+    and range alone. UserError: unreadable, of other images, or in another order.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such correlation file; make it with bingo/run_knn.sh")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path}: not a readable .npy array ({' '.join(str(error).split())[:80]})") from None
+    if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer) or len(array) != len(images):
+        raise UserError(
+            f"{path}: holds {array.dtype} {list(array.shape)}, expected integers [{len(images)}, K] for these images; "
+            "make it anew with bingo/run_knn.sh"
+        )
+    kind, note = "bags", "without its .json: the order of the images was not checked"
+    sidecar = path.with_suffix(".json")
+    if sidecar.is_file():
+        facts = json.loads(sidecar.read_text())
+        kind, note = facts["kind"], "order of the images checked"
+        if facts["order_sha256"] != order_hash(images):
+            raise UserError(f"{path}: made for other images, or another order of them; make it anew")
+    if array.ndim == 2:
+        if array.shape[1] < clus_pos_num:
+            raise UserError(f"{path}: {array.shape[1]} neighbours an image, --clus_pos_num asks for {clus_pos_num}")
+        array = array[:, :clus_pos_num]
+        if array.min() < 0 or array.max() >= len(images):
+            raise UserError(f"{path}: indices {array.min()}..{array.max()} for {len(images)} images; make it anew")
+    size = f"{array.shape[1]} an image" if array.ndim == 2 else f"{len(np.unique(array))} groups"
+    return Bags(array.astype(np.int64)), f"{path} ({kind}, {size}; {note})"
+
+
+class Views(Dataset):
+    """(query, key) of an anchor, and (query, key, add_posq, add_posk) where there are bags; each [3, S, S].
+
+    The draws come in the release's order: the member, add_posq, add_posk, key, query. Both positive views are of one
+    member.
+    """
+
+    def __init__(self, images: ImageList, transform: Callable[..., Tensor], bags: Bags | None = None):
+        self.images, self.transform, self.bags = images, transform, bags
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        extra: tuple[Tensor, ...] = ()
+        if self.bags is not None:
+            member = self.images.image(self.bags.draw(index))
+            extra = (self.transform(member), self.transform(member))
+        anchor = self.images.image(index)
+        key, query = self.transform(anchor), self.transform(anchor)
+        return query, key, *extra
