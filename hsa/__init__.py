@@ -1,0 +1,1 @@
+"""Hierarchical Semantic Alignment, CsMl (arXiv 2012.02733)."""

@@ -1,0 +1,131 @@
+"""What the method sees of an image: two views of it and two of a neighbour; and who the neighbours are."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms as T
+
+from shared_utils import UserError, augment, distributed, neighbours
+from shared_utils.data import ImageList, image_folder, mix_key, per_class
+
+
+def training_images(
+    data_dir: Path, count: int = 0, cache: bool = False, transform: Callable | None = None
+) -> ImageList:
+    """`data_dir`/train/CLASS/*, classes and files sorted, the first `count` of each class (0: all).
+
+    UserError for a missing or empty folder.
+    """
+    if not data_dir.is_dir():
+        raise UserError(f"--data_dir {data_dir} does not exist; expected {data_dir}/train/CLASS/*.jpg")
+    return per_class(image_folder(data_dir / "train", transform), count, cache)
+
+
+def order_hash(images: ImageList) -> str:
+    """Changes with the files and their order: neighbour indices mean nothing for another list."""
+    names = "\n".join("/".join(path.parts[-2:]) for path, _ in images.samples)
+    return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+class Neighbours:
+    """The K neighbours of every image, in shared memory: persistent data workers see a refresh at once.
+
+    A checkpoint holds them with the epoch that they are of, so that a resume inside an epoch does not refresh again.
+    """
+
+    def __init__(self, images: ImageList, k: int, seed: int):
+        if len(images) <= k:
+            raise UserError(f"--clus_pos_num {k} needs more than {k} images, the data has {len(images)}")
+        self.labels, self.seed, self.order = images.labels, seed, order_hash(images)
+        self.index = torch.full((len(images), k), -1, dtype=torch.long).share_memory_()
+        self.epoch = -1  # of the last refresh
+        self.purity = 0.0  # per cent of the neighbours with their image's label; for people to watch
+
+    def set(self, index: Tensor, epoch: int) -> None:
+        """Take over indices [N, K], on every process those of the first: near ties may fall otherwise elsewhere."""
+        if distributed.world() > 1:
+            torch.distributed.broadcast(index, 0)
+        self._take(index, epoch)
+
+    def nearest(self, feats: Tensor) -> Tensor:
+        """Exact nearest neighbours [N, K] among normalised features [N, D], never the image itself."""
+        return neighbours.search(feats, feats, self.index.shape[1], exclude_self=True)[1]
+
+    def random(self, epoch: int) -> Tensor:
+        """The control: other images, drawn uniformly with replacement for each refresh."""
+        n, k = self.index.shape
+        draws = np.random.Generator(np.random.PCG64(mix_key(self.seed, epoch, -1))).integers(n - 1, size=(n, k))
+        return torch.from_numpy(draws + (draws >= np.arange(n)[:, None]))  # skip the image itself
+
+    def same_label(self, epoch: int) -> Tensor:
+        """The upper bound: other images of the same class (this arm alone looks at labels)."""
+        rng = np.random.Generator(np.random.PCG64(mix_key(self.seed, epoch, -2)))
+        out = np.empty(tuple(self.index.shape), np.int64)
+        for label in self.labels.unique().tolist():
+            members = np.flatnonzero(self.labels.numpy() == label)
+            if len(members) < 2:
+                raise UserError(f"--neighbours label needs two images a class, class number {label} has one")
+            draws = rng.integers(len(members) - 1, size=(len(members), out.shape[1]))
+            out[members] = members[draws + (draws >= np.arange(len(members))[:, None])]
+        return torch.from_numpy(out)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"index": self.index.clone(), "epoch": self.epoch, "order": self.order}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["order"] != self.order or state["index"].shape != self.index.shape:
+            raise UserError(
+                "the checkpoint's neighbours are of other images, or of another order of them; "
+                "give the --data_dir of that run, or --overwrite"
+            )
+        self._take(state["index"], state["epoch"])
+
+    def _take(self, index: Tensor, epoch: int) -> None:
+        self.index.copy_(index)
+        self.epoch = epoch
+        self.purity = neighbours.purity(self.index, self.labels)
+
+
+def small_crop(size: int) -> T.Compose:
+    """MoCo v2's augmentation on 5 to 14 per cent of the image (multi-crop as in SwAV) [inferred]."""
+    steps = augment.moco_v2(size).transforms
+    return T.Compose([T.RandomResizedCrop(size, (0.05, 0.14)), *steps[1:]])
+
+
+class Views(Dataset):
+    """Item i: {"query", "key"} of image i, {"add_posq", "add_posk"} of a neighbour drawn at each access, and
+    {"small": [S, 3, s, s]} of image i. All draws come from the global generators (see `shared_utils.data.Keyed`).
+
+    Source of the order of the draws: release moco/folder.py.
+    """
+
+    def __init__(
+        self,
+        images: ImageList,
+        augmentation: Callable,
+        nearby: Neighbours | None = None,
+        small: int = 0,
+        small_augmentation: Callable | None = None,
+    ):
+        self.images, self.augmentation, self.nearby = images, augmentation, nearby
+        self.small, self.small_augmentation = small, small_augmentation
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        anchor, views = self.images.image(index), {}
+        if self.nearby is not None:
+            row = self.nearby.index[index]
+            other = self.images.image(int(row[torch.randint(len(row), ())]))
+            views["add_posq"], views["add_posk"] = self.augmentation(other), self.augmentation(other)
+        views["key"], views["query"] = self.augmentation(anchor), self.augmentation(anchor)
+        if self.small_augmentation is not None:
+            views["small"] = torch.stack([self.small_augmentation(anchor) for _ in range(self.small)])
+        return views
