@@ -85,7 +85,8 @@ class MoCo(Queue):
     @torch.no_grad()
     def update_key_encoder(self) -> None:
         """theta_k = m theta_k + (1 - m) theta_q; parameters only, batch-norm statistics are each encoder's own."""
-        params_k, params_q = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
+        params_k: list[Tensor] = list(self.encoder_k.parameters())
+        params_q: list[Tensor] = list(self.encoder_q.parameters())
         torch._foreach_lerp_(params_k, params_q, 1 - self.m)
 
 

@@ -1,4 +1,4 @@
-"""Bags of instances and the views of an anchor and of a member of its bag (paper 2107.01691, release moco/folder.py)."""
+"""Bags of instances, and the views of an anchor and its bag member (paper 2107.01691, release moco/folder.py)."""
 
 import hashlib
 import json

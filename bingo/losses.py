@@ -98,5 +98,5 @@ def loss_weights(epoch: int, warmup_epochs: int, lam: tuple[float, float]) -> tu
 
 @torch.no_grad()
 def contrast_rank(z: Tensor, k: Tensor, queue: Tensor) -> Tensor:
-    """How many negatives are nearer to z [N, D] than its key k [N, D], [N]; 0 is a correct top-1 of the release's log."""
+    """How many negatives are nearer to z [N, D] than its key k [N, D], [N]; 0 counts for the release's Acc@1."""
     return (z.float() @ queue > (z.float() * k).sum(1, keepdim=True)).sum(1)

@@ -1,0 +1,98 @@
+"""Stage 1 of BINGO: the bag of every training image, by the teacher's features (release compute_knn.py, clustering.py).
+
+    python -m bingo.compute_knn --arch resnet50 --ckpt_name moco_v2_200ep_pretrain.pth.tar --data_dir imagenet \
+        --corr_name imgs_corr_moco_epoch200.npy
+
+Writes the release's correlation file, int64 [N, K], with a .json beside it that holds the hash of the image order.
+The other bags of the paper's ablation, and random ones as a control, are `--bags`.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bingo.arch import ARCHS, STEMS
+from bingo.data import save_bags
+from bingo.options import add_data_flags, check_positive, prepare_data, train_images
+from bingo.teachers import ALGS, load_teacher
+from shared_utils import UserError, distributed
+from shared_utils.augment import plain
+from shared_utils.neighbours import features, neighbours, purity
+from shared_utils.run import Parser, cli, set_threads
+
+
+def get_parser() -> Parser:
+    p = Parser(prog="bingo.compute_knn", description=__doc__.splitlines()[0])
+    a = p.add_argument
+    add_data_flags(p)
+    a("--arch", choices=ARCHS, default="resnet50", help="network of the teacher")
+    a("--t_width", type=int, default=64, help="channels of its first stage")
+    a("--t_stem", choices=STEMS, default="imagenet")
+    a("--ckpt_name", type=Path, help="weights of the teacher")
+    a("--pretrain_alg", choices=ALGS, default="moco", help="what wrote them")
+    a("--clus_pos_num", type=int, default=5, help="K, neighbours of an image, itself not counted")
+    a("--bags", choices=["knn", "kmeans", "label", "random"], default="knn", help="knn: the method; kmeans: clusters "
+      "of the features; label: the upper bound; random: a control")  # fmt: skip
+    a("--clusters", type=int, default=0, help="of --bags kmeans; 0: one for 10 images [inferred]")
+    a("--corr_name", type=Path, default="imgs_corr_moco_epoch800.npy", help="file below --corr_dir")
+    a("--corr_dir", type=Path, default="imgs_corr", help="folder of correlation files")
+    a("--feature_file", type=Path, help="keep the features in this .npy (mapped, not in memory: for ImageNet)")
+    a("--batch_size", type=int, default=32, help="images a process")
+    a("--workers", "--num_workers", type=int, default=2)
+    a("--device", default="auto")
+    a("--amp", choices=["none", "bf16"], default="none")
+    a("--threads", type=int, default=0)
+    a("--seed", type=int, default=0, help="of kmeans and random bags")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
+    check_positive(args, "clus_pos_num", "batch_size")
+    device = distributed.init(args.device)
+    set_threads(args.threads, args.workers, device)
+    prepare_data(args)
+    images = train_images(args)
+    labels = images.labels
+    rng = np.random.Generator(np.random.PCG64(args.seed))
+    if args.bags == "label":
+        array = labels.numpy()
+    elif args.bags == "random":
+        others = rng.integers(len(images) - 1, size=(len(images), args.clus_pos_num))
+        array = others + (others >= np.arange(len(images))[:, None])  # never the image itself
+    else:
+        if args.ckpt_name is None:
+            raise UserError("--ckpt_name: the weights of the teacher are needed for these bags")
+        teacher, _ = load_teacher(args.arch, args.ckpt_name, args.pretrain_alg, args.t_width, args.t_stem)
+        teacher = teacher.to(device).to(memory_format=torch.channels_last).eval()
+        images.transform = plain(args.img_size)
+        bank = features(
+            lambda x: teacher(x, pre_out=True),
+            images,
+            device,
+            args.batch_size,
+            args.workers,
+            args.amp == "bf16",
+            args.feature_file,
+        )
+        if args.bags == "knn":
+            array = neighbours(bank, args.clus_pos_num, device).numpy()
+        else:
+            from sklearn.cluster import MiniBatchKMeans
+
+            clusters = args.clusters or max(2, len(images) // 10)
+            array = MiniBatchKMeans(clusters, random_state=args.seed, n_init=3).fit_predict(bank.numpy())
+    if distributed.rank() == 0:
+        out = args.corr_dir / args.corr_name
+        save_bags(out, array, images, args.bags)
+        line = f"{args.bags} bags of {len(images)} images -> {out}"
+        if array.ndim == 2:
+            line += f"; {purity(torch.from_numpy(array), labels):.1f} % of the members have their anchor's label"
+        print(line)
+    distributed.barrier()
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)

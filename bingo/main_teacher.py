@@ -1,0 +1,127 @@
+"""MoCo v2: a teacher of our own, and the student-alone baseline: python -m bingo.main_teacher --data_dir DATA_DIR
+
+The release takes its teachers from elsewhere; with this one the mini and small tiers need no download. The checkpoint
+has MoCo's keys and loads by `--pretrain_alg moco`.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from bingo.arch import ARCHS, STEMS, build, mlp_head
+from bingo.builder import MoCo, ReleaseKeys
+from bingo.data import Views
+from bingo.losses import contrast_rank, info_nce
+from bingo.options import (
+    add_data_flags,
+    add_schedule_flags,
+    check_batch,
+    check_positive,
+    learning_rate,
+    prepare_data,
+    train_images,
+)
+from bingo.visualize import views_picture
+from shared_utils import distributed
+from shared_utils.augment import moco_v1, moco_v2
+from shared_utils.data import EpochSampler, Keyed, mix_key
+from shared_utils.run import Parser, Run, add_run_flags, cli
+
+
+def get_parser() -> Parser:
+    p = Parser(prog="bingo.main_teacher", description=__doc__.splitlines()[0])
+    a = p.add_argument
+    add_data_flags(p)
+    a("--arch", choices=ARCHS, default="resnet50")
+    a("--width", type=int, default=64, help="channels of the first stage")
+    a("--stem", choices=STEMS, default="imagenet", help="7x7/2 and max-pool, 3x3, or 3x3 and max-pool")
+    a("--moco_dim", type=int, default=128, help="length of an embedding")
+    a("--moco_k", type=int, default=65536, help="K, negatives in the queue; a multiple of --batch_size")
+    a("--moco_m", type=float, default=0.999, help="m, momentum of the key encoder")
+    a("--moco_t", type=float, default=0.2, help="tau, temperature")
+    a("--aug_plus", choices=["true", "false"], default="true", help="MoCo v2's augmentation, or v1's")
+    a("--bn_splits", type=int, default=1, help="batch norm over so many shares of a process's batch (8: one GPU as 8)")
+    a("--batch_size", type=int, default=256, help="images a step, all processes together")
+    a("--momentum", type=float, default=0.9)
+    a("--wd", type=float, default=1e-4, help="weight decay")
+    add_schedule_flags(p, 0.03, 200, "120,160")
+    a("--image_every", type=int, default=500, help="steps between pictures in tensorboard")
+    add_run_flags(p, "bingo/teacher/default")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
+    run = Run(args, "bingo", "teacher")
+    check_positive(args, "batch_size", "moco_k", "end_epoch", "bn_splits", "log_every", "image_every", "img_size")
+    check_batch(args.batch_size, run.world, args.bn_splits)
+    prepare_data(args)
+    images = train_images(args)
+    augment = (moco_v2 if args.aug_plus == "true" else moco_v1)(args.img_size)
+    sampler = EpochSampler(len(images), args.batch_size // run.world, args.seed, run.rank, run.world)
+    loader = run.loader(Keyed(Views(images, augment), args.seed), sampler)
+
+    encoders = []
+    for _ in range(2):
+        encoder = build(args.arch, args.width, args.stem)
+        encoder.fc = mlp_head(encoder.num_features, args.moco_dim, encoder.num_features)
+        encoders.append(encoder)
+    model = MoCo(encoders[0], encoders[1], args.moco_dim, args.moco_k, args.moco_m)
+    model.check_batch(args.batch_size)
+    distributed.convert_norm(model, "split" if args.bn_splits > 1 else "local", args.bn_splits)
+    model = model.to(run.device).to(memory_format=torch.channels_last).train()
+    query: nn.Module = model.encoder_q
+    if run.world > 1:
+        query = nn.parallel.DistributedDataParallel(model.encoder_q, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(
+        model.encoder_q.parameters(),
+        args.init_lr,
+        args.momentum,
+        weight_decay=args.wd,
+        fused=run.device.type == "cuda",
+    )
+    run.track(state_dict=ReleaseKeys(model), optimizer=optimizer)
+    steps = sampler.steps_per_epoch
+    run.preflight(
+        {
+            "data": f"{args.data_dir}/train: {len(images)} images, {len(images.classes)} classes",
+            "batch": f"{args.batch_size} = {args.batch_size // run.world} x {run.world}, {steps} steps an epoch",
+            "learning rate": f"{args.init_lr}, {args.decay_method} by epoch over {args.end_epoch}",
+            "parameters": f"{sum(x.numel() for x in model.encoder_q.parameters()) / 1e6:.2f} M trained",
+            "expected initial loss": f"about log(1 + {args.moco_k}) = {math.log1p(args.moco_k):.2f}",
+        }
+    )
+
+    for epoch, batch in run.batches(loader, sampler, args.end_epoch):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, epoch)
+        im_q, im_k = (x.to(run.device, memory_format=torch.channels_last, non_blocking=True) for x in batch)
+        with run.autocast():
+            q = nn.functional.normalize(query(im_q).float(), dim=1)  # [N, dim]
+            model.update_key_encoder()
+            k = model.embed_keys(im_k, torch.Generator().manual_seed(mix_key(args.seed, run.step)))
+        loss = info_nce(q, k[:, None], model.queue, args.moco_t).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        watched = {}
+        if run.log_due():
+            rank = contrast_rank(q.detach(), k, model.queue)
+            watched = {
+                "acc1": 100 * (rank < 1).float().mean(),
+                "acc5": 100 * (rank < 5).float().mean(),
+                "sim/positive": (q.detach() * k).sum(1).mean(),
+                "sim/negative": (q.detach() @ model.queue).mean(),
+                "feat/std": q.detach().std(0).mean() * q.shape[1] ** 0.5,
+            }
+        if run.due(args.image_every):
+            run.image("views", views_picture({"query": im_q, "key": im_k}))
+        model.enqueue(k)
+        run.log(loss=distributed.all_sum(loss) / run.world, lr=optimizer.param_groups[0]["lr"], **watched)
+    run.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)

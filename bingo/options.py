@@ -1,0 +1,75 @@
+"""Flags that several scripts of this folder have, and what they mean: the data, the schedule."""
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+from shared_utils import UserError, distributed, mini
+from shared_utils.data import ImageList, image_folder, per_class
+from shared_utils.run import Parser
+
+
+def add_data_flags(p: Parser) -> None:
+    """--data_dir holds train/CLASS/*.jpg and val/CLASS/*.jpg, as ImageNet."""
+    a = p.add_argument
+    a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="folder of train/ and val/")
+    a("--synthetic", action="store_true", help="generate the mini data and take it as --data_dir, no download")
+    a("--img_size", type=int, default=224, help="pixels of a crop")
+    a("--per_class", type=int, default=0, help="first so many training images of each class; 0: all")
+    a("--cache", action="store_true", help="decode the images once and keep them in memory (small images)")
+
+
+def add_schedule_flags(p: Parser, init_lr: float, end_epoch: int, schedule: str) -> None:
+    """The release's flags of the optimiser; momentum and weight decay stand with each script."""
+    a = p.add_argument
+    a("--init_lr", type=float, default=init_lr, help="learning rate of the first epoch")
+    a("--decay_method", choices=["step", "cos"], default="cos", help="by epoch: cosine to 0, or by --schedule")
+    a("--schedule", type=ints, default=schedule, help="epochs at which `step` multiplies by --lr_decay")
+    a("--lr_decay", type=float, default=0.1)
+    a("--end_epoch", type=int, default=end_epoch, help="epochs of training")
+
+
+def ints(text: str) -> list[int]:
+    return [int(x) for x in text.split(",")]
+
+
+def floats(text: str) -> list[float]:
+    return [float(x) for x in text.split(",")]
+
+
+def learning_rate(args: argparse.Namespace, epoch: int) -> float:
+    """Of a whole epoch (release utils.py): no warm-up, cosine to 0 or steps."""
+    if args.decay_method == "cos":
+        return args.init_lr * 0.5 * (1 + math.cos(math.pi * epoch / args.end_epoch))
+    return args.init_lr * args.lr_decay ** sum(epoch >= milestone for milestone in args.schedule)
+
+
+def prepare_data(args: argparse.Namespace) -> None:
+    """With --synthetic: write the mini data, once, before any process reads it."""
+    if args.synthetic:
+        if distributed.rank() == 0:
+            mini.ensure("images")
+        distributed.barrier()
+        args.data_dir = mini.ensure("images")
+
+
+def train_images(args: argparse.Namespace) -> ImageList:
+    """The training images in the order that bags refer to: sorted classes, sorted files."""
+    images = image_folder(Path(args.data_dir) / "train")
+    return per_class(images, args.per_class, args.cache) if args.per_class or args.cache else images
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """UserError for a flag below 1, before anything is loaded."""
+    for name in names:
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+
+
+def check_batch(batch_size: int, world: int, splits: int) -> None:
+    """UserError unless the batch divides over the processes and their batch-norm splits, two images each at least."""
+    if batch_size % (world * splits):
+        raise UserError(f"--batch_size {batch_size} does not divide over {world} processes x {splits} --bn_splits")
+    if batch_size // (world * splits) < 2:
+        raise UserError(f"--batch_size {batch_size} leaves fewer than 2 images for a batch norm; raise it")

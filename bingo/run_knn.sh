@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Bags, stage 1: bash bingo/run_knn.sh [mini|small|paper] [flags of bingo.compute_knn]
+# DATA_ROOT, SET, GPUS, RUNS as in run_teacher.sh; paper: TEACHER names the file of the teacher.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+tier=mini
+case "${1:-}" in mini | small | paper) tier=$1 && shift ;; --* | "") ;; *)
+  echo "error: unknown tier '$1'; choose mini, small or paper" >&2
+  exit 2
+  ;;
+esac
+source shared_utils/env.sh
+
+runs=${RUNS:-runs}/bingo
+case "$tier" in
+  mini)
+    # Five neighbours of each of the 1,000 generated images.
+    flags=(
+      --synthetic --cache --img_size 32 --arch resnet18 --t_width 32 --t_stem cifar_pool
+      --ckpt_name "$runs/teacher/mini/checkpoint.pth" --corr_dir "$runs/imgs_corr" --corr_name mini.npy
+    )
+    ;;
+  small)
+    set_name=${SET:-cifar10}
+    per_class=400
+    if [ "$set_name" = tiny_imagenet50 ]; then per_class=80; fi
+    flags=(
+      --data_dir "${DATA_ROOT:-data}/$set_name" --per_class "$per_class" --cache --img_size 32
+      --arch resnet18 --t_width 32 --t_stem cifar_pool --workers 0 --threads 1
+      --ckpt_name "$runs/teacher/small/$set_name/checkpoint.pth" --corr_dir "$runs/imgs_corr" --corr_name "$set_name.npy"
+    )
+    ;;
+  paper)
+    # SwAV's ResNet-50x2 on ImageNet (release run_knn.sh): K = 5. For MoCo: --arch resnet50 --pretrain_alg moco.
+    # The features of 1.28 M images, 4096 dimensions, are 21 GB: --feature_file keeps them on disk.
+    flags=(
+      --data_dir "${DATA_ROOT:-data}" --arch resnet50w2 --pretrain_alg swav --batch_size 256 --workers 8
+      --ckpt_name "${TEACHER:-swav_RN50w2_400ep_pretrain.pth.tar}" --corr_name imgs_corr_swav_epoch400.npy
+    )
+    ;;
+esac
+
+launch=("$PYTHON")
+if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
+"${launch[@]}" -m bingo.compute_knn "${flags[@]}" "$@"
+echo "next: bash bingo/run_pretrain.sh $tier"

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Distillation, stage 2: bash bingo/run_pretrain.sh [mini|small|paper] [flags of bingo.main_moco]
+# DATA_ROOT, SET, GPUS, RUNS as in run_teacher.sh; paper: TEACHER names the file of the teacher.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+tier=mini
+case "${1:-}" in mini | small | paper) tier=$1 && shift ;; --* | "") ;; *)
+  echo "error: unknown tier '$1'; choose mini, small or paper" >&2
+  exit 2
+  ;;
+esac
+source shared_utils/env.sh
+
+runs=${RUNS:-runs}/bingo
+out=$runs/pretrain/$tier
+case "$tier" in
+  mini)
+    # The release's loss at toy size: narrow ResNet-10 student, 180 steps.
+    flags=(
+      --synthetic --cache --img_size 32 --s_arch resnet10 --s_width 16 --s_stem cifar_pool
+      --t_arch resnet18 --t_width 32 --t_stem cifar_pool
+      --pretrain_path "$runs/teacher/mini/checkpoint.pth" --corr_npy "$runs/imgs_corr/mini.npy"
+      --batch_size 64 --moco_k 1024 --init_lr 0.06 --end_epoch 12 --warmup_epochs 3 --workers 1
+    )
+    ;;
+  small)
+    # 4,000 real images at 32 pixels, 620 steps; run_arms.sh trains every arm of README.md's table with these flags.
+    # bf16 is fast on CPUs with AMX or AVX512-BF16 only; elsewhere --amp none.
+    set_name=${SET:-cifar10}
+    per_class=400
+    if [ "$set_name" = tiny_imagenet50 ]; then per_class=80; fi
+    out=$out/$set_name
+    flags=(
+      --data_dir "${DATA_ROOT:-data}/$set_name" --per_class "$per_class" --cache --img_size 32 --amp bf16
+      --s_arch resnet10 --s_width 16 --s_stem cifar_pool --t_arch resnet18 --t_width 32 --t_stem cifar_pool
+      --pretrain_path "$runs/teacher/small/$set_name/checkpoint.pth" --corr_npy "$runs/imgs_corr/$set_name.npy"
+      --batch_size 64 --moco_k 4096 --init_lr 0.06 --end_epoch 10 --warmup_epochs 3 --workers 0 --threads 1
+    )
+    ;;
+  paper)
+    # Table of the paper: R18 <- SwAV R50x2, 200 epochs, 8 GPUs x 32; linear top-1 65.5. --s_arch resnet34: 68.9.
+    # R18 <- MoCo R50: --t_arch resnet50 --pretrain_alg moco, 800 epochs of MoCo: 64.0. EfficientNet-B0:
+    # --s_arch efficientnet-b0 --moco_t 0.12 --wd 4e-5, 69.3. --teacher_bn train is what the release does.
+    flags=(
+      --data_dir "${DATA_ROOT:-data}" --s_arch resnet18 --t_arch resnet50w2 --pretrain_alg swav
+      --pretrain_path "${TEACHER:-swav_RN50w2_400ep_pretrain.pth.tar}" --corr_npy imgs_corr/imgs_corr_swav_epoch400.npy
+      --teacher_bn train --workers 4 --save-every 1000 --log-every 100
+    )
+    ;;
+esac
+
+launch=("$PYTHON")
+if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
+"${launch[@]}" -m bingo.main_moco --output-dir "$out" "${flags[@]}" "$@"
+echo "next: bash bingo/run_lincls.sh $tier"

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# A teacher of our own (MoCo v2): bash bingo/run_teacher.sh [mini|small|paper] [flags of bingo.main_teacher]
+# DATA_ROOT holds the data sets (SET picks one in the small tier), GPUS is the number of processes, RUNS the outputs.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+tier=mini
+case "${1:-}" in mini | small | paper) tier=$1 && shift ;; --* | "") ;; *)
+  echo "error: unknown tier '$1'; choose mini, small or paper" >&2
+  exit 2
+  ;;
+esac
+source shared_utils/env.sh
+
+out=${RUNS:-runs}/bingo/teacher/$tier
+case "$tier" in
+  mini)
+    # MoCo v2 at toy size: 1,000 generated images, ResNet-18 of half the width, 32 pixels.
+    flags=(
+      --synthetic --cache --img_size 32 --arch resnet18 --width 32 --stem cifar_pool
+      --batch_size 64 --moco_k 1024 --moco_m 0.99 --init_lr 0.06 --end_epoch 12 --workers 1
+    )
+    ;;
+  small)
+    # The teacher of the small tier: 4,000 images of CIFAR-10 or of 50 Tiny-ImageNet classes at 32 pixels, 2,480 steps.
+    # bf16 is fast on CPUs with AMX or AVX512-BF16 only; elsewhere --amp none.
+    set_name=${SET:-cifar10}
+    per_class=400
+    if [ "$set_name" = tiny_imagenet50 ]; then per_class=80; fi
+    out=$out/$set_name
+    flags=(
+      --data_dir "${DATA_ROOT:-data}/$set_name" --per_class "$per_class" --cache --img_size 32
+      --arch resnet18 --width 32 --stem cifar_pool --amp bf16
+      --batch_size 64 --moco_k 4096 --moco_m 0.99 --init_lr 0.06 --end_epoch 40 --workers 0 --threads 1
+    )
+    ;;
+  paper)
+    # MoCo v2 on ImageNet, 200 epochs, 8 GPUs x 32: 67.4 % linear top-1. The paper takes published weights instead.
+    flags=(--data_dir "${DATA_ROOT:-data}" --arch resnet50 --end_epoch 200 --workers 4 --save-every 1000 --log-every 100)
+    ;;
+esac
+
+launch=("$PYTHON")
+if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
+"${launch[@]}" -m bingo.main_teacher --output-dir "$out" "${flags[@]}" "$@"
+echo "next: bash bingo/run_knn.sh $tier"
