@@ -152,7 +152,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
         blocks = x.view(shares, n // shares, c, h, w).transpose(0, 1).reshape(-1, shares * c, h, w)
         weight, bias = (p.repeat(shares) if p is not None else None for p in (self.weight, self.bias))
         track = self.track_running_stats and self.running_mean is not None and self.running_var is not None
-        zeros = x.new_zeros(2, shares * c, dtype=torch.float32) if track else None  # momentum 1: the shares' statistics
+        wide = torch.promote_types(x.dtype, torch.float32)
+        zeros = x.new_zeros(2, shares * c, dtype=wide) if track else None  # momentum 1: the shares' statistics
         mean, var = (None, None) if zeros is None else zeros
         out = F.batch_norm(blocks, mean, var, weight, bias, True, 1.0, self.eps)
         if mean is not None and var is not None:
