@@ -96,11 +96,11 @@ def group_weights(lam: tuple[float, float], mu: float | Tensor | None, batch: in
         small: further groups that weigh as the query does.
     """
     a, b = lam
-    rows = [torch.tensor(pair).expand(batch, 2) for pair in ((a, b), (b, a))]
+    rows = [torch.tensor(pair, dtype=torch.float64).expand(batch, 2) for pair in ((a, b), (b, a))]
     if mu is not None:
         share = torch.as_tensor(mu, dtype=torch.float64).cpu().expand(batch)
         rows.append(torch.stack([share, 1 - share], 1))
-    return torch.stack([row.double() for row in rows + rows[:1] * small])
+    return torch.stack(rows + rows[:1] * small)
 
 
 def release_loss(
