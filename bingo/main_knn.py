@@ -1,0 +1,104 @@
+"""Nearest-neighbour evaluation of a backbone's pooled features, without any training.
+
+    python -m bingo.main_knn --pretrained runs/bingo/pretrain/small/checkpoint.pth --data_dir DATA_DIR
+
+`knn` k = 20, weights exp(cosine / .07); `knn10` k = 10, majority vote (SEED's protocol, which the paper's kNN table is
+believed to follow); `few_shot` with 10 labelled images a class; `purity` share of an image's 5 nearest training images
+that have its label. With --bags: `bag_gap`, mean cosine of bag pairs minus that of all pairs, and `overlap`, the share
+of bag members among an image's own K nearest. All in per cent but the gap.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bingo.arch import ARCHS, STEMS, build
+from bingo.data import load_bags
+from shared_utils import UserError, distributed
+from shared_utils.augment import plain
+from shared_utils.evaluation import add_data_flags, add_network_flags, freeze, load_backbone, open_splits, write_result
+from shared_utils.neighbours import features, few_shot, knn_accuracy, neighbours, purity
+from shared_utils.run import Parser, cli, runs_root, set_threads
+
+
+def get_parser() -> Parser:
+    p = Parser(prog="bingo.main_knn", description=__doc__.splitlines()[0])
+    a = p.add_argument
+    add_network_flags(p, ARCHS, STEMS, "resnet18")
+    add_data_flags(p)
+    a("--bags", type=Path, help="correlation file of bingo.compute_knn for the same training images")
+    a("--clus_pos_num", type=int, default=5, help="K, members of a bag that count")
+    a("--feature_dir", type=Path, help="keep features in .npy files there (mapped, not in memory: for ImageNet)")
+    a("--batch_size", type=int, default=256, help="images a process")
+    a("--output-dir", type=Path, default=runs_root() / "bingo/knn/default", help="folder of result.json")
+    a("--workers", "--num_workers", type=int, default=2)
+    a("--device", default="auto")
+    a("--amp", choices=["none", "bf16"], default="none")
+    a("--threads", type=int, default=0, help="0: cores - workers on a CPU")
+    return p
+
+
+def mean_cosine(feats: Tensor) -> float:
+    """Over all pairs of different rows; by the norm of the sum, without forming the pairs."""
+    n = len(feats)
+    return float((feats.double().sum(0).square().sum() - feats.double().square().sum()) / max(1, n * (n - 1)))
+
+
+def bag_scores(feats: Tensor, array: Tensor, own: Tensor | None) -> dict[str, float]:
+    """Gap, and overlap for bags that are lists of neighbours.
+
+    Args:
+        feats: [N, D] normalised; array: [N, K] members, or [N] group numbers; own: [N, K] the features' own neighbours.
+    """
+    if array.ndim == 2:
+        pairs = torch.stack([(feats * feats[column]).sum(1) for column in array.T], 1).double().mean()
+    else:
+        groups = [feats[array == g].double() for g in array.unique()]
+        total = sum(float(g.sum(0).square().sum() - g.square().sum()) for g in groups)
+        pairs = torch.tensor(total / max(1, sum(len(g) * (len(g) - 1) for g in groups)))
+    out = {"bag_gap": float(pairs) - mean_cosine(feats)}
+    if array.ndim == 2 and own is not None:
+        out["overlap"] = 100 * float((array[:, :, None] == own[:, None, :]).any(2).double().mean())
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
+    if args.batch_size < 1 or args.clus_pos_num < 1:
+        raise UserError("--batch_size and --clus_pos_num must be at least 1")
+    device = distributed.init(args.device)
+    set_threads(args.threads, args.workers, device)
+    train, val = open_splits(args)
+    train.transform = val.transform = plain(args.img_size)
+    bags = load_bags(args.bags, train, args.clus_pos_num)[0] if args.bags else None
+    encoder, report = load_backbone(build, args, "resnet18")
+    freeze(encoder)
+    encoder = encoder.to(device).to(memory_format=torch.channels_last)
+    if distributed.rank() == 0:
+        print(f"bingo/knn: {report}; {len(train)} train / {len(val)} val images", flush=True)
+
+    def embed(name: str, images) -> Tensor:  # type: ignore[no-untyped-def]
+        out = args.feature_dir / f"{name}.npy" if args.feature_dir else None
+        return features(
+            lambda x: encoder(x, pre_out=True), images, device, args.batch_size, args.workers, args.amp == "bf16", out
+        )
+
+    bank, queries = embed("train", train), embed("val", val)
+    labels, truth = train.labels, val.labels
+    nearest = neighbours(bank, min(max(5, args.clus_pos_num), len(train) - 1), device)
+    result: dict[str, object] = {
+        "knn": knn_accuracy(bank, labels, queries, truth, 20, 0.07),
+        "knn10": knn_accuracy(bank, labels, queries, truth, 10, None),
+        "few_shot": few_shot(bank, labels, queries, truth, 10),
+        "purity": purity(nearest[:, :5], labels),
+    }
+    if bags is not None:
+        result |= bag_scores(bank, torch.from_numpy(bags.array), nearest[:, : args.clus_pos_num])
+    result |= {"pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256, "data_dir": str(args.data_dir)}
+    write_result(args.output_dir, result)
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,279 @@
+"""What evaluations of a pretrained network have in common: flags, data, weights, label subsets, top-k, the result file.
+
+A script gives its folder's `build(arch, width, stem)`; nothing here knows a paper.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from shared_utils import UserError, checkpoint, distributed, mini
+from shared_utils.data import ImageList, image_folder, list_file, mix_key, per_class
+from shared_utils.run import plain_errors, worker_init
+
+SETS = ("folder", "cifar10", "cifar100")
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+def add_data_flags(p: argparse.ArgumentParser) -> None:
+    a = p.add_argument
+    a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="holds train/CLASS/* and val/CLASS/*")
+    a("--val_dir", type=Path, help="default: val below --data_dir, or test where there is no val")
+    a("--dataset", choices=SETS, default="folder", help="folder: as above; else torchvision's files below --data_dir")
+    a("--synthetic", action="store_true", help="generate the mini data and take it as --data_dir, no download")
+    a("--img_size", type=int, default=224, help="pixels of a crop")
+    a("--per_class", type=int, default=0, help="first so many training images of each class; 0: all")
+    a("--cache", action="store_true", help="decode the training images once and keep them in memory (small images)")
+
+
+class ArrayImages(ImageList):
+    """Images of an array [N, H, W, 3] in memory."""
+
+    def __init__(self, array: np.ndarray, labels: Sequence[int], classes: list[str]):
+        super().__init__([(Path(str(i)), int(y)) for i, y in enumerate(labels)], classes)
+        self.array = array
+
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.array[int(self.samples[index][0].name)])
+
+
+def _cifar(args: argparse.Namespace) -> tuple[ImageList, ImageList]:
+    from torchvision import datasets
+
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[args.dataset]
+    try:
+        splits = [kind(args.data_dir, train=train, download=False) for train in (True, False)]
+    except (RuntimeError, OSError) as error:
+        folder = Path(args.data_dir) / kind.base_folder
+        raise UserError(
+            f"{folder}: {args.dataset} not found or damaged ({' '.join(str(error).split())[:60]}); unpack its python "
+            "version there, or give --data_dir"
+        ) from None
+    train, val = (ArrayImages(s.data, s.targets, s.classes) for s in splits)
+    if args.per_class:
+        kept = per_class(train, args.per_class)
+        train.samples = kept.samples
+    return train, val
+
+
+def prepare_data(args: argparse.Namespace) -> None:
+    """Check the flags; with --synthetic write the mini data, once, before any process reads it."""
+    if args.img_size < 1 or args.per_class < 0:
+        raise UserError(f"--img_size {args.img_size} --per_class {args.per_class}: at least 1, and 0 or more")
+    if args.synthetic:
+        if distributed.rank() == 0:
+            mini.ensure("images")
+        distributed.barrier()
+        args.data_dir = mini.ensure("images")
+
+
+def open_splits(args: argparse.Namespace) -> tuple[ImageList, ImageList]:
+    """Training images (first `per_class` of each class) and validation images, without transforms.
+
+    UserError: a folder that is missing, or whose classes differ from those of training.
+    """
+    prepare_data(args)
+    if args.dataset != "folder":
+        return _cifar(args)
+    root = Path(args.data_dir)
+    train = image_folder(root / "train")
+    if args.per_class or args.cache:
+        train = per_class(train, args.per_class, args.cache)
+    val_dir = args.val_dir or (
+        root / "val" if (root / "val").is_dir() or not (root / "test").is_dir() else root / "test"
+    )
+    val = image_folder(val_dir)
+    if val.classes != train.classes:
+        other = sorted(set(val.classes) ^ set(train.classes))
+        raise UserError(f"{val_dir}: its classes are not those of {root / 'train'} (first difference: {other[0]})")
+    return train, val
+
+
+def subset(images: ImageList, indices: Sequence[int], labels: Sequence[int] | None = None) -> ImageList:
+    """The images of these indices in this order, decoded ones kept; `labels` replace their own."""
+    own = [images.samples[i] for i in indices]
+    samples = own if labels is None else [(path, int(y)) for (path, _), y in zip(own, labels, strict=True)]
+    if isinstance(images, ArrayImages):
+        new: ImageList = ArrayImages(images.array, [], images.classes)
+        new.samples = samples
+    else:
+        new = ImageList(samples, images.classes)
+        if images._decoded is not None:
+            new._decoded = [images._decoded[i] for i in indices]
+    return new
+
+
+def labelled_indices(train: ImageList, file: Path | None, fraction: float, root: Path, seed: int) -> list[int]:
+    """Indices of the labelled images, rising.
+
+    Args:
+        file: a list as SimCLR's (`n01440764_10026.JPEG` a line), or in a form of `shared_utils.data.list_file`.
+        fraction: without a file, this share of each class (at least one image), drawn by `seed`.
+        root: the training folder that the list refers to.
+
+    Raises:
+        UserError: an image that is not among `train`, or a label that contradicts its folder.
+    """
+    if file is None:
+        if not 0 < fraction <= 1:
+            raise UserError(f"--fraction {fraction}: must lie above 0 and up to 1, for example 0.01")
+        labels, chosen = train.labels.numpy(), []
+        for y in range(len(train.classes)):
+            rows = np.flatnonzero(labels == y)
+            rng = np.random.Generator(np.random.PCG64(mix_key(seed, y)))
+            chosen += rng.permutation(rows)[: max(1, round(fraction * len(rows)))].tolist()
+        return sorted(chosen)
+    if not file.is_file():
+        raise UserError(f"{file}: no such list file")
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if lines and not any("/" in line or " " in line for line in lines):  # names alone, unique in ImageNet
+        by_name = {path.name: i for i, (path, _) in enumerate(train.samples)}
+        absent = next(((n, name) for n, name in enumerate(lines, 1) if name not in by_name), None)
+        if absent:
+            raise UserError(f"{file}, line {absent[0]}: no training image is named {absent[1]}; see {root}")
+        return sorted({by_name[name] for name in lines})
+    listed = list_file(file, root)
+    by_path = {path: i for i, (path, _) in enumerate(train.samples)}
+    for number, (path, label) in enumerate(listed.samples, 1):
+        if path not in by_path:
+            raise UserError(f"{file}, line {number}: {path} is not among the training images (--per_class, {root})")
+        if train.samples[by_path[path]][1] != label:
+            raise UserError(
+                f"{file}, line {number}: label {label}, but its folder is class {train.samples[by_path[path]][1]}"
+            )
+    return sorted({by_path[path] for path, _ in listed.samples})
+
+
+# -------------------------------------------------------------------------------------------------------------- network
+def add_network_flags(p: argparse.ArgumentParser, archs: Sequence[str], stems: Sequence[str], default: str) -> None:
+    """--pretrained, and what network it is: flags override what a run of ours has stored in its checkpoint."""
+    a = p.add_argument
+    a("--pretrained", required=True, help="checkpoint of a run, a published file (MoCo, SwAV, torchvision), or none: "
+      "random weights")  # fmt: skip
+    a("--arch", choices=archs, help=f"default: the checkpoint's, else {default}")
+    a("--width", type=int, help="channels of the first stage; default: the checkpoint's, else 64")
+    a("--stem", choices=stems, help="default: the checkpoint's, else imagenet")
+    p.set_defaults(backbone_sha256="")
+
+
+def load_backbone(
+    build: Callable[[str, int, str], Any],
+    args: argparse.Namespace,
+    default: str,
+    drop: Sequence[str] = ("fc.*", "projection_head.*", "prototypes.*", "classifier.3.*"),
+) -> tuple[Any, str]:
+    """The network of --pretrained without its head, and a line about what was loaded; resolves --arch, --width, --stem.
+
+    `default` is the architecture where neither the flags nor the file name one, `drop` what the network lacks.
+    The hash of the weights enters the flags: a probe of weights that have since changed is not resumed.
+    """
+    stored: Mapping[str, Any] = {}
+    if args.pretrained != "none":
+        loaded = checkpoint.load(args.pretrained)
+        flags = loaded.get("args") if isinstance(loaded, Mapping) else None
+        stored = flags if isinstance(flags, Mapping) else vars(flags) if isinstance(flags, argparse.Namespace) else {}
+        del loaded
+    for flag, fallback in (("arch", default), ("width", 64), ("stem", "imagenet")):
+        if getattr(args, flag) is None:  # a distilled student's flags are s_arch, s_width, s_stem
+            setattr(args, flag, stored.get(f"s_{flag}") or stored.get(flag) or fallback)
+    network = build(args.arch, args.width, args.stem)
+    what = f"{args.arch}, width {args.width}, stem {args.stem}"
+    if args.pretrained == "none":
+        return network, f"{what}, random weights"
+    state = checkpoint.read_weights(args.pretrained)
+    try:
+        # The count of batches is not used by batch norm with a momentum; files of old PyTorch versions lack it.
+        report = checkpoint.load_strict(network, state, drop, missing_ok=("*.num_batches_tracked",))
+    except UserError as error:
+        raise UserError(f"{args.pretrained}, taken as {what}: {error}") from None
+    digest = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        digest.update(key.encode() + value.contiguous().numpy().tobytes())
+    args.backbone_sha256 = digest.hexdigest()[:16]
+    return network, f"{what}, {args.pretrained}: {report}"
+
+
+@torch.no_grad()
+def collect(
+    embed: Callable[[Tensor], Sequence[Tensor]],
+    images: ImageList,
+    device: torch.device,
+    batch_size: int = 256,
+    workers: int = 0,
+    everything: bool = False,
+) -> tuple[list[Tensor], Tensor]:
+    """Outputs of `embed` for this process's contiguous share of the images (or all), [n, ...] each on the CPU; labels.
+
+    `embed` must be in eval mode and the transform deterministic.
+    """
+    first, last = (0, len(images)) if everything else share(len(images))
+    loader = DataLoader(
+        Subset(images, range(first, last)),
+        batch_size,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=worker_init,
+        generator=torch.Generator(),
+    )
+    parts: list[list[Tensor]] = []
+    for x, _, _ in plain_errors(loader):
+        out = embed(x.to(device, memory_format=torch.channels_last, non_blocking=True))
+        parts.append([value.float().cpu() for value in out])
+    return [torch.cat(column) for column in zip(*parts)], images.labels[first:last]
+
+
+def share(count: int) -> tuple[int, int]:
+    """First and last + 1 of this process's rows, shares of equal length but for the last ones."""
+    each = -(-count // distributed.world())
+    return min(distributed.rank() * each, count), min((distributed.rank() + 1) * each, count)
+
+
+def gather_rows(rows: Tensor, count: int, device: torch.device) -> Tensor:
+    """The `share` of each process [n, ...] -> all rows [count, ...] on every process (CPU)."""
+    each = -(-count // distributed.world())
+    padded = rows.new_zeros(each, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    return distributed.gather(padded.to(device)).cpu()[:count]
+
+
+def topk(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
+    """How many of the rows [N, C] have their label among the k largest logits, for each k (float64, CPU)."""
+    order = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices
+    hits = order == labels.to(order.device)[:, None]
+    return torch.stack([hits[:, :k].any(1).sum() for k in ks]).double().cpu()
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """Print the numbers, and write them as result.json."""
+    if distributed.rank() != 0:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write here ({error.strerror}); give another --output-dir") from None
+    numbers = {k: v for k, v in result.items() if isinstance(v, float)}
+    print("  " + " ".join(f"{k} {v:.2f}" for k, v in numbers.items()) + f" -> {folder}/result.json", flush=True)
+
+
+def unchanged(network: nn.Module, before: Mapping[str, Tensor]) -> None:
+    """Raises RuntimeError if any tensor of a frozen network, batch-norm statistics included, is not what it was."""
+    for key, value in network.state_dict().items():
+        if not torch.equal(value.cpu(), before[key]):
+            raise RuntimeError(f"{key} of the frozen backbone changed while a classifier was trained on it")
+
+
+def freeze(network: nn.Module) -> dict[str, Tensor]:
+    """Eval mode, no gradients; returns a copy of every tensor on the CPU for `unchanged`."""
+    network.requires_grad_(False).eval()
+    return {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
