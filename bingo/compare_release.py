@@ -38,7 +38,7 @@ from shared_utils import UserError, neighbours
 from shared_utils.run import Parser, cli
 
 URL = "https://github.com/haohang96/bingo"
-FILES = ("main_moco.py", "main_lincls.py", "utils.py", "clustering.py", "moco/builder.py", "moco/folder.py")
+FILES = ("main_moco.py", "utils.py", "clustering.py", "moco/builder.py", "moco/folder.py")
 PACKAGES = {"absl": "absl-py", "easydict": "easydict", "faiss": "faiss-cpu"}
 LIMIT = {torch.float32: 1e-6, torch.float64: 1e-12}
 LAM, TAU = (0.5, 0.5), 0.2
@@ -87,7 +87,7 @@ def loss_statements(source: str) -> types.CodeType:
 
 @contextmanager
 def release(root: Path) -> Iterator[SimpleNamespace]:
-    """The release's modules (main, lincls, utils, clustering, builder, folder) and `flags`, usable inside."""
+    """The release's modules (main, utils, clustering, builder, folder) and `flags`, usable inside."""
     check(root)
     sys.modules.setdefault("mkl", types.ModuleType("mkl")).__dict__.setdefault("get_max_threads", lambda: 1)
     with ExitStack() as stack:
@@ -273,8 +273,8 @@ def compare_all(code: SimpleNamespace) -> Iterator[Row]:
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
-def best_seconds(functions: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Median wall time of each; they take turns, so that a busy machine slows all of them."""
+def fastest(functions: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """Shortest wall time of each; they take turns, so that a busy machine slows all of them."""
     times: list[list[float]] = [[] for _ in functions]
     for turn in range(repeats + 1):
         for function, taken in zip(functions, times):
@@ -282,7 +282,7 @@ def best_seconds(functions: Sequence[Callable[[], Any]], repeats: int) -> list[f
             function()
             if turn or repeats == 1:  # the first round warms up
                 taken.append(time.perf_counter() - start)
-    return [float(np.median(taken)) for taken in times]
+    return [min(taken) for taken in times]
 
 
 def peak_mib(function: Callable[[], Any]) -> float:
@@ -308,7 +308,7 @@ def speed(code: SimpleNamespace, images: int, repeats: int) -> bool:
     for z in x[:3]:
         z.requires_grad_()
     steps = [lambda: our_loss(x, 11, 0.7).backward(), lambda: their_loss(code, x, 11, 0.7).backward()]
-    times, peaks = best_seconds(steps, repeats), [peak_mib(step) for step in steps]
+    times, peaks = fastest(steps, repeats), [peak_mib(step) for step in steps]
     threads = torch.get_num_threads()
     print(f"loss and gradients, 32 x 65,536 x 128, {threads} threads: {1e3 * times[0]:.1f} ms, release", end=" ")
     print(f"{1e3 * times[1]:.1f} ms, {times[1] / times[0]:.1f} times as fast; ", end="")
@@ -326,7 +326,7 @@ def speed(code: SimpleNamespace, images: int, repeats: int) -> bool:
     def theirs() -> None:
         found[1] = index.search(features.numpy(), 6)[1][:, 1:]
 
-    seconds = best_seconds([ours, theirs], 1)
+    seconds = fastest([ours, theirs], 1)
     same = 100 * float((found[0] == found[1]).mean())
     print(
         f"5 neighbours of {images} x 2,048, {threads} threads: {seconds[0]:.1f} s, faiss {seconds[1]:.1f} s, ", end=""
@@ -341,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--release", type=Path, required=True, metavar="PATH", help=f"a checkout of {URL}")
     parser.add_argument("--speed", action="store_true", help="also time the loss and the neighbour search")
     parser.add_argument("--images", type=int, default=50000, help="rows of the timed neighbour search")
-    parser.add_argument("--repeats", type=int, default=7, help="calls a median is taken of")
+    parser.add_argument("--repeats", type=int, default=7, help="calls of which the fastest counts")
     parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     args = parser.parse_args(argv)
     if args.threads:
