@@ -35,7 +35,7 @@ case "$tier" in
       --data_dir "${DATA_ROOT:-data}/$set_name" --per_class "$per_class" --cache --img_size 32 --amp bf16
       --s_arch resnet10 --s_width 16 --s_stem cifar_pool --t_arch resnet18 --t_width 32 --t_stem cifar_pool
       --pretrain_path "$runs/teacher/small/$set_name/checkpoint.pth" --corr_npy "$runs/imgs_corr/$set_name.npy"
-      --batch_size 64 --moco_k 4096 --init_lr 0.06 --end_epoch 10 --warmup_epochs 3 --workers 0 --threads 1
+      --batch_size 64 --moco_k 1024 --init_lr 0.06 --end_epoch 10 --warmup_epochs 3 --workers 0 --threads 1
     )
     ;;
   paper)
