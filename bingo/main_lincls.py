@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bingo.arch import ARCHS, STEMS, Encoder, build
+from bingo.builder import ReleaseKeys
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.augment import linear_train, plain
 from shared_utils.data import EpochSampler, ImageList, Keyed
@@ -143,19 +144,6 @@ class Probes(nn.Module):
 
     def forward(self, feats: list[Tensor]) -> list[Tensor]:
         return [probe["classifier"]["LinearClassifier"](f) for probe, f in zip(self.classifiers, feats, strict=True)]  # type: ignore[index, operator]
-
-
-class ReleaseKeys:
-    """The probes for `Run.track`, under the release's names `module.classifiers.*`."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {f"module.{key}": value for key, value in self.model.state_dict().items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        checkpoint.load_strict(self.model, {key.removeprefix("module."): value for key, value in state.items()})
 
 
 class Scores:

@@ -1,0 +1,120 @@
+"""Nearest-neighbour evaluation of a backbone's pooled features, without any training.
+
+    python -m hsa.main_knn --pretrained runs/hsa/pretrain/small/checkpoint.pth --data_dir DATA_DIR
+
+`knn` k = 20, weights exp(cosine / .07); `knn10` k = 10, majority vote; `few_shot` with 10 labelled images a class;
+`purity` share of an image's 5 nearest training images that have its label. With --bags, neighbours of every training
+image from elsewhere (another network, random ones): `bag_gap`, the mean cosine of these pairs minus that of all pairs,
+and `overlap`, the share of them among an image's own K nearest. All in per cent but the gap. Not in the release.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsa.arch import DEPTHS, STEMS, build
+from hsa.export_detection import DROP
+from shared_utils import UserError, distributed
+from shared_utils.augment import plain
+from shared_utils.evaluation import add_data_flags, add_network_flags, freeze, load_backbone, open_splits, write_result
+from shared_utils.neighbours import features, few_shot, knn_accuracy, neighbours, purity
+from shared_utils.run import Parser, cli, runs_root, set_threads
+
+
+def get_parser() -> Parser:
+    p = Parser(prog="hsa.main_knn", description=__doc__.splitlines()[0])
+    a = p.add_argument
+    add_network_flags(p, list(DEPTHS), STEMS, "resnet50")
+    add_data_flags(p)
+    a("--bags", type=Path, help="integers [N, K] in an .npy file, or [N] group numbers")
+    a("--clus_pos_num", type=int, default=5, help="K, neighbours that count")
+    a("--feature_dir", type=Path, help="keep features in .npy files there (mapped, not in memory: for ImageNet)")
+    a("--batch_size", type=int, default=256, help="images a process")
+    a("--output-dir", type=Path, default=runs_root() / "hsa/knn/default", help="folder of result.json")
+    a("--workers", "--num_workers", type=int, default=2)
+    a("--device", default="auto")
+    a("--amp", choices=["none", "bf16"], default="none")
+    a("--threads", type=int, default=0, help="0: cores - workers on a CPU")
+    return p
+
+
+def mean_cosine(feats: Tensor) -> float:
+    """Over all pairs of different rows; by the norm of the sum, without forming the pairs."""
+    n = len(feats)
+    return float((feats.double().sum(0).square().sum() - feats.double().square().sum()) / max(1, n * (n - 1)))
+
+
+def bag_scores(feats: Tensor, array: Tensor, own: Tensor | None) -> dict[str, float]:
+    """Gap, and overlap for bags that are lists of neighbours.
+
+    Args:
+        feats: [N, D] normalised; array: [N, K] members, or [N] group numbers; own: [N, K] the features' own neighbours.
+    """
+    if array.ndim == 2:
+        pairs = torch.stack([(feats * feats[column]).sum(1) for column in array.T], 1).double().mean()
+    else:
+        groups = [feats[array == g].double() for g in array.unique()]
+        total = sum(float(g.sum(0).square().sum() - g.square().sum()) for g in groups)
+        pairs = torch.tensor(total / max(1, sum(len(g) * (len(g) - 1) for g in groups)))
+    out = {"bag_gap": float(pairs) - mean_cosine(feats)}
+    if array.ndim == 2 and own is not None:
+        out["overlap"] = 100 * float((array[:, :, None] == own[:, None, :]).any(2).double().mean())
+    return out
+
+
+def load_bags(path: Path, count: int, k: int) -> Tensor:
+    """[N, at most k] row numbers, or [N] group numbers, for `count` images. UserError: anything else."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file of neighbours")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path}: not a readable .npy array ({' '.join(str(error).split())[:80]})") from None
+    if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer) or len(array) != count:
+        raise UserError(f"{path}: holds {array.dtype} {list(array.shape)}, expected integers [{count}, K]")
+    if array.ndim == 2 and (array.min() < 0 or array.max() >= count):
+        raise UserError(f"{path}: indices {array.min()}..{array.max()} for {count} images")
+    return torch.from_numpy(array.astype(np.int64))[..., :k] if array.ndim == 2 else torch.from_numpy(array)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
+    if args.batch_size < 1 or args.clus_pos_num < 1:
+        raise UserError("--batch_size and --clus_pos_num must be at least 1")
+    device = distributed.init(args.device)
+    set_threads(args.threads, args.workers, device)
+    train, val = open_splits(args)
+    train.transform = val.transform = plain(args.img_size)
+    bags = load_bags(args.bags, len(train), args.clus_pos_num) if args.bags else None
+    encoder, report = load_backbone(build, args, "resnet50", DROP)
+    freeze(encoder)
+    encoder = encoder.to(device).to(memory_format=torch.channels_last)
+    if distributed.rank() == 0:
+        print(f"hsa/knn: {report}; {len(train)} train / {len(val)} val images", flush=True)
+
+    def embed(name: str, images) -> Tensor:  # type: ignore[no-untyped-def]
+        out = args.feature_dir / f"{name}.npy" if args.feature_dir else None
+        return features(
+            lambda x: encoder(x, pre_out=True), images, device, args.batch_size, args.workers, args.amp == "bf16", out
+        )
+
+    bank, queries = embed("train", train), embed("val", val)
+    labels, truth = train.labels, val.labels
+    nearest = neighbours(bank, min(max(5, args.clus_pos_num), len(train) - 1), device)
+    result: dict[str, object] = {
+        "knn": knn_accuracy(bank, labels, queries, truth, 20, 0.07),
+        "knn10": knn_accuracy(bank, labels, queries, truth, 10, None),
+        "few_shot": few_shot(bank, labels, queries, truth, 10),
+        "purity": purity(nearest[:, :5], labels),
+    }
+    if bags is not None:
+        result |= bag_scores(bank, bags, nearest[:, : args.clus_pos_num])
+    result |= {"pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256, "data_dir": str(args.data_dir)}
+    write_result(args.output_dir, result)
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)
