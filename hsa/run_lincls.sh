@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Linear evaluation: bash hsa/run_lincls.sh [mini|small|paper] [flags of hsa.main_lincls]
+# CHECKPOINT names the pretrained weights, DATA_ROOT the folder of the data sets, SET the small one, GPUS the processes,
+# RUNS the folder of the outputs (runs).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+tier=mini
+case "${1:-}" in mini | small | paper) tier=$1 && shift ;; --* | "") ;; *)
+  echo "error: unknown tier '$1'; choose mini, small or paper" >&2
+  exit 2
+  ;;
+esac
+source shared_utils/env.sh
+
+runs=${RUNS:-runs}
+where=$tier
+case "$tier" in
+  mini)
+    # Section 4 of the paper at toy size: classifiers on layer3 and layer4 of the frozen network of run_pretrain.sh mini;
+    # 30 epochs over features of unaugmented images (--cached_train), seconds on two CPU cores.
+    flags=(
+      --synthetic --img_size 32 --cached_train
+      --init_lr 3 --schedule 18,24 --end_epoch 30 --batch_size 64
+    )
+    ;;
+  small)
+    # CIFAR-10 at 400 images a class (SET=tiny_imagenet50: 80 a class), the cheap probe of layer3 and layer4; under a
+    # minute on two CPU cores. A comparison of arms, not the paper's protocol: see run_arms.sh.
+    set_name=${SET:-cifar10} per_class=400
+    where=small/$set_name
+    if [ "$set_name" = tiny_imagenet50 ]; then per_class=80; fi
+    flags=(
+      --data_dir "${DATA_ROOT:-data}/$set_name" --img_size 32 --per_class "$per_class" --cached_train
+      --init_lr 3 --schedule 60,80 --end_epoch 100 --batch_size 256
+    )
+    ;;
+  paper)
+    # ImageNet, ResNet-50: 76.4 top-1 of the first abstract after a long multi-crop run; blocks 14 and 17 at once (the
+    # release: 17). lr 30, batch 256, 100 epochs, x .1 at 60 and 80 (release scripts/lincls/single_crop_200ep.sh).
+    # 500,400 steps of 256 images, one forward pass each; never run here, so no time is given.
+    flags=(
+      --data_dir "${DATA_ROOT:-data}" --selected_feat_id 14,17 --init_lr 30 --schedule 60,80 --end_epoch 100
+      --batch_size 256 --workers 8 --log-every 100
+    )
+    ;;
+esac
+checkpoint=${CHECKPOINT:-$runs/hsa/pretrain/$where/checkpoint.pth}
+out=$runs/hsa/lincls/$where
+
+launch=("$PYTHON")
+if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
+"${launch[@]}" -m hsa.main_lincls --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"
