@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms as T
 
-from shared_utils import UserError, augment, distributed, neighbours
+from shared_utils import UserError, augment, neighbours
 from shared_utils.data import ImageList, image_folder, mix_key, per_class
 
 
@@ -48,14 +48,17 @@ class Neighbours:
         self.purity = 0.0  # per cent of the neighbours with their image's label; for people to watch
 
     def set(self, index: Tensor, epoch: int) -> None:
-        """Take over indices [N, K], on every process those of the first: near ties may fall otherwise elsewhere."""
-        if distributed.world() > 1:
-            torch.distributed.broadcast(index, 0)
-        self._take(index, epoch)
+        """Take over indices [N, K], equal on every process, where the data workers see them."""
+        self.index.copy_(index)
+        self.epoch = epoch
+        self.purity = neighbours.purity(self.index, self.labels)
 
-    def nearest(self, feats: Tensor) -> Tensor:
-        """Exact nearest neighbours [N, K] among normalised features [N, D], never the image itself."""
-        return neighbours.search(feats, feats, self.index.shape[1], exclude_self=True)[1]
+    def nearest(self, feats: Tensor, device: torch.device) -> Tensor:
+        """Exact nearest neighbours [N, K] among normalised features [N, D], never the image itself (by index).
+
+        The processes share the rows among them, and all get the whole.
+        """
+        return neighbours.neighbours(feats, self.index.shape[1], device)
 
     def random(self, epoch: int) -> Tensor:
         """The control: other images, drawn uniformly with replacement for each refresh."""
@@ -84,12 +87,7 @@ class Neighbours:
                 "the checkpoint's neighbours are of other images, or of another order of them; "
                 "give the --data_dir of that run, or --overwrite"
             )
-        self._take(state["index"], state["epoch"])
-
-    def _take(self, index: Tensor, epoch: int) -> None:
-        self.index.copy_(index)
-        self.epoch = epoch
-        self.purity = neighbours.purity(self.index, self.labels)
+        self.set(state["index"], state["epoch"])
 
 
 def small_crop(size: int) -> T.Compose:

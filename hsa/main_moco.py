@@ -51,6 +51,8 @@ def get_parser() -> argparse.ArgumentParser:
     a("--warmup_epochs", type=int, default=11, help="epochs with (a, b) = (1, 0)")
     a("--clus_pos_num", type=int, default=5, help="K, neighbours of an image")
     a("--cluster_freq", type=int, default=5, help="epochs between refreshes of the neighbours")
+    a("--feature_dir", type=Path, help="keep the refresh's features in a file there, shared by the processes, instead "
+      "of in memory (ImageNet: 10.5 GB)")  # fmt: skip
     a("--alpha", type=float, default=2.0, help="CutMix ratio ~ Beta(alpha, alpha)")
     a("--moco_dim", type=int, default=128, help="D, length of an embedding")
     a("--moco_k", type=int, default=65536, help="columns of the queue")
@@ -150,19 +152,19 @@ class Refreshing:
         return iter(self.loader)
 
     def search(self, epoch: int) -> Tensor:
-        """Indices [N, K] on the run's device, from the momentum encoder's pooled features in eval mode."""
+        """Indices [N, K], from the momentum encoder's pooled features in eval mode."""
         args, device, encoder = self.run.args, self.run.device, self.model.encoder_k
         if args.neighbours != "knn":
             draw = self.nearby.random if args.neighbours == "random" else self.nearby.same_label
-            return draw(epoch).to(device)
+            return draw(epoch)
         self.model.share_norms()
         encoder.eval()
         feats = features(
             lambda x: encoder(x, pre_out=True), self.images, device, args.batch_size // self.run.world, args.workers,
-            args.amp == "bf16",
+            args.amp == "bf16", args.feature_dir / "neighbours.npy" if args.feature_dir else None,
         )  # fmt: skip
         encoder.train()
-        return self.nearby.nearest(feats.to(device))
+        return self.nearby.nearest(feats, device)
 
 
 @torch.no_grad()

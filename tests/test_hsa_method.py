@@ -418,10 +418,10 @@ def test_planted_clusters_are_found_without_the_image_itself(images):  # propert
     nearby = Neighbours(images, 3, 0)
     centres = torch.eye(3).repeat_interleave(4, 0)
     feats = F.normalize(centres + 0.05 * torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), dim=1)
-    nearby.set(nearby.nearest(feats), 0)
+    nearby.set(nearby.nearest(feats, torch.device("cpu")), 0)
     assert nearby.purity == 100
     duplicates = torch.eye(3).repeat_interleave(4, 0)  # all four of a class are equal
-    index = nearby.nearest(duplicates)
+    index = nearby.nearest(duplicates, torch.device("cpu"))
     for i, row in enumerate(index.tolist()):
         assert i not in row and sorted(row) == [j for j in range(i // 4 * 4, i // 4 * 4 + 4) if j != i]
 
