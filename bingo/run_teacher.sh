@@ -33,7 +33,7 @@ case "$tier" in
     flags=(
       --data_dir "${DATA_ROOT:-data}/$set_name" --per_class "$per_class" --cache --img_size 32
       --arch resnet18 --width 32 --stem cifar_pool --amp bf16
-      --batch_size 64 --bn_splits 4 --moco_k 1024 --moco_m 0.99 --init_lr 0.06 --end_epoch 40
+      --batch_size 64 --bn_splits 4 --moco_k 1024 --moco_m 0.99 --init_lr 0.03 --end_epoch 40
       --workers 0 --threads 1
     )
     ;;
