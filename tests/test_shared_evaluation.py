@@ -1,0 +1,139 @@
+"""What evaluations share: splits, label subsets, weights and what is stored beside them, shares of rows, top-k."""
+
+import argparse
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from shared_utils import UserError, checkpoint, evaluation
+from shared_utils.data import image_folder
+
+
+def folder(root: Path, counts: dict[str, int]) -> Path:
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(np.full((6, 6, 3), i, np.uint8)).save(root / name / f"{name}_{i}.png")
+    return root
+
+
+def flags(**values: object) -> argparse.Namespace:
+    p = argparse.ArgumentParser()
+    evaluation.add_data_flags(p)
+    evaluation.add_network_flags(p, ["a", "b"], ["s", "t"], "a")
+    args = p.parse_args(["--pretrained", "none"])
+    vars(args).update(values)
+    return args
+
+
+def test_splits_and_where_validation_lies(tmp_path):
+    folder(tmp_path / "train", {"cat": 5, "dog": 4})
+    folder(tmp_path / "test", {"cat": 2, "dog": 1})
+    train, val = evaluation.open_splits(flags(data_dir=tmp_path, per_class=3, cache=True))
+    assert (len(train), len(val)) == (6, 3) and train.classes == ["cat", "dog"]
+    folder(tmp_path / "val", {"cat": 1, "dog": 1})
+    assert len(evaluation.open_splits(flags(data_dir=tmp_path))[1]) == 2
+    folder(tmp_path / "other", {"cat": 1, "eel": 1})
+    with pytest.raises(UserError, match="other: its classes are not those of .*train .first difference: dog"):
+        evaluation.open_splits(flags(data_dir=tmp_path, val_dir=tmp_path / "other"))
+    with pytest.raises(UserError, match="no such folder"):
+        evaluation.open_splits(flags(data_dir=tmp_path / "none"))
+
+
+def test_cifar_from_torchvisions_files(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="cifar-10-batches-py: cifar10 not found or damaged"):
+        evaluation.open_splits(flags(data_dir=tmp_path, dataset="cifar10"))
+    base, rng = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
+    base.mkdir()
+    pixels = {}
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        pixels[name] = rng.integers(0, 255, (4, 3072), dtype=np.uint8)
+        (base / name).write_bytes(pickle.dumps({"data": pixels[name], "labels": [0, 1, 1, 0]}))
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": ["plane", "car"]}))
+    monkeypatch.setattr(sys.modules["torchvision.datasets.cifar"], "check_integrity", lambda *_: True)
+    train, val = evaluation.open_splits(flags(data_dir=tmp_path, dataset="cifar10", per_class=3))
+    assert (len(train), len(val)) == (6, 4) and train.classes == ["plane", "car"]
+    assert train.labels.tolist() == [0, 1, 1, 0, 0, 1]
+    expected = pixels["data_batch_2"][1].reshape(3, 32, 32).transpose(1, 2, 0)  # the sixth that was kept
+    assert np.array_equal(np.asarray(train.image(5)), expected)
+    some = evaluation.subset(train, [5, 0], [-1, -1])
+    assert np.array_equal(np.asarray(some.image(0)), expected) and some.labels.tolist() == [-1, -1]
+
+
+def test_fraction_is_drawn_of_each_class_by_the_seed(tmp_path):
+    images = image_folder(folder(tmp_path, {"a": 40, "b": 20, "c": 3}))
+    drawn = [evaluation.labelled_indices(images, None, 0.1, tmp_path, seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert torch.bincount(images.labels[drawn[0]]).tolist() == [4, 2, 1]
+    assert evaluation.labelled_indices(images, None, 1.0, tmp_path, 0) == list(range(63))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_subset_keeps_images_with_their_labels(cached, tmp_path):
+    args = flags(data_dir=tmp_path, cache=cached)
+    folder(tmp_path / "train", {"a": 3, "b": 3})
+    folder(tmp_path / "val", {"a": 1, "b": 1})
+    train, _ = evaluation.open_splits(args)
+    some = evaluation.subset(train, [4, 1])
+    assert [np.asarray(some.image(i))[0, 0, 0] for i in range(2)] == [1, 1] and some.labels.tolist() == [1, 0]
+    assert evaluation.subset(train, [4, 1], [7, 8]).labels.tolist() == [7, 8] and train.labels[4] == 1
+
+
+def tiny(name: str, width: int, stem: str) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width))
+
+
+def test_flags_of_the_checkpoint_and_what_overrides_them(tmp_path):
+    net = tiny("b", 5, "t")
+    state = {f"module.encoder_q.{k}": v for k, v in net.state_dict().items() if "num_batches" not in k}
+    state["module.encoder_q.fc.0.weight"] = torch.zeros(2, 5)
+    student = {"s_arch": "b", "s_width": 5, "s_stem": "t", "t_arch": "a", "arch": "a"}
+    for name, stored in (("student", student), ("encoder", {"arch": "b", "width": 5, "stem": "t"})):
+        path = tmp_path / f"{name}.pth"
+        checkpoint.save(path, {"state_dict": state, "args": stored})
+        args = flags(pretrained=str(path))
+        loaded, report = evaluation.load_backbone(tiny, args, "a")
+        assert (args.arch, args.width, args.stem) == ("b", 5, "t") and "dropped 1" in report
+        assert torch.equal(loaded[0].weight, net[0].weight) and len(args.backbone_sha256) == 16
+    with pytest.raises(UserError, match="encoder.pth, taken as b, width 6, stem t: .*mis-shaped"):
+        evaluation.load_backbone(tiny, flags(pretrained=str(path), width=6), "a")
+    released = tmp_path / "released.pth"  # MoCo's own files have no flags of ours
+    checkpoint.save(released, {"state_dict": state, "arch": "resnet50", "args": argparse.Namespace(arch=None)})
+    args = flags(pretrained=str(released), width=5)
+    evaluation.load_backbone(tiny, args, "a")
+    assert (args.arch, args.stem) == ("a", "imagenet")
+    fresh = flags(width=4)
+    assert evaluation.load_backbone(tiny, fresh, "a")[1].endswith("random weights") and fresh.backbone_sha256 == ""
+
+
+def test_shares_cover_all_rows(monkeypatch):
+    for world in (1, 2, 3, 5):
+        monkeypatch.setattr(evaluation.distributed, "world", lambda world=world: world)
+        found = []
+        for rank in range(world):
+            monkeypatch.setattr(evaluation.distributed, "rank", lambda rank=rank: rank)
+            found += list(range(*evaluation.share(11)))
+        assert found == list(range(11))
+
+
+def test_topk_counts():
+    logits = torch.tensor([[3.0, 2, 1, 0], [0, 1, 2, 3], [0, 3, 2, 1]])
+    assert evaluation.topk(logits, torch.tensor([0, 2, 0]), (1, 2, 3)).tolist() == [1, 2, 2]
+    assert evaluation.topk(logits, torch.tensor([3, 0, 0])).tolist() == [0, 3]  # top-5 of four classes is everything
+
+
+def test_frozen_means_every_tensor():
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    before = evaluation.freeze(net)
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    net(torch.randn(4, 2))
+    evaluation.unchanged(net, before)
+    net.train()(torch.randn(4, 2))
+    with pytest.raises(RuntimeError, match="1.running_mean of the frozen backbone changed"):
+        evaluation.unchanged(net, before)
