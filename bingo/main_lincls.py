@@ -134,10 +134,11 @@ class Probes(nn.Module):
 
     def __init__(self, sizes: list[int], classes: int):
         super().__init__()
-        layers = [nn.Linear(size, classes) for size in sizes]
-        for layer in layers:
-            nn.init.normal_(layer.weight, 0, 0.01)
-            nn.init.zeros_(layer.bias)
+        layers = []
+        for size in sizes:  # one after the other: a block's start does not depend on the blocks after it
+            layers.append(nn.Linear(size, classes))
+            nn.init.normal_(layers[-1].weight, 0, 0.01)
+            nn.init.zeros_(layers[-1].bias)
         self.classifiers = nn.ModuleList(
             nn.ModuleDict({"classifier": nn.ModuleDict({"LinearClassifier": layer})}) for layer in layers
         )
