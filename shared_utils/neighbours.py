@@ -77,11 +77,19 @@ def features(
     return rows if world == 1 else distributed.gather(rows.to(device)).cpu()[: len(images)]
 
 
+EXTRA = 32  # candidates beyond k that a matrix product hands to the final ranking
+WORTH = 2**32  # multiplications from which on a bank in bfloat16 pays for itself
+
+
 @torch.no_grad()
 def search(
     queries: Tensor, bank: Tensor, k: int, exclude_self: bool = False, first: int = 0, chunk: int = 2048
 ) -> tuple[Tensor, Tensor]:
     """The k rows of `bank` with the largest inner product, exactly; for normalised rows the nearest in L2 too.
+
+    Candidates come from matrix products, in bfloat16 where that is fast, and are ranked by float32 products. Queries
+    whose candidates in bfloat16 are not proven to hold the k best are searched again in float32. Among equal products
+    the lower index comes first, unless more than EXTRA are equal.
 
     Args:
         queries: [Q, D]; bank: [N, D], same device.
@@ -91,16 +99,76 @@ def search(
     """
     if k < 1 or k + exclude_self > len(bank):
         raise UserError(f"{k} neighbours need at least {k + exclude_self} images, there are {len(bank)}")
-    sims, indices = [], []
-    for start in range(0, len(queries), chunk):
-        s = queries[start : start + chunk] @ bank.T  # [chunk, N]
-        if exclude_self:
-            rows = torch.arange(len(s), device=s.device)
-            s[rows, rows + first + start] = -torch.inf
-        sim, index = s.topk(k, dim=1)
-        sims.append(sim)
-        indices.append(index)
-    return torch.cat(sims), torch.cat(indices)
+    products = [_Products(bank, torch.float32)]
+    if _bfloat16_is_fast(bank.device) and len(queries) * bank.numel() >= WORTH:
+        products.insert(0, _Products(bank, torch.bfloat16))
+    sim = queries.new_empty(len(queries), k, dtype=torch.float32)
+    index = torch.empty(sim.shape, dtype=torch.int64, device=sim.device)
+    for todo in torch.arange(len(queries), device=sim.device).split(chunk):
+        for product in list(products):
+            sim[todo], index[todo], proven = product.best(queries[todo], k, todo + first if exclude_self else None)
+            if 2 * int(proven.sum()) < len(todo) and product is not products[-1]:
+                products.remove(product)  # features too close to each other: it would not help the next ones either
+            todo = todo[~proven]
+            if not len(todo):
+                break
+    return sim, index
+
+
+def _bfloat16_is_fast(device: torch.device) -> bool:
+    """GPUs since 2020 and CPUs with AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+class _Products:
+    """Inner products with a bank in some precision, and how far they can be off.
+
+    With q' = q + e and b' = b + d after rounding, |q.b - q'.b'| <= |e| |b| + |q'| |d| (Cauchy-Schwarz); the D terms are
+    summed in float32, and bfloat16 rounds the sum to 8 bits. There the mean of the bank is taken off first: that moves
+    all products of a query alike, and what is left is shorter.
+    """
+
+    def __init__(self, bank: Tensor, dtype: torch.dtype):
+        self.exact, self.low = bank, bank
+        self.mean = torch.zeros_like(bank[0])
+        self.length = self.centred = float(bank.norm(dim=1).max())  # largest |b|
+        self.rounding = 0.0  # largest |d|
+        if dtype != torch.float32:
+            self.mean, self.centred = bank.mean(0), 0.0
+            self.low = torch.empty_like(bank, dtype=dtype)
+            for rows, low in zip(bank.split(4096), self.low.split(4096)):
+                rows = rows - self.mean
+                low.copy_(rows)
+                self.centred = max(self.centred, float(rows.norm(dim=1).max()))
+                self.rounding = max(self.rounding, float((low.float() - rows).norm(dim=1).max()))
+
+    def best(self, q: Tensor, k: int, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Products [Q, k] and indices [Q, k] of the best rows, `own` [Q] left out, and which are proven [Q]."""
+        low = q.to(self.low.dtype)
+        s = low @ self.low.T  # [Q, N]
+        if own is not None:
+            s[torch.arange(len(s), device=s.device), own] = -torch.inf
+        others = s.shape[1] - (own is not None)
+        count = min(k + EXTRA, others)
+        score, index = torch.topk(s, count, dim=1)
+        del s
+        score, low = score.float(), low.float()
+        off = (low - q).norm(dim=1) * self.centred + low.norm(dim=1) * self.rounding
+        off += q.shape[1] * 2**-22 * q.norm(dim=1) * self.length  # sums in float32, here and below
+        if self.low.dtype == torch.bfloat16:
+            off += score.abs().amax(1) / 256
+
+        # Rank in float32 all that rounding may have moved behind the k-th.
+        index, order = index.sort(1)
+        close = (score >= score[:, k - 1, None] - 2 * off[:, None]).gather(1, order)
+        pairs = zip(close.nonzero()[:, 0].split(512), index[close].split(512))
+        sim = torch.full_like(score, -torch.inf)
+        sim[close] = torch.cat([(q[rows] * self.exact[columns]).sum(1) for rows, columns in pairs])
+        sim, order = sim.sort(dim=1, descending=True, stable=True)
+        sim, index = sim[:, :k], index.gather(1, order)[:, :k]
+        return sim, index, (sim[:, -1] - q @ self.mean > score[:, -1] + off) | (count == others)
 
 
 def neighbours(bank: Tensor, k: int, device: torch.device) -> Tensor:
