@@ -86,7 +86,7 @@ def differing(a: Path, b: Path) -> list[str]:
         ("", 2),
         ("--mode moco", 1),
         ("--mode moco --inter_weight 1", 1),
-        ("--mix none", 2),
+        ("--mix none --feature_dir {tmp}/feats", 2),
         ("--neighbours random --aug_plus false", 2),
         ("--neighbours label --decay_method step --schedule 1 --amp bf16", 2),
         ("--mode paper --crops 2 --img_size 32", 2),
@@ -94,7 +94,8 @@ def differing(a: Path, b: Path) -> list[str]:
     ],
 )
 def test_every_arm_trains(arm, ways, data, tmp_path):
-    log = train(data, tmp_path, *arm.split())
+    log = train(data, tmp_path, *arm.format(tmp=tmp_path).split())
+    assert (tmp_path / "feats/neighbours.npy").exists() == ("feature_dir" in arm)
     assert len(log) == 3 and log[0].keys() >= {"step", "epoch", "loss", "lr", "data_wait", "acc/contrast_top1"}
     state = checkpoint.load(tmp_path / "checkpoint.pth")["state_dict"]
     assert {"module.queue", "module.queue_ptr", "module.encoder_q.fc.2.weight"} <= set(state)
@@ -138,7 +139,12 @@ def test_telemetry_and_pictures(data, tmp_path):
 def test_telemetry_is_taken_at_log_steps_only(data, tmp_path, monkeypatch):
     calls = []
     rank = losses.positive_rank
-    monkeypatch.setattr(losses, "positive_rank", lambda *a: calls.append(1) or rank(*a))
+
+    def counted(*args):
+        calls.append(1)
+        return rank(*args)
+
+    monkeypatch.setattr(losses, "positive_rank", counted)
     train(data, tmp_path, "--end_epoch", "2", "--log-every", "3")
     assert len(calls) == 3  # steps 1, 3 and 6
 
@@ -229,7 +235,7 @@ def test_neighbours_are_those_of_the_momentum_encoder_at_the_refresh(data, tmp_p
             {k[len(prefix) :]: v for k, v in spy.states[0].items() if k.startswith(prefix) and ".fc." not in k}
         )
         with torch.no_grad():
-            feats = F.normalize(encoder.eval()(torch.stack([x for x, _, _ in images]), pre_out=True), dim=1)
+            feats = F.normalize(encoder.eval()(torch.stack([images[i][0] for i in range(24)]), pre_out=True), dim=1)
         sim = (feats @ feats.T).fill_diagonal_(-1)
         found[which] = sim.topk(3).indices
     saved = checkpoint.load(tmp_path / "checkpoint.pth")["neighbours"]
