@@ -18,10 +18,10 @@ where=$tier
 case "$tier" in
   mini)
     # A tenth of the labels of the mini images, the whole network of run_pretrain.sh mini; fine-tuning,
-    # pseudo-labels and self-training, under a minute on two CPU cores.
+    # pseudo-labels (up to 2 bits here, so that there are some) and self-training, under a minute on two CPU cores.
     flags=(
       --synthetic --img_size 32 --fraction 0.1
-      --end_epoch 10 --batch_size 32 --log-every 5
+      --end_epoch 10 --batch_size 32 --threshold 2 --log-every 5
     )
     ;;
   small)
