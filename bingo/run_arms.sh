@@ -86,7 +86,7 @@ run_one() { # arm seed [flags]
   "$PYTHON" -m bingo.main_knn --pretrained "$folder/checkpoint.pth" "${knn[@]}" --bags "$corr.npy" \
     --workers 0 --threads 1 --output-dir "$folder-knn"
   "$PYTHON" -m bingo.main_lincls --pretrained "$folder/checkpoint.pth" "${knn[@]}" --cached_train --selected_feat_id last \
-    --init_lr 10 --batch_size 256 --end_epoch 50 --decay_method cos --min_lr 0 --workers 0 --threads 1 --overwrite \
+    --init_lr 0.3 --batch_size 256 --end_epoch 50 --decay_method cos --min_lr 0 --workers 0 --threads 1 --overwrite \
     --output-dir "$folder-linear"
 }
 

@@ -67,7 +67,7 @@ run_one() { # arm seed [flags]
     --output-dir "$folder-knn"
   # The last block, and layer3 for what the second level claims.
   "$PYTHON" -m hsa.main_lincls --pretrained "$folder/checkpoint.pth" "${data[@]}" --cached_train \
-    --selected_feat_id layer3,last --init_lr 10 --batch_size 256 --end_epoch 50 --decay_method cos --workers 0 \
+    --selected_feat_id layer3,last --init_lr 0.3 --batch_size 256 --end_epoch 50 --decay_method cos --workers 0 \
     --threads 1 --overwrite --output-dir "$folder-linear"
 }
 
