@@ -28,7 +28,7 @@ ARMS = {
 METRICS = {
     "few_shot": "10-shot kNN top-1",
     "knn": "20-NN top-1",
-    "linear": "linear top-1 (cached features)",
+    "linear_last": "linear top-1 (cached features)",
     "purity": "5-NN purity",
     "bag_gap": "bag gap",
 }

@@ -30,7 +30,7 @@ METRICS = {
     "few_shot": "10-shot kNN top-1",
     "knn": "20-NN top-1",
     "purity": "5-NN purity",
-    "linear": "linear top-1 (cached features)",
+    "linear_last": "linear top-1 (cached features)",
     "linear3": "linear top-1 of layer3 (cached features)",
 }
 SETS = {"cifar10": "CIFAR-10, 4,000 images, 32 px", "tiny_imagenet50": "Tiny-ImageNet, 50 classes, 4,000 images, 32 px"}
@@ -57,7 +57,7 @@ def collect(root: Path) -> dict[str, Runs]:
         linear = folder.with_name(f"{folder.name}-linear") / "result.json"
         if linear.is_file() and folder.parent.name in ARMS:
             result = {**json.loads(file.read_text()), **json.loads(linear.read_text()), "folder": folder}
-            result["linear3"] = result["blocks"][min(result["blocks"], key=int)]["best"]
+            result["linear3"] = result["blocks"][min(result["blocks"], key=int)]["last"]
             found.setdefault(folder.parent.name, {})[int(folder.name.removeprefix("seed"))] = result
     if not found:
         raise UserError(f"{root}: no finished arm (ARM/seedN-knn/result.json); run hsa/run_arms.sh first")

@@ -346,7 +346,7 @@ def test_arms_table_and_verdict(tmp_path):
         for seed in (0, 1):
             for job, result in (
                 ("knn", {"knn": 30 + gain + seed, "few_shot": 20 + gain, "purity": 25.0, "bag_gap": 0.5}),
-                ("linear", {"linear": 40 + gain}),
+                ("linear", {"linear_last": 40 + gain}),
             ):
                 file = tmp_path / arm / f"seed{seed}-{job}" / "result.json"
                 file.parent.mkdir(parents=True)

@@ -24,9 +24,9 @@ def tree(tmp_path: Path) -> Path:
             for part in ("", "-knn", "-linear"):
                 folder.with_name(folder.name + part).mkdir(parents=True)
             knn = {"knn": score + 10, "few_shot": score, "purity": 30.0 + seed, "knn10": 0.0}
-            blocks = {"5": {"best": 45.0 + seed}, "4": {"best": 40.0 + seed}}
+            blocks = {"5": {"last": 45.0 + seed}, "4": {"last": 40.0 + seed}}
             (root / arm / f"seed{seed}-knn" / "result.json").write_text(json.dumps(knn))
-            linear = {"linear": 45.0 + seed, "blocks": blocks}
+            linear = {"linear_last": 45.0 + seed, "blocks": blocks}
             (root / arm / f"seed{seed}-linear" / "result.json").write_text(json.dumps(linear))
             facts = {"git_commit": "0123456789ab", "hardware": "2 CPU cores", "date": "2026-11-22"}
             (folder / "config.json").write_text(json.dumps(facts))
