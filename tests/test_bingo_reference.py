@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bingo import cutmix, losses
+from bingo import cutmix, losses, main_lincls
 from bingo.builder import BINGO
 from bingo.compare_release import FILES, Tiny, check, fixed_inputs, legacy, main, row
 from bingo.data import Bags
@@ -159,6 +159,15 @@ def test_learning_rates_are_the_release_s():
         for epoch, expected in FROZEN["learning_rate"][key].items():
             args = Namespace(**base, decay_method=method)
             assert learning_rate(args, int(epoch)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_learning_rates_of_the_linear_evaluation_are_the_release_s():
+    step = dict(init_lr=30.0, end_epoch=100, schedule=[60, 80], lr_decay=0.1, min_lr=0.01, decay_method="step")
+    cosine = {**step, "end_epoch": 120, "decay_method": "cos"}
+    scripts = {"lin_step": step, "lin_cos": cosine, "lin_cos_eff": {**cosine, "init_lr": 3.0, "min_lr": 0.001}}
+    for key, flags in scripts.items():
+        for epoch, expected in FROZEN["learning_rate"][key].items():
+            assert main_lincls.learning_rate(Namespace(**flags), int(epoch)) == pytest.approx(expected, rel=1e-12)
 
 
 # --- four training steps ---------------------------------------------------------------------------------------------

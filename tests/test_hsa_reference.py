@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hsa import cutmix, losses
+from hsa import cutmix, losses, main_lincls
 from hsa.builder import CsMl
 from hsa.compare_release import FILES, Tiny, check, fixed_inputs, legacy, main, row
 from hsa.main_moco import learning_rate
@@ -155,6 +155,13 @@ def test_learning_rates_are_the_release_s():
         for epoch, expected in FROZEN["learning_rate"][key].items():
             args = Namespace(**base, decay_method=method)
             assert learning_rate(args, int(epoch)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_learning_rates_of_the_linear_evaluation_are_the_release_s():
+    scripts = {"lin_step": dict(init_lr=30.0, end_epoch=100, schedule=[60, 80], lr_decay=0.1, decay_method="step")}
+    for key, flags in scripts.items():
+        for epoch, expected in FROZEN["learning_rate"][key].items():
+            assert main_lincls.learning_rate(Namespace(**flags), int(epoch)) == pytest.approx(expected, rel=1e-12)
 
 
 # --- four training steps ---------------------------------------------------------------------------------------------
