@@ -17,7 +17,7 @@ case "$tier" in
   mini)
     # Five neighbours of each of the 1,000 generated images.
     flags=(
-      --synthetic --cache --img_size 32 --arch resnet18 --t_width 32 --t_stem cifar_pool
+      --synthetic --cache --img_size 32 --arch resnet10 --t_width 32 --t_stem cifar_pool
       --ckpt_name "$runs/teacher/mini/checkpoint.pth" --corr_dir "$runs/imgs_corr" --corr_name mini.npy
     )
     ;;

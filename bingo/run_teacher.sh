@@ -15,10 +15,10 @@ source shared_utils/env.sh
 out=${RUNS:-runs}/bingo/teacher/$tier
 case "$tier" in
   mini)
-    # MoCo v2 at toy size: 1,000 generated images, ResNet-18 of half the width, 32 pixels.
+    # MoCo v2 at toy size: 1,000 generated images, ResNet-10 of half the width, 32 pixels, 120 steps.
     flags=(
-      --synthetic --cache --img_size 32 --arch resnet18 --width 32 --stem cifar_pool
-      --batch_size 64 --bn_splits 4 --moco_k 1024 --moco_m 0.99 --init_lr 0.06 --end_epoch 12 --workers 1
+      --synthetic --cache --img_size 32 --arch resnet10 --width 32 --stem cifar_pool --log-every 5
+      --batch_size 64 --bn_splits 2 --moco_k 512 --moco_m 0.99 --init_lr 0.03 --end_epoch 8 --workers 1
     )
     ;;
   small)
