@@ -96,8 +96,8 @@ def release(root: Path) -> Iterator[SimpleNamespace]:
         stack.enter_context(mock.patch.object(np, "int", int, create=True))
         stack.enter_context(mock.patch.object(sys, "path", [str(root.resolve()), *sys.path]))
         names = dict(main="main_moco", utils="utils", clustering="clustering", builder="moco.builder")
+        names["folder"] = "moco.folder"
         code = SimpleNamespace(**{key: importlib.import_module(name) for key, name in names.items()})
-        code.folder = importlib.import_module("moco.folder")
         code.flags = code.main.FLAGS
         code.flags(["release"])
         code.flags.lam = list(LAM)
