@@ -41,6 +41,7 @@ class Encoder(nn.Module, ABC):
     num_features: int
     last_id: int
     fc: nn.Module
+    report: str = ""  # what was loaded from a file
 
     @abstractmethod
     def steps(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -219,7 +220,7 @@ class MBConv(nn.Module):
             return y
         if self.training and self.drop > 0:  # a sample's branch is dropped, or scaled up to keep the mean
             keep = 1 - self.drop
-            y = y / keep * torch.floor(keep + torch.rand(len(y), 1, 1, 1, dtype=y.dtype, device=y.device))
+            y = y / keep * torch.floor(keep + torch.rand(len(y), 1, 1, 1, device=y.device)).to(y.dtype)
         return y + x
 
 

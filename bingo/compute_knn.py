@@ -78,11 +78,13 @@ def main(argv: list[str] | None = None) -> int:
         )
         if args.bags == "knn":
             array = neighbours(bank, args.clus_pos_num, device).numpy()
+        elif distributed.rank() > 0:
+            return 0  # the features are complete, one process clusters
         else:
             from sklearn.cluster import MiniBatchKMeans
 
             clusters = args.clusters or max(2, len(images) // 10)
-            array = MiniBatchKMeans(clusters, random_state=args.seed, n_init=3).fit_predict(bank.numpy())
+            array = MiniBatchKMeans(clusters, random_state=args.seed, n_init=1).fit_predict(bank.numpy())
     if distributed.rank() == 0:
         out = args.corr_dir / args.corr_name
         save_bags(out, array, images, args.bags)
@@ -90,7 +92,6 @@ def main(argv: list[str] | None = None) -> int:
         if array.ndim == 2:
             line += f"; {purity(torch.from_numpy(array), labels):.1f} % of the members have their anchor's label"
         print(line)
-    distributed.barrier()
     return 0
 
 

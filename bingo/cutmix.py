@@ -1,8 +1,9 @@
-"""CutMix of two views of a batch, as the release draws it: one box and one ratio for the whole batch of a process."""
+"""CutMix of two views of a batch, as the release draws it: one box and one ratio for the batch of a process."""
 
 import math
 
 import numpy as np
+import torch
 from torch import Tensor
 
 Box = tuple[int, int, int, int, float]
@@ -32,3 +33,13 @@ def paste(query: Tensor, other: Tensor, box: Box) -> Tensor:
     mix = query.clone()
     mix[:, :, y1:y2, x1:x2] = other[:, :, y1:y2, x1:x2]
     return mix
+
+
+def mix_shares(query: Tensor, other: Tensor, boxes: list[Box]) -> tuple[Tensor, Tensor]:
+    """`paste` with a box of its own for each contiguous share of the batch: one process acts as `len(boxes)`.
+
+    Returns: mix [N, 3, H, W], and mu [N], float64 on the CPU.
+    """
+    size = len(query) // len(boxes)
+    parts = [paste(q, o, box) for q, o, box in zip(query.split(size), other.split(size), boxes, strict=True)]
+    return torch.cat(parts), torch.tensor([box[4] for box in boxes], dtype=torch.float64).repeat_interleave(size)

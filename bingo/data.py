@@ -68,6 +68,8 @@ def load_bags(path: Path, images: ImageList, clus_pos_num: int) -> tuple[Bags, s
     Only the first `clus_pos_num` columns are used. A file without its .json (the release's own) is checked by shape
     and range alone. UserError: unreadable, of other images, or in another order.
     """
+    if not path.is_file() and (Path("imgs_corr") / path).is_file():  # where the release looks
+        path = Path("imgs_corr") / path
     if not path.is_file():
         raise UserError(f"{path}: no such correlation file; make it with bingo/run_knn.sh")
     try:

@@ -61,26 +61,29 @@ def info_nce(z: Tensor, keys: Tensor, queue: Tensor, tau: float) -> Tensor:
 
 def release_groups(
     q: Tensor, p: Tensor, x: Tensor | None, k_q: Tensor, k_p: Tensor, queue: Tensor, tau: float,
-    lam: tuple[float, float], mu: float,
+    lam: tuple[float, float], mu: float | Tensor,
 ) -> Tensor:  # fmt: skip
     """The groups of the release's loss (release main_moco.py), each the batch mean, [3], or [2] without a mixed view.
 
     Args:
         q, p, x: [N, D] student embeddings of the anchor, of the bag member, of their CutMix (or None).
         k_q, k_p: [N, D] teacher embeddings of the anchor and of the bag member.
-        lam: (own, cross) = (alpha, beta); mu: share of the anchor's pixels in the mixed view.
+        lam: (own, cross) = (alpha, beta); mu: share of the anchor's pixels in the mixed view, one or [N].
     """
     own, cross = lam
     views = [q, p] if x is None else [q, p, x]
-    weights = q.new_tensor([[own, cross], [cross, own], [mu, 1 - mu]][: len(views)])  # [V, 2]
+    pairs = [(own, cross), (cross, own), (mu, 1 - mu)][: len(views)]
+    weights = torch.stack(  # [V, N, 2]
+        [torch.stack([torch.as_tensor(w, dtype=torch.float64).cpu().expand(len(q)) for w in pair], 1) for pair in pairs]
+    )
     keys = torch.stack([k_q, k_p], 1).repeat(len(views), 1, 1)  # [V*N, 2, D]
     per_positive = info_nce(torch.cat(views), keys, queue, tau).view(len(views), -1, 2)  # [V, N, 2]
-    return (per_positive * weights.to(per_positive.dtype)[:, None]).sum(2).mean(1)
+    return (per_positive * weights.to(per_positive)).sum(2).mean(1)
 
 
 def release_loss(
     q: Tensor, p: Tensor, x: Tensor | None, k_q: Tensor, k_p: Tensor, queue: Tensor, tau: float,
-    lam: tuple[float, float], mu: float,
+    lam: tuple[float, float], mu: float | Tensor,
 ) -> Tensor:  # fmt: skip
     """Mean of `release_groups`, a scalar."""
     return release_groups(q, p, x, k_q, k_p, queue, tau, lam, mu).mean()

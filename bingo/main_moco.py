@@ -1,6 +1,6 @@
 """Stage 2 of BINGO: distil a teacher into a student over bags of instances (paper 2107.01691, release main_moco.py).
 
-    python -m bingo.main_moco --data_dir imagenet --corr_name imgs_corr/imgs_corr_moco_epoch200.npy \
+    python -m bingo.main_moco --data_dir imagenet --corr_npy imgs_corr_moco_epoch200.npy \
         --pretrain_path moco_v2_200ep_pretrain.pth.tar
 
 Also torchrun --nproc-per-node 8 -m bingo.main_moco ...; the arms of the small tier are flags.
@@ -34,7 +34,7 @@ from bingo.teachers import ALGS, load_teacher
 from bingo.visualize import views_picture
 from shared_utils import UserError, distributed
 from shared_utils.augment import moco_v1, moco_v2, plain
-from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
+from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key, per_class
 from shared_utils.neighbours import features, neighbours, purity
 from shared_utils.run import Parser, Run, add_run_flags, cli
 
@@ -81,14 +81,25 @@ def get_parser() -> Parser:
     return p
 
 
+def sample_classes(images: ImageList, count: int, each: int = 32) -> ImageList:
+    """About `count` images: the first `each` of evenly spaced classes, so that an image has others of its class."""
+    number = max(2, count // each)
+    chosen = set(range(0, len(images.classes), max(1, len(images.classes) // number)))
+    kept = per_class(ImageList([x for x in images.samples if x[1] in chosen], images.classes), each)
+    return ImageList(kept.samples[: max(count, 6)], images.classes)
+
+
 def check_teacher(teacher: Encoder, images: ImageList, count: int, img_size: int, run: Run) -> str:
-    """Purity of the teacher's 5 nearest neighbours on evenly spaced images, beside that of chance."""
-    picked = images.samples[:: max(1, len(images) // count)][:count]
-    some = ImageList(picked, images.classes, plain(img_size))
+    """Purity of the teacher's 5 nearest neighbours on images of a few classes, beside that of chance."""
+    some = sample_classes(images, count)
+    some.transform = plain(img_size)
+    if len(some) < 7:
+        return "too few images to look at its neighbours"
     bank = features(lambda x: teacher(x, pre_out=True), some, run.device, 64, 0, run.args.amp == "bf16")
-    share = torch.bincount(some.labels).double() / len(some)
+    sizes = torch.bincount(some.labels).double()
+    chance = 100 * float((sizes * (sizes - 1)).sum()) / (len(some) * (len(some) - 1))
     found = purity(neighbours(bank, 5, run.device), some.labels)
-    return f"5-NN purity {found:.1f} % on {len(some)} images, chance {100 * float((share**2).sum()):.1f} %"
+    return f"5-NN purity {found:.1f} % on {len(some)} images of {int((sizes > 0).sum())} classes, chance {chance:.1f} %"
 
 
 def estimated_minutes(run: Run, model: BINGO, embed: Embed, views: int, teacher_views: int, steps: int) -> str:
@@ -173,7 +184,8 @@ def main(argv: list[str] | None = None) -> int:
         {
             "data": f"{args.data_dir}/train: {len(images)} images, {len(images.classes)} classes",
             "bags": bags_are,
-            "teacher": f"{args.t_arch} from {args.pretrain_path} ({args.pretrain_alg}), {dim}-d; {teacher_is}",
+            "teacher": f"{args.t_arch} from {args.pretrain_path} ({args.pretrain_alg}), {dim}-d; {teacher.report}; "
+            f"{teacher_is}",
             "batch": f"{args.batch_size} = {per_process} x {run.world}, {steps} steps an epoch",
             "learning rate": f"{args.init_lr}, {args.decay_method} by epoch over {args.end_epoch}",
             "parameters": f"{sum(x.numel() for x in model.encoder_q.parameters()) / 1e6:.2f} M trained",
@@ -189,14 +201,19 @@ def main(argv: list[str] | None = None) -> int:
             group["lr"] = learning_rate(args, epoch)
         batch = [x.to(run.device, memory_format=torch.channels_last, non_blocking=True) for x in batch]
         im_q, im_k = batch[:2]
-        deal = [torch.Generator().manual_seed(mix_key(args.seed, run.step, i)) for i in (0, 1)]  # shuffle-BN
-        views, mu = {"query": im_q}, 1.0
+        # Shuffle-BN; a teacher in eval mode sees the same whatever the batch.
+        deal = [
+            torch.Generator().manual_seed(mix_key(args.seed, run.step, i)) if args.teacher_bn == "train" else None
+            for i in (0, 1)
+        ]
+        views, mu = {"query": im_q}, torch.ones(len(im_q))
         if args.loss != "intra":
             views["add_posq"] = batch[2]
         if mixes:
-            rng = np.random.Generator(np.random.PCG64(mix_key(args.seed, run.step, run.rank)))
-            box = cutmix.draw_box(im_q.shape[2], im_q.shape[3], args.alpha, rng)
-            views["mix"], mu = cutmix.paste(im_q, batch[2], box), box[-1]
+            shares = range(run.rank * args.bn_splits, (run.rank + 1) * args.bn_splits)
+            rngs = [np.random.Generator(np.random.PCG64(mix_key(args.seed, run.step, i))) for i in shares]
+            boxes = [cutmix.draw_box(args.img_size, args.img_size, args.alpha, rng) for rng in rngs]
+            views["mix"], mu = cutmix.mix_shares(im_q, batch[2], boxes)
 
         with run.autocast():
             z = embed(list(views.values()))  # s_a, s_p, s_m
@@ -223,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
             watched = {
                 "acc1": 100 * (rank < 1).float().mean(),
                 "acc5": 100 * (rank < 5).float().mean(),
-                "mu": mu,
+                "mu": mu.mean(),
                 "sim/positive": (q * k).sum(1).mean(),
                 "sim/bag": (q * k_p).sum(1).mean(),
                 "sim/negative": (q @ model.queue).mean(),

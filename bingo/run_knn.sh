@@ -37,6 +37,7 @@ case "$tier" in
     flags=(
       --data_dir "${DATA_ROOT:-data}" --arch resnet50w2 --pretrain_alg swav --batch_size 256 --workers 8
       --ckpt_name "${TEACHER:-swav_RN50w2_400ep_pretrain.pth.tar}" --corr_name imgs_corr_swav_epoch400.npy
+      --feature_file "$runs/imgs_corr/features.npy"
     )
     ;;
 esac

@@ -63,7 +63,7 @@ def load_teacher(name: str, path: str | Path, alg: str, width: int = 64, stem: s
         if alg != "torchvision":
             encoder.fc, dim = _head(state, alg, encoder.num_features)
         # The count of batches is not used by batch norm with a momentum; files of old PyTorch versions lack it.
-        checkpoint.load_strict(encoder, state, drop=drop, missing_ok=("*.num_batches_tracked",))
+        encoder.report = checkpoint.load_strict(encoder, state, drop, missing_ok=("*.num_batches_tracked",))
     except UserError as error:
         raise UserError(f"{path}, taken as {alg} {name} (width {width}, stem {stem}): {error}") from None
     return encoder.requires_grad_(False).eval(), dim

@@ -63,7 +63,19 @@ class ImageList(Dataset):
         cache: bool = False,
     ):
         self.samples, self.classes, self.transform = samples, classes, transform
-        self._decoded = [load_image(path) for path, _ in samples] if cache else None
+        self._decoded = self._decode() if cache else None
+
+    def _decode(self) -> list[Image.Image]:
+        """All images; UserError when they would take more than half of the machine's memory."""
+        some = [load_image(path) for path, _ in self.samples[:: max(1, len(self.samples) // 16)]]
+        need = len(self.samples) * sum(3 * image.width * image.height for image in some) / len(some)
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if need > have / 2:
+            raise UserError(
+                f"--cache: {len(self.samples)} decoded images take about {need / 2**30:.0f} GiB and this machine has "
+                f"{have / 2**30:.0f}; leave --cache away"
+            )
+        return [load_image(path) for path, _ in self.samples]
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -57,8 +57,9 @@ def gather(x: Tensor) -> Tensor:
     """[N, ...] on each process -> [world * N, ...] in rank order, no gradient; shapes must agree."""
     if world() == 1:
         return x
+    x = x.contiguous()  # first: empty_like would keep another memory format than what is sent
     parts = [torch.empty_like(x) for _ in range(world())]
-    dist.all_gather(parts, x.contiguous())
+    dist.all_gather(parts, x)
     return torch.cat(parts)
 
 
@@ -102,6 +103,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
     torch.nn.SyncBatchNorm runs on GPUs only, and a reproduction whose two-process test cannot run is not tested.
     """
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Features [N, C] as well as maps [N, C, H, W]."""
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or world() == 1:
             return super().forward(x)
@@ -141,38 +145,43 @@ class SplitBatchNorm(nn.BatchNorm2d):
         super().__init__(num_features, **kwargs)
         self.splits, self.passes = splits, passes
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Features [N, C] as well as maps [N, C, H, W]."""
+
     def forward(self, x: Tensor) -> Tensor:
         shares = self.splits * self.passes
         if not self.training or shares == 1:
             return super().forward(x)
-        n, c, h, w = x.shape
-        if n % shares:
-            raise ValueError(f"a batch of {n} does not divide into {shares} batch-norm splits")
-        # [N, C, H, W] -> [N/s, s*C, H, W]: a share becomes a block of channels with statistics of its own
-        blocks = x.view(shares, n // shares, c, h, w).transpose(0, 1).reshape(-1, shares * c, h, w)
-        weight, bias = (p.repeat(shares) if p is not None else None for p in (self.weight, self.bias))
-        track = self.track_running_stats and self.running_mean is not None and self.running_var is not None
+        if len(x) % shares:
+            raise ValueError(f"a batch of {len(x)} does not divide into {shares} batch-norm splits")
+        # A share is contiguous memory in every layout; momentum 1 leaves its own statistics in `mean` and `var`.
+        track = self.track_running_stats and self.running_mean is not None
         wide = torch.promote_types(x.dtype, torch.float32)
-        zeros = x.new_zeros(2, shares * c, dtype=wide) if track else None  # momentum 1: the shares' statistics
-        mean, var = (None, None) if zeros is None else zeros
-        out = F.batch_norm(blocks, mean, var, weight, bias, True, 1.0, self.eps)
-        if mean is not None and var is not None:
+        stats = x.new_zeros(shares, 2, self.num_features, dtype=wide)
+        out = []
+        for part, (mean, var) in zip(x.chunk(shares), stats):
+            own = (mean, var) if track else (None, None)
+            out.append(F.batch_norm(part, own[0], own[1], self.weight, self.bias, True, 1.0, self.eps))
+        if track:
             assert self.running_mean is not None and self.running_var is not None  # for the type checker
             assert self.num_batches_tracked is not None
-            for m, v in zip(mean.view(self.passes, -1, c).mean(1), var.view(self.passes, -1, c).mean(1)):
+            for mean, var in stats.view(self.passes, self.splits, 2, -1).mean(1):
                 self.num_batches_tracked.add_(1)
                 momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-                self.running_mean.lerp_(m.to(self.running_mean.dtype), momentum)
-                self.running_var.lerp_(v.to(self.running_var.dtype), momentum)
-        return out.view(-1, shares, c, h, w).transpose(0, 1).reshape(n, c, h, w)
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
+        return torch.cat(out)
 
 
 def convert_norm(module: nn.Module, kind: str, splits: int = 8, passes: int = 1) -> nn.Module:
-    """Replace every BatchNorm2d below `module`; kind: `sync`, `split` or `local` (unchanged). Keys stay the same."""
+    """Replace every BatchNorm1d and BatchNorm2d below `module`; kind: `sync`, `split` or `local` (unchanged).
+
+    Keys stay the same.
+    """
     if kind == "local":
         return module
     for name, child in module.named_children():
-        if type(child) is nn.BatchNorm2d:
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
             new: nn.BatchNorm2d
             new = (
                 SyncBatchNorm(child.num_features)

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from shared_utils import UserError, checkpoint, distributed
-from shared_utils.data import EpochSampler
+from shared_utils.data import EpochSampler, mix_key
 
 # Flags that say where and how fast a run goes, not what it computes: they may change on a resume.
 RUNTIME_FLAGS = {"output_dir", "data_root", "device", "workers", "threads", "log_every", "save_every", "resume"}
@@ -209,6 +209,7 @@ class Run:
         if args.amp == "auto":
             args.amp = "bf16" if self.device.type == "cuda" else "none"
         set_threads(args.threads, args.workers, self.device)
+        torch.backends.cudnn.benchmark = True  # inputs have one size
         seed_everything(args.seed)
         self.dir = Path(args.output_dir)
         self.step = self.epoch = self.step_in_epoch = 0
@@ -257,6 +258,8 @@ class Run:
         self.say(
             "  flags: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in plain(self.args).items() if v is not None)
         )
+        if self.world > 1:  # equal weights so far; dropout from here on differs between the processes
+            torch.manual_seed(mix_key(self.args.seed, self.rank))
         if resume_from:
             self._resume(resume_from)
         distributed.barrier()  # nobody writes before everybody has read

@@ -1,6 +1,7 @@
 """BINGO's losses, CutMix, queue, bags: the properties that need no data."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from bingo import losses
 from bingo.builder import BINGO, MoCo, ReleaseKeys
-from bingo.cutmix import box_at, draw_box, paste
+from bingo.cutmix import box_at, draw_box, mix_shares, paste
 from bingo.data import Bags, Views, load_bags, order_hash, save_bags
 from shared_utils import UserError
 from shared_utils.data import ImageList, image_folder, sample_rng
@@ -152,6 +153,22 @@ def test_mu_is_the_share_of_kept_pixels(h, w, lam, cy, cx):
     assert not a.any() and bool(b.all())  # the views stay as they are
     for image in mix:
         assert float(image[0].sum()) == pytest.approx((1 - box[-1]) * h * w, abs=1e-6)
+
+
+def test_shares_have_boxes_and_weights_of_their_own():
+    a, b = torch.zeros(4, 3, 8, 8), torch.ones(4, 3, 8, 8)
+    boxes = [box_at(8, 8, 0.5, 2, 2), box_at(8, 8, 0.2, 6, 5)]
+    mix, mu = mix_shares(a, b, boxes)
+    assert torch.equal(mix, torch.cat([paste(a[:2], b[:2], boxes[0]), paste(a[2:], b[2:], boxes[1])]))
+    assert mu.tolist() == [boxes[0][-1]] * 2 + [boxes[1][-1]] * 2
+    q, p, x = (unit(4, 8, seed=s) for s in (1, 2, 3))
+    k_q, k_p = (k[:4] for k in KEYS)
+    whole = losses.release_groups(q, p, x, k_q, k_p, QUEUE, TAU, (0.5, 0.5), mu)
+    halves = [
+        losses.release_groups(q[i], p[i], x[i], k_q[i], k_p[i], QUEUE, TAU, (0.5, 0.5), box[-1])
+        for i, box in zip((slice(0, 2), slice(2, 4)), boxes)
+    ]
+    torch.testing.assert_close(whole, torch.stack(halves).mean(0), rtol=1e-12, atol=0)
 
 
 def test_empty_and_full_box():
@@ -327,6 +344,12 @@ def test_correlation_file_round_trip_and_what_it_refuses(images, tmp_path):
         load_bags(path, images, 3)
     with pytest.raises(UserError, match="no such correlation file"):
         load_bags(tmp_path / "none.npy", images, 3)
+
+
+def test_a_bare_name_is_looked_for_where_the_release_looks(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_bags(Path("imgs_corr/toy.npy"), np.array([[1]] * 6), images, "knn")
+    assert "imgs_corr/toy.npy" in load_bags(Path("toy.npy"), images, 1)[1]
 
 
 def test_expected_initial_loss():

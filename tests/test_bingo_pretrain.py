@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,11 +64,11 @@ def train(data, teacher, corr):
     base = [*DATA, *NETS, *RUN, "--data_dir", str(data), "--pretrain_path", str(teacher / "checkpoint.pth")]
     base += ["--corr_npy", str(corr / "knn.npy"), "--check_teacher", "20"]
 
-    def run(out: Path, *extra: str) -> list[dict]:
+    def run(out: Path, *extra: str) -> list[dict[str, Any]]:
         assert main_moco.main([*base, "--output-dir", str(out), *extra]) == 0
         return rows(out)
 
-    run.flags = base
+    run.flags = base  # type: ignore[attr-defined]
     return run
 
 
@@ -128,7 +129,8 @@ def test_bags_from_mapped_features_are_the_same(corr, data, teacher, tmp_path):
         "--corr_npy {corr}/random.npy",
         "--corr_npy {corr}/label.npy",
         "--corr_npy {corr}/kmeans.npy --teacher_bn train --bn_splits 2",
-        "--s_arch efficientnet-b0 --img_size 32 --end_epoch 1",
+        "--s_arch efficientnet-b0 --s_width 64 --s_stem imagenet --img_size 32 --end_epoch 1",
+        "--s_arch mobilenetv3 --s_width 64 --s_stem imagenet --img_size 32 --end_epoch 1 --loss intra",
         "--amp bf16 --aug_plus false --decay_method step --schedule 1",
     ],
 )
@@ -151,6 +153,17 @@ def test_the_teacher_in_the_checkpoint_is_the_one_of_the_file(train, teacher, tm
     for key in keys:
         assert torch.equal(saved[key], source[key.replace("encoder_k", "encoder_q")]), key
     assert not torch.equal(source["module.encoder_k.conv1.weight"], source["module.encoder_q.conv1.weight"])
+
+
+def test_teacher_check_sees_neighbours_even_with_more_classes_than_images_to_look_at(data):
+    from shared_utils.data import image_folder
+
+    images = image_folder(data / "train")
+    some = main_moco.sample_classes(images, 64)
+    assert len(some) == 64 and some.labels.unique().tolist() == [0, 5]  # two classes of 32
+    assert len(main_moco.sample_classes(images, 512)) == 320
+    finer = type(images)([(path, i // 50) for i, (path, _) in enumerate(images.samples)], [str(c) for c in range(20)])
+    assert torch.bincount(main_moco.sample_classes(finer, 96).labels).max() == 32
 
 
 def test_one_pass_is_three_passes(train, tmp_path):
@@ -226,6 +239,17 @@ def test_killed_and_resumed_is_bit_identical_and_a_lost_pointer_is_not(train, wh
     assert differing(tmp_path / "whole", tmp_path / "lost") != []
 
 
+def test_resume_with_dropout_is_bit_identical(train, tmp_path, monkeypatch):
+    flags = "--s_arch efficientnet-b0 --s_width 64 --s_stem imagenet --img_size 32 --end_epoch 1 --loss intra".split()
+    train(tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        with pytest.raises(SystemExit):
+            train(tmp_path / "cut", *flags)
+    train(tmp_path / "cut", *flags)
+    assert differing(tmp_path / "whole", tmp_path / "cut") == []
+
+
 def test_teacher_run_resumes_bit_identical(data, tmp_path, monkeypatch):
     flags = "--arch resnet10 --width 8 --stem cifar --batch_size 8 --moco_k 32 --end_epoch 2 --bn_splits 2".split()
     flags = [*DATA, "--data_dir", str(data), *flags, "--output-dir"]
@@ -248,8 +272,8 @@ def test_resume_with_other_flags_is_refused(train, tmp_path):
 
 
 def test_two_processes_equal_one_with_two_splits(train, data, tmp_path):
-    """Local batch norm on two processes is --bn_splits 2 on one, the teacher's shuffled batch included."""
-    flags = ["--teacher_bn", "train", "--mix", "none", "--init_lr", "0.005"]
+    """Two processes are --bn_splits 2 on one: batch norms, the teacher's shuffled batch, CutMix boxes."""
+    flags = ["--teacher_bn", "train", "--init_lr", "0.002"]
     train(tmp_path / "one", *flags, "--bn_splits", "2")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "bingo.main_moco", *train.flags, *flags, "--output-dir", str(tmp_path / "two")]

@@ -16,6 +16,7 @@ from shared_utils.data import (
     list_file,
     list_images,
     load_image,
+    per_class,
     sample_rng,
 )
 
@@ -133,3 +134,29 @@ def test_processes_share_the_global_batch():
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(UserError, match="a global batch of 16 needs as many samples, the data has 10"):
         EpochSampler(10, 8, 0, world=2)
+
+
+def test_cache_refuses_what_would_not_fit(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "a" / "x.png")
+    assert image_folder(tmp_path).image(0).size == (64, 64)
+    kept = per_class(image_folder(tmp_path), 0, cache=True)
+    (tmp_path / "a" / "x.png").unlink()
+    assert kept.image(0).size == (64, 64)  # decoded already
+    Image.new("RGB", (64, 64)).save(tmp_path / "a" / "x.png")
+    monkeypatch.setattr("os.sysconf", lambda name: 100)  # a machine of 10,000 bytes; the image takes 12,288
+    with pytest.raises(UserError, match="--cache: 1 decoded images take about 0 GiB.*leave --cache away"):
+        per_class(image_folder(tmp_path), 0, cache=True)
+
+
+def test_first_images_of_each_class(tmp_path):
+    for name in ("a/1", "a/2", "a/3", "b/1"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (2, 2)).save(tmp_path / f"{name}.png")
+    two = per_class(image_folder(tmp_path), 2)
+    assert [(path.parent.name, path.stem, y) for path, y in two.samples] == [
+        ("a", "1", 0),
+        ("a", "2", 0),
+        ("b", "1", 1),
+    ]
+    assert two.labels.tolist() == [0, 0, 1] and len(per_class(image_folder(tmp_path), 0)) == 4

@@ -97,6 +97,17 @@ def test_passes_update_the_running_statistics_one_after_another():
     torch.testing.assert_close(both.state_dict()["running_mean"], mean)
 
 
+def test_features_without_pixels_are_split_too_and_the_memory_format_stays():
+    head = convert_norm(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), "split", 2)
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    plain, hidden = nn.BatchNorm1d(3), head[0](x)
+    expected = torch.cat([plain(part) for part in hidden.chunk(2)])
+    torch.testing.assert_close(head(x), expected)
+    assert head.eval()(x).shape == (8, 3)
+    maps = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
+    assert SplitBatchNorm(3, 2)(maps).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_convert_norm_keeps_keys_and_values():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4, eps=1e-3)))
     before = net.state_dict()
