@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Few labels: bash bingo/run_semi.sh [mini|small|paper] [flags of bingo.main_semi]
-# CHECKPOINT names the pretrained weights, DATA_ROOT the folder of the data sets, SET the small one, GPUS the processes,
-# RUNS the folder of the outputs (runs).
+# CHECKPOINT names the pretrained weights, DATA_ROOT the folder of the data sets (paper: of train/ and val/), SET the
+# small one, GPUS the processes, RUNS the folder of the outputs (runs).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -34,10 +34,10 @@ case "$tier" in
     )
     ;;
   paper)
-    # ImageNet with 1 % of the labels; for 10 % repeat with --labels 10percent.txt and another --output-dir.
+    # ImageNet with 1 % of the labels; 10 %: --labels "$DATA_ROOT/10percent.txt" and another --output-dir.
     # ResNet-18 from ResNet-50x2: 48.2 top-1, and 60.2 with 10 % (release README).
-    # SimCLR's lists of labelled images lie beside train/ and val/. Epochs and learning rates are inferred from the
-    # common protocol, so sweep them before quoting; never run here, so no time is given.
+    # $DATA_ROOT is the folder of train/ and val/; SimCLR's lists of labelled images lie beside them. Epochs and learning
+    # rates are inferred from the common protocol, so sweep them before quoting; never run here, so no time is given.
     flags=(
       --data_dir "${DATA_ROOT:-data}" --labels "${DATA_ROOT:-data}/1percent.txt"
       --workers 8 --log-every 50

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Linear evaluation: bash hsa/run_lincls.sh [mini|small|paper] [flags of hsa.main_lincls]
-# CHECKPOINT names the pretrained weights, DATA_ROOT the folder of the data sets, SET the small one, GPUS the processes,
-# RUNS the folder of the outputs (runs).
+# CHECKPOINT names the pretrained weights, DATA_ROOT the folder of the data sets (paper: of train/ and val/), SET the
+# small one, GPUS the processes, RUNS the folder of the outputs (runs).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
