@@ -1,5 +1,6 @@
 """Exact nearest neighbours in feature space: extraction, search, and what is read off the neighbours."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -74,16 +75,43 @@ def features(
     distributed.barrier()
     if out is not None:
         return mapped
-    return rows if world == 1 else distributed.gather(rows.to(device)).cpu()[: len(images)]
+    if world == 1:
+        return rows
+    everything = torch.empty(world, share, int(dim))
+    for at in range(0, share, 65536):  # in pieces: the device need not hold the features of all images
+        piece = rows[at : at + 65536].to(device)
+        everything[:, at : at + len(piece)] = distributed.gather(piece).view(world, len(piece), -1).cpu()
+    return everything.flatten(0, 1)[: len(images)]
 
 
 EXTRA = 32  # candidates beyond k that a matrix product hands to the final ranking
 WORTH = 2**32  # multiplications from which on a bank in bfloat16 pays for itself
+SCORES = 2**28  # products of queries and bank in memory at a time: 1 GB in float32
+
+
+@contextlib.contextmanager
+def _float32_sums() -> Iterator[None]:
+    """What the bounds below rely on: GPUs add up in float32, and take float32 factors as they are, not as TF32."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32
+    try:
+        matmul.allow_bf16_reduced_precision_reduction = matmul.allow_tf32 = False
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32 = before
 
 
 @torch.no_grad()
+@_float32_sums()
 def search(
-    queries: Tensor, bank: Tensor, k: int, exclude_self: bool = False, first: int = 0, chunk: int = 2048
+    queries: Tensor,
+    bank: Tensor,
+    k: int,
+    exclude_self: bool = False,
+    first: int = 0,
+    chunk: int = 2048,
+    block: int | None = None,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k rows of `bank` with the largest inner product, exactly; for normalised rows the nearest in L2 too.
 
@@ -92,27 +120,58 @@ def search(
     the lower index comes first, unless more than EXTRA are equal.
 
     Args:
-        queries: [Q, D]; bank: [N, D], same device.
+        queries: [Q, D]; bank: [N, D].
         exclude_self: query i is row `first` + i of the bank, and must not find itself (by index: a duplicate stays).
+        chunk: queries at a time, fewer where their products with a block are more than SCORES.
+        block: rows of the bank at a time, with the best so far kept; no result depends on it. Default: as many
+            as half of the device's free memory holds.
+        device: where to search, by default where the bank is; chunks and blocks are brought there.
 
-    Returns: inner products [Q, k], falling, and indices [Q, k] int64.
+    Returns: inner products [Q, k], falling, and indices [Q, k] int64, on the queries' device.
     """
     if k < 1 or k + exclude_self > len(bank):
         raise UserError(f"{k} neighbours need at least {k + exclude_self} images, there are {len(bank)}")
-    products = [_Products(bank, torch.float32)]
-    if _bfloat16_is_fast(bank.device) and len(queries) * bank.numel() >= WORTH:
-        products.insert(0, _Products(bank, torch.bfloat16))
-    sim = queries.new_empty(len(queries), k, dtype=torch.float32)
-    index = torch.empty(sim.shape, dtype=torch.int64, device=sim.device)
-    for todo in torch.arange(len(queries), device=sim.device).split(chunk):
-        for product in list(products):
-            sim[todo], index[todo], proven = product.best(queries[todo], k, todo + first if exclude_self else None)
-            if 2 * int(proven.sum()) < len(todo) and product is not products[-1]:
-                products.remove(product)  # features too close to each other: it would not help the next ones either
-            todo = todo[~proven]
-            if not len(todo):
-                break
+    device = device or bank.device
+    block = min(len(bank), block or _rows_that_fit(bank, device))
+    chunk = min(chunk, max(1, SCORES // block))
+    kinds = [torch.float32]
+    if _bfloat16_is_fast(device) and len(queries) * bank.numel() >= WORTH:
+        kinds.insert(0, torch.bfloat16)
+    sim = torch.full((len(queries), k), -torch.inf, device=queries.device)
+    index = torch.zeros(sim.shape, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(bank), block):
+        part = bank[start : start + block].to(device)
+        products = {kind: _Products(part, kind) for kind in kinds}
+        width = min(k, len(part))
+        for at in range(0, len(queries), chunk):
+            rows = slice(at, at + chunk)
+            q = queries[rows].to(device)
+            own = torch.arange(at, at + len(q), device=device) + first - start if exclude_self else None
+            best, where = q.new_empty(len(q), width), torch.empty(len(q), width, dtype=torch.int64, device=device)
+            todo = torch.arange(len(q), device=device)
+            for kind in list(kinds):
+                best[todo], where[todo], proven = products[kind].best(
+                    q[todo], width, None if own is None else own[todo]
+                )
+                if 2 * int(proven.sum()) < len(todo) and kind != kinds[-1]:
+                    kinds.remove(kind)  # features too close to each other: it would not help the next ones either
+                    del products[kind]
+                todo = todo[~proven]
+                if not len(todo):
+                    break
+            # Of equals the earlier stays first: the blocks come in the order of the bank.
+            both = torch.cat([sim[rows].to(device), best], 1).sort(dim=1, descending=True, stable=True)
+            candidates = torch.cat([index[rows].to(device), where + start], 1)
+            sim[rows], index[rows] = both.values[:, :k], candidates.gather(1, both.indices[:, :k])
+        del part, products  # before the next block comes
     return sim, index
+
+
+def _rows_that_fit(bank: Tensor, device: torch.device) -> int:
+    """Rows in float32 and bfloat16 for half of a GPU's free memory; all of a bank that is where it is needed."""
+    if bank.device.type == device.type or device.type != "cuda":
+        return len(bank)
+    return max(1, torch.cuda.mem_get_info(device)[0] // 2 // (6 * bank.shape[1]))
 
 
 def _bfloat16_is_fast(device: torch.device) -> bool:
@@ -145,41 +204,51 @@ class _Products:
                 self.rounding = max(self.rounding, float((low.float() - rows).norm(dim=1).max()))
 
     def best(self, q: Tensor, k: int, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Products [Q, k] and indices [Q, k] of the best rows, `own` [Q] left out, and which are proven [Q]."""
+        """Products [Q, k] and indices [Q, k] of the best rows, and which are proven [Q].
+
+        Row `own` [Q] is left out, if it is one: a place that nothing fills has the product -inf.
+        """
         low = q.to(self.low.dtype)
         s = low @ self.low.T  # [Q, N]
         if own is not None:
-            s[torch.arange(len(s), device=s.device), own] = -torch.inf
-        others = s.shape[1] - (own is not None)
-        count = min(k + EXTRA, others)
+            inside = torch.nonzero((own >= 0) & (own < s.shape[1])).flatten()
+            s[inside, own[inside]] = -torch.inf
+        count = min(k + EXTRA, s.shape[1])
+        everything = count == s.shape[1]
         score, index = torch.topk(s, count, dim=1)
         del s
         score, low = score.float(), low.float()
         off = (low - q).norm(dim=1) * self.centred + low.norm(dim=1) * self.rounding
         off += q.shape[1] * 2**-22 * q.norm(dim=1) * self.length  # sums in float32, here and below
+        there = score > -torch.inf
         if self.low.dtype == torch.bfloat16:
-            off += score.abs().amax(1) / 256
+            off += score.abs().where(there, 0).amax(1) / 256
 
         # Rank in float32 all that rounding may have moved behind the k-th.
         index, order = index.sort(1)
-        close = (score >= score[:, k - 1, None] - 2 * off[:, None]).gather(1, order)
+        close = (there & (score >= score[:, k - 1, None] - 2 * off[:, None])).gather(1, order)
         pairs = zip(close.nonzero()[:, 0].split(512), index[close].split(512))
         sim = torch.full_like(score, -torch.inf)
-        sim[close] = torch.cat([(q[rows] * self.exact[columns]).sum(1) for rows, columns in pairs])
+        products = [(q[rows] * self.exact[columns]).sum(1) for rows, columns in pairs]
+        if products:  # none: the only row is the query's own
+            sim[close] = torch.cat(products)
         sim, order = sim.sort(dim=1, descending=True, stable=True)
         sim, index = sim[:, :k], index.gather(1, order)[:, :k]
-        return sim, index, (sim[:, -1] - q @ self.mean > score[:, -1] + off) | (count == others)
+        return sim, index, (sim[:, -1] - q @ self.mean > score[:, -1] + off) | everything
 
 
-def neighbours(bank: Tensor, k: int, device: torch.device) -> Tensor:
-    """Indices [N, k] of each row's nearest others; the processes share the rows among them."""
+def neighbours(bank: Tensor, k: int, device: torch.device, block: int | None = None) -> Tensor:
+    """Indices [N, k] of each row's nearest others, searched on `device`; the processes share the rows among them.
+
+    The bank stays where it is (in memory, or mapped from a file); `block` rows at a time go to the device (`search`).
+    """
     world, rank = distributed.world(), distributed.rank()
     share = -(-len(bank) // world)
     first = min(rank * share, len(bank))
-    on_device = bank.to(device)
-    mine = on_device.new_zeros(share, k, dtype=torch.int64)
+    mine = torch.zeros(share, k, dtype=torch.int64, device=device)
     if first < len(bank):
-        found = search(on_device[first : first + share], on_device, k, exclude_self=True, first=first)[1]
+        rows = bank[first : first + share]
+        found = search(rows, bank, k, exclude_self=True, first=first, block=block, device=device)[1]
         mine[: len(found)] = found
     return distributed.gather(mine)[: len(bank)].cpu()
 
@@ -199,22 +268,49 @@ def vote(index: Tensor, sim: Tensor, labels: Tensor, tau: float | None = 0.07) -
 
 
 def knn_accuracy(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int = 20, tau: float | None = 0.07
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    k: int = 20,
+    tau: float | None = 0.07,
+    device: torch.device | None = None,
 ) -> float:
-    """Top-1 of the (weighted) k-nearest-neighbour classifier, in per cent; features [N, D] normalised."""
-    sim, index = search(test, train, min(k, len(train)))
-    return 100 * float((vote(index, sim, train_labels, tau) == test_labels).double().mean())
+    """Top-1 of the (weighted) k-nearest-neighbour classifier, in per cent; features [N, D] normalised.
+
+    Every process has to call it: each classifies its share of the test images on `device` (default: where `train` is).
+    """
+    device = device or train.device
+    share = -(-len(test) // distributed.world())
+    rows = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
+    sim, index = search(test[rows], train, min(k, len(train)), device=device)
+    right = (vote(index, sim, train_labels, tau) == test_labels[rows]).sum().double()
+    return 100 * float(distributed.all_sum(right.to(device))) / len(test)
+
+
+def draw_shots(labels: Tensor, shots: int, draw: int) -> Tensor:
+    """Rows of `shots` images of each class (all of a smaller one), class by class; `draw` is the seed."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(draw))
+    by_class, place = labels[order].sort(stable=True)
+    counts = torch.unique_consecutive(by_class, return_counts=True)[1]
+    within = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return order[place[within < shots]]
 
 
 def few_shot(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, shots: int = 10, draws: int = 20
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    shots: int = 10,
+    draws: int = 20,
+    device: torch.device | None = None,
 ) -> float:
     """Weighted kNN top-1 (k = `shots`) with `shots` labelled images a class, mean over `draws` fixed random choices."""
     total = 0.0
     for draw in range(draws):
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(draw))
-        chosen = torch.cat([order[train_labels[order] == y][:shots] for y in train_labels.unique()])
-        total += knn_accuracy(train[chosen], train_labels[chosen], test, test_labels, shots)
+        chosen = draw_shots(train_labels, shots, draw)
+        total += knn_accuracy(train[chosen], train_labels[chosen], test, test_labels, shots, device=device)
     return total / draws
 
 

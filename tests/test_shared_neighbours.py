@@ -91,6 +91,113 @@ def test_the_chunk_size_does_not_matter(kind, coarse):
         assert torch.equal(sim, other_sim) and torch.equal(index, other)
 
 
+@pytest.mark.parametrize("kind", ["random", "clusters", "positive"])
+@pytest.mark.parametrize("block", [1, 5, 333, 699])
+def test_the_blocks_of_the_bank_do_not_matter(kind, block, coarse):
+    x = features(kind, 70 if block < 10 else 700)
+    x[66] = x[3]  # equal products in different blocks
+    sim, index = search(x, x, 6, exclude_self=True)
+    other_sim, other = search(x, x, 6, exclude_self=True, block=block, chunk=200)
+    assert torch.equal(sim, other_sim) and torch.equal(index, other)
+    assert torch.equal(neighbours.neighbours(x, 6, torch.device("cpu"), block), index)
+    q = features("random", 40)
+    for a, b in zip(search(q, x, 20), search(q, x, 20, block=block)):
+        assert torch.equal(a, b)
+
+
+def test_products_in_memory_are_bounded(coarse, monkeypatch):
+    x = features("random")
+    whole = search(x, x, 5)[1]
+    monkeypatch.setattr(neighbours, "SCORES", 9000)
+    best, seen = neighbours._Products.best, []
+
+    def noted(self, q, *args):
+        seen.append(len(q) * len(self.exact))
+        return best(self, q, *args)
+
+    monkeypatch.setattr(neighbours._Products, "best", noted)
+    assert torch.equal(search(x, x, 5)[1], whole) and max(seen) == 12 * 700
+    seen.clear()
+    assert torch.equal(search(x, x, 5, block=100)[1], whole) and max(seen) == 90 * 100
+
+
+def test_gpus_add_up_in_float32_during_a_search_alone(monkeypatch):
+    matmul = torch.backends.cuda.matmul
+    x, best, seen = features("random", 40), neighbours._Products.best, []
+
+    def noted(*args):
+        seen.append((matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32))
+        return best(*args)
+
+    monkeypatch.setattr(neighbours._Products, "best", noted)
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32
+    try:
+        for flags in ((True, True), (False, False)):
+            matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32 = flags
+            search(x, x, 3)
+            assert (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32) == flags
+            with pytest.raises(UserError):
+                search(x, x, 0)
+            assert (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32) == flags
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32 = before
+    assert seen == [(False, False)] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: sums of its matrix products")
+@pytest.mark.parametrize("kind", ["random", "clusters", "positive", "tight"])
+@pytest.mark.parametrize("block", [None, 1500])
+def test_brute_force_agrees_on_a_gpu(kind, block, coarse, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    x = features(kind, 4000, 1024)
+    sim, index = search(x, x, 6, exclude_self=True, block=block, device=torch.device("cuda"))
+    assert sim.device.type == index.device.type == "cpu"
+    expected = brute(x, x, 6, True)[0]
+    np.testing.assert_allclose(sim, expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose((x.double() @ x.double().T).gather(1, index), expected, rtol=0, atol=1e-6)
+    assert torch.equal(neighbours.neighbours(x, 6, torch.device("cuda"), block), index)
+
+
+def test_shots_are_those_that_a_mask_for_each_class_picks():
+    labels = torch.randint(9, (400,), generator=torch.Generator().manual_seed(0)) * 2  # not every number is a class
+    labels[labels == 4] = 0
+    labels[:3] = 4  # fewer than the shots
+    for draw in range(3):
+        order = torch.randperm(400, generator=torch.Generator().manual_seed(draw))
+        masks = [order[labels[order] == y][:10] for y in labels.unique()]
+        assert torch.equal(neighbours.draw_shots(labels, 10, draw), torch.cat(masks))
+
+
+def _accuracies(rank: int, folder: str, out: torch.multiprocessing.SimpleQueue) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    x, y = features("clusters"), torch.arange(700) // 70
+    found, searched = neighbours.search, []
+
+    def noted(queries, *args, **kwargs):
+        searched.append(len(queries))
+        return found(queries, *args, **kwargs)
+
+    neighbours.search = noted
+    numbers = [neighbours.knn_accuracy(x, y, x[:33], y[:33], 20), neighbours.few_shot(x, y, x[:33], y[:33], draws=2)]
+    out.put((rank, numbers, searched))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_classify_a_share_each(tmp_path):
+    x, y = features("clusters"), torch.arange(700) // 70
+    expected = [neighbours.knn_accuracy(x, y, x[:33], y[:33], 20), neighbours.few_shot(x, y, x[:33], y[:33], draws=2)]
+    context = torch.multiprocessing.get_context("spawn")
+    out = context.SimpleQueue()
+    ranks = [context.Process(target=_accuracies, args=(rank, str(tmp_path), out)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert sorted(out.get() for _ in ranks) == [(0, expected, [17] * 3), (1, expected, [16] * 3)]
+
+
 def test_few_images(coarse):
     x = features("random", 4)
     assert search(x, x, 3, exclude_self=True)[1].sort(1).values.tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
