@@ -1,7 +1,8 @@
 """Table of the arms that `run_arms.sh` trained: python -m hsa.arms runs/hsa/arms/small/cifar10 [--record]
 
 Mean and sample standard deviation over the seeds. `--record` writes the rows of the small tier into results.csv and
-compact logs into hsa/logs/.
+compact logs into hsa/logs/. `python -m hsa.arms RUN --bags FILE.npy` writes the neighbours that one run trained with
+last, where it had some, for the `--bags` of hsa.main_knn.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import math
 import statistics
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from shared_utils import UserError, checkpoint
 from shared_utils.run import cli
@@ -33,6 +36,9 @@ METRICS = {
     "linear_last": "linear top-1 (cached features)",
     "linear3": "linear top-1 of layer3 (cached features)",
 }
+# Only of arms with neighbours, and of each on its own ones: shown in the table and kept in the logs, but no claim,
+# because neighbours that were searched are close by construction and random ones are not.
+GAP, GAP_TITLE = "bag_gap", "cosine gap of its own neighbours"
 SETS = {"cifar10": "CIFAR-10, 4,000 images, 32 px", "tiny_imagenet50": "Tiny-ImageNet, 50 classes, 4,000 images, 32 px"}
 # The claim first, on few_shot; the same at equal compute beside it; then what the ablation asks.
 ACCEPTANCE = [("full", "moco"), ("full", "moco_eq")]
@@ -68,6 +74,11 @@ def values(runs: Runs, metric: str) -> list[float]:
     return [runs[seed][metric] for seed in sorted(runs)]
 
 
+def has_gap(runs: Runs) -> bool:
+    """Whether every seed was measured on its own neighbours (MoCo has none; earlier results lack it)."""
+    return all(GAP in run for run in runs.values())
+
+
 def verdict(ours: list[float], baseline: list[float]) -> str:
     """The acceptance rule: do the means differ by more than the pooled standard deviation of the seeds?
 
@@ -86,10 +97,14 @@ def cell(x: list[float]) -> str:
 
 def table(found: dict[str, Runs]) -> str:
     """Markdown: a row an arm, a column a metric, and the claim's verdict against MoCo v2."""
-    lines = ["| arm | seeds | " + " | ".join(METRICS.values()) + " | 10-shot against MoCo v2 |"]
-    lines.append("|---" * (len(METRICS) + 3) + "|")
+    gaps = any(map(has_gap, found.values()))
+    titles = [*METRICS.values(), *[GAP_TITLE] * gaps]
+    lines = ["| arm | seeds | " + " | ".join(titles) + " | 10-shot against MoCo v2 |"]
+    lines.append("|---" * (len(titles) + 3) + "|")
     for arm in sorted(found, key=list(ARMS).index):
         cells = [cell(values(found[arm], metric)) for metric in METRICS]
+        if gaps:
+            cells.append(cell(values(found[arm], GAP)) if has_gap(found[arm]) else "")
         against = ""
         if arm != "moco" and "moco" in found:
             against = verdict(values(found[arm], "few_shot"), values(found["moco"], "few_shot"))
@@ -105,7 +120,7 @@ def compact(runs: Runs) -> dict[str, Any]:
         rows = [json.loads(line) for line in (run["folder"] / "log.jsonl").read_text().splitlines()]
         keep = rows[:: max(1, len(rows) // 20)] + rows[-1:]
         out[str(seed)] = {
-            "metrics": {metric: round(run[metric], 4) for metric in METRICS},
+            "metrics": {metric: round(run[metric], 4) for metric in (*METRICS, GAP) if metric in run},
             "curve": [{k: row[k] for k in (*names, "neighbours/purity") if k in row} for row in keep],
         }
     return out
@@ -162,11 +177,22 @@ def record(found: dict[str, Runs], name: str, results: Path) -> int:
     return written
 
 
+def write_bags(folder: Path, file: Path) -> None:
+    """The neighbours [N, K] in the checkpoint of the run in `folder`, into the .npy `file`; nothing without them."""
+    saved = checkpoint.load(folder / "checkpoint.pth")
+    if "neighbours" in saved:
+        np.save(file, saved["neighbours"]["index"].numpy())
+
+
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="hsa.arms", description=(__doc__ or "").splitlines()[0])
     p.add_argument("root", type=Path, help="folder that run_arms.sh wrote")
     p.add_argument("--record", action="store_true", help="write the rows of results.csv and hsa/logs/")
+    p.add_argument("--bags", type=Path, help="write the neighbours of the one run in `root` to this .npy file instead")
     args = p.parse_args(argv)
+    if args.bags:
+        write_bags(args.root, args.bags)
+        return 0
     found = collect(args.root)
     print(table(found))
     if args.record:

@@ -52,7 +52,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--clus_pos_num", type=int, default=5, help="K, neighbours of an image")
     a("--cluster_freq", type=int, default=5, help="epochs between refreshes of the neighbours")
     a("--feature_dir", type=Path, help="keep the refresh's features in a file there, shared by the processes, instead "
-      "of in memory (ImageNet: 10.5 GB)")  # fmt: skip
+      "of in memory (ImageNet: 10.5 GB); auto: in the run's own folder; no two runs may share one")  # fmt: skip
     a("--alpha", type=float, default=2.0, help="CutMix ratio ~ Beta(alpha, alpha)")
     a("--moco_dim", type=int, default=128, help="D, length of an embedding")
     a("--moco_k", type=int, default=65536, help="columns of the queue")
@@ -161,10 +161,16 @@ class Refreshing:
         encoder.eval()
         feats = features(
             lambda x: encoder(x, pre_out=True), self.images, device, args.batch_size // self.run.world, args.workers,
-            args.amp == "bf16", args.feature_dir / "neighbours.npy" if args.feature_dir else None,
+            args.amp == "bf16", self.feature_file(),
         )  # fmt: skip
         encoder.train()
         return self.nearby.nearest(feats, device)
+
+    def feature_file(self) -> Path | None:
+        folder = self.run.args.feature_dir
+        if folder is None:
+            return None
+        return (self.run.dir if folder == Path("auto") else folder) / "neighbours.npy"
 
 
 @torch.no_grad()

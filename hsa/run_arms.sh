@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The arms of the small tier's table: bash hsa/run_arms.sh [mini|small|paper] [flags of hsa.main_moco]
 # ARMS, SEEDS, SET (cifar10, tiny_imagenet50), JOBS (arms at once), DATA_ROOT, RUNS. What is finished is not run again.
+# paper: DATA_ROOT is the folder of train/ and val/, GPUS the processes of an arm.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,12 +16,13 @@ source shared_utils/env.sh
 # Equal compute counts forward passes, a backward pass as two: HSA takes 3 x 3 + 2 = 11 a step, and one of every image
 # at each refresh; MoCo v2 takes 3 + 1 = 4.
 out=${RUNS:-runs}/hsa/arms/$tier
+loading=(--workers 0 --threads 1)
 case "$tier" in
   mini)
-    # Every arm once on the generated images, 1 to 2 minutes each: 20 epochs with 4 refreshes are worth
-    # 20 x 11 / 4 + 4 / 4 = 56 epochs of MoCo.
+    # Every arm once on the generated images, a minute each: 10 epochs with 2 refreshes are worth
+    # 10 x 11 / 4 + 2 / 4 = 28 epochs of MoCo.
     data=(--synthetic --cache --img_size 32)
-    equal=56
+    equal=28
     ;;
   small)
     # 4,000 images, 10 epochs, 4 refreshes: 10 x 11 / 4 + 4 / 4 = 28.5 epochs of MoCo, rounded up in its favour. About
@@ -38,15 +40,17 @@ case "$tier" in
     ;;
   paper)
     # 200 epochs an arm on ImageNet, 40 refreshes: 200 x 11 / 4 + 40 / 4 = 560 epochs of MoCo. MoCo v2: 67.5 linear
-    # (71.1 after 800 epochs); full: about 71 to 72 (recalled, unverified).
+    # (71.1 after 800 epochs); full: about 71 to 72 (recalled, unverified). The linear evaluation is run_lincls.sh's:
+    # cached features of layer3 would be 268 GB. GPUS processes each; never run here, so no time is given.
     data=(--data_dir "${DATA_ROOT:-data}")
     equal=560
+    loading=(--workers 8)
     ;;
 esac
 mkdir -p "$out"
 
 run_one() { # arm seed [flags]
-  local arm=$1 seed=$2 flags=() folder=$out/$1/seed$2
+  local arm=$1 seed=$2 flags=() bags=() folder=$out/$1/seed$2
   shift 2
   case "$arm" in
     moco) flags=(--mode moco) ;;
@@ -63,12 +67,19 @@ run_one() { # arm seed [flags]
       ;;
   esac
   bash hsa/run_pretrain.sh "$tier" "${flags[@]}" --seed "$seed" --output-dir "$folder" "$@"
-  "$PYTHON" -m hsa.main_knn --pretrained "$folder/checkpoint.pth" "${data[@]}" --workers 0 --threads 1 \
+  # Arms with neighbours are also measured on those that they trained with last (bag_gap, overlap).
+  "$PYTHON" -m hsa.arms "$folder" --bags "$folder-bags.npy"
+  if [ -f "$folder-bags.npy" ]; then bags=(--bags "$folder-bags.npy"); fi
+  "$PYTHON" -m hsa.main_knn --pretrained "$folder/checkpoint.pth" "${data[@]}" "${bags[@]}" "${loading[@]}" \
     --output-dir "$folder-knn"
   # The last block, and layer3 for what the second level claims.
-  "$PYTHON" -m hsa.main_lincls --pretrained "$folder/checkpoint.pth" "${data[@]}" --cached_train \
-    --selected_feat_id layer3,last --init_lr 0.3 --batch_size 256 --end_epoch 50 --decay_method cos --workers 0 \
-    --threads 1 --overwrite --output-dir "$folder-linear"
+  if [ "$tier" = paper ]; then
+    bash hsa/run_lincls.sh paper --pretrained "$folder/checkpoint.pth" --output-dir "$folder-linear"
+  else
+    "$PYTHON" -m hsa.main_lincls --pretrained "$folder/checkpoint.pth" "${data[@]}" --cached_train \
+      --selected_feat_id layer3,last --init_lr 0.3 --batch_size 256 --end_epoch 50 --decay_method cos \
+      "${loading[@]}" --overwrite --output-dir "$folder-linear"
+  fi
 }
 
 for seed in ${SEEDS:-0}; do

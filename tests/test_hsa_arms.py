@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from hsa import arms
+from hsa.main_knn import load_bags
 from shared_utils import UserError, checkpoint, results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +58,37 @@ def test_the_table_holds_every_finished_seed(tree: Path) -> None:
     assert "| HSA with random neighbours (control) | 1 | 18.00 | " in text and "one seed, no verdict" in text
     assert "no CutMix" not in text
     assert text.splitlines()[2].startswith("| MoCo v2, equal epochs")
+
+
+def test_the_gap_is_shown_for_the_arms_that_have_it_and_claims_nothing(tree: Path, tmp_path: Path, monkeypatch) -> None:
+    assert arms.GAP_TITLE not in arms.table(arms.collect(tree))
+    for seed in range(3):
+        file = tree / "full" / f"seed{seed}-knn" / "result.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "bag_gap": 0.25 + seed / 100}))
+    other = tree / "moco" / "seed0-knn" / "result.json"  # one seed of three
+    other.write_text(json.dumps({**json.loads(other.read_text()), "bag_gap": 0.5}))
+    found = arms.collect(tree)
+    head, _, moco, _, full, *_ = arms.table(found).splitlines()
+    assert head.endswith(f"| {arms.GAP_TITLE} | 10-shot against MoCo v2 |")
+    assert full.endswith(" | 0.26 ± 0.01 | above |") and moco.endswith(" | 41.00 ± 1.00 |  |  |")
+    assert {line.count("|") for line in arms.table(found).splitlines()} == {head.count("|")}
+    assert arms.compact(found["full"])["1"]["metrics"]["bag_gap"] == 0.26
+    folder = tmp_path / "copy" / "hsa"
+    folder.mkdir(parents=True)
+    shutil.copy(ROOT / "hsa/results.csv", folder)
+    monkeypatch.setattr(arms, "HERE", folder)
+    assert arms.main([str(tree), "--record"]) == 0
+    assert not any("bag_gap" in row["id"] for row in results.read(folder)[0])
+
+
+def test_neighbours_of_a_run_become_bags(tmp_path: Path) -> None:
+    index = torch.tensor([[1, 2], [2, 0], [0, 1]])
+    for name, parts in (("full", {"neighbours": {"index": index, "epoch": 5}}), ("moco", {})):
+        (tmp_path / name).mkdir()
+        checkpoint.save(tmp_path / name / "checkpoint.pth", {"progress": {"seconds": 1.0}, **parts})
+        assert arms.main([str(tmp_path / name), "--bags", str(tmp_path / f"{name}.npy")]) == 0
+    assert torch.equal(load_bags(tmp_path / "full.npy", 3, 2), index)
+    assert not (tmp_path / "moco.npy").exists()
 
 
 def test_nothing_finished_is_an_error(tmp_path: Path) -> None:

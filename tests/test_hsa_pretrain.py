@@ -87,6 +87,7 @@ def differing(a: Path, b: Path) -> list[str]:
         ("--mode moco", 1),
         ("--mode moco --inter_weight 1", 1),
         ("--mix none --feature_dir {tmp}/feats", 2),
+        ("--feature_dir auto", 2),
         ("--neighbours random --aug_plus false", 2),
         ("--neighbours label --decay_method step --schedule 1 --amp bf16", 2),
         ("--mode paper --crops 2 --img_size 32", 2),
@@ -95,7 +96,8 @@ def differing(a: Path, b: Path) -> list[str]:
 )
 def test_every_arm_trains(arm, ways, data, tmp_path):
     log = train(data, tmp_path, *arm.format(tmp=tmp_path).split())
-    assert (tmp_path / "feats/neighbours.npy").exists() == ("feature_dir" in arm)
+    assert (tmp_path / "feats/neighbours.npy").exists() == ("feats" in arm)
+    assert (tmp_path / "neighbours.npy").exists() == ("auto" in arm) and not (Path("auto")).exists()
     assert len(log) == 3 and log[0].keys() >= {"step", "epoch", "loss", "lr", "data_wait", "acc/contrast_top1"}
     state = checkpoint.load(tmp_path / "checkpoint.pth")["state_dict"]
     assert {"module.queue", "module.queue_ptr", "module.encoder_q.fc.2.weight"} <= set(state)
