@@ -26,7 +26,7 @@ def check(runs: Path) -> None:
     assert not (bags == np.arange(1000)[:, None]).any(), "an image is in its own bag"
 
     linear = json.loads((bingo / "lincls/mini/result.json").read_text())
-    assert linear["linear_last"] > 15, f"the linear evaluation is near chance, 10 %: {linear['linear_last']}"
+    assert linear["linear"] > 13, f"the linear evaluation is near chance, 10 %: {linear['linear']}"
     (knn,) = bingo.glob("knn/*/result.json")
     scores = json.loads(knn.read_text())
     assert scores["bag_gap"] > 0.02, f"the student does not keep the teacher's bags together: {scores}"
