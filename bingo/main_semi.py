@@ -9,6 +9,7 @@ small learning rate for the backbone and a much larger one for the new classifie
 
 import argparse
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,18 @@ from shared_utils.data import EpochSampler, ImageList, Keyed
 from shared_utils.evaluation import (
     add_data_flags,
     add_network_flags,
-    collect,
     labelled_indices,
     load_backbone,
     open_splits,
+    same_buffers,
+    stream,
     subset,
     topk,
     write_result,
 )
 from shared_utils.run import Parser, Run, add_run_flags, cli
 
+STORED = ("s_{}", "{}")  # names of the network's flags in a student's checkpoint, else in a teacher's
 # [inferred] by share of labels: epochs, learning rate of the backbone, factor of the classifier's.
 DEFAULTS = {"1%": (60, 0.02, 100.0), "10%": (30, 0.01, 20.0)}
 
@@ -115,27 +118,35 @@ def finetune(run: Run, network: Any, images: ImageList, facts: dict[str, Any]) -
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        acc = 100 * float(topk(logits.detach(), target, (1,))[0]) / len(target)
-        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, acc1=acc)
+        watched = {}
+        if run.log_due():  # the GPU is waited for
+            watched["acc1"] = 100 * float(topk(logits.detach(), target, (1,))[0]) / len(target)
+        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
 
 
-def predict(run: Run, network: Any, images: ImageList) -> tuple[Tensor, Tensor]:
-    """Logits [n, classes] of this process's share of the images, and their labels."""
+def predict(run: Run, network: Any, images: ImageList) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits [B, classes] and labels of this process's share of the images, batch by batch.
+
+    All processes predict with the network that the checkpoint holds, that of process 0.
+    """
     images.transform = plain(run.args.img_size)
+    same_buffers(network)
     network.eval()
 
     def logits(x: Tensor) -> list[Tensor]:
         with run.autocast():
             return [network(x)]
 
-    out, labels = collect(logits, images, run.device, run.args.batch_size, run.args.workers)
-    return out[0], labels
+    for out, labels in stream(logits, images, run.device, run.args.batch_size, run.args.workers):
+        yield out[0], labels
 
 
 def accuracy(run: Run, network: Any, images: ImageList) -> list[float]:
     """Top-1 and top-5 in per cent."""
-    logits, labels = predict(run, network, images)
-    return (100 * distributed.all_sum(topk(logits, labels).to(run.device)).cpu() / len(images)).tolist()
+    hits = torch.zeros(2, dtype=torch.float64)
+    for logits, labels in predict(run, network, images):
+        hits += topk(logits, labels)
+    return (100 * distributed.all_sum(hits.to(run.device)).cpu() / len(images)).tolist()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -145,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = labelled_indices(train, args.labels, args.fraction, Path(args.data_dir) / "train", args.seed)
     resolve(args, len(chosen), len(train), run.world)
     args.batch_size = min(args.batch_size, len(chosen) // run.world * run.world)
-    encoder, report = load_backbone(build, args, "resnet18")
+    encoder, report = load_backbone(build, args, "resnet18", stored_as=STORED)
     network = classifier(encoder, len(train.classes)).to(run.device).to(memory_format=torch.channels_last)
     labelled = subset(train, chosen)
     finetune(

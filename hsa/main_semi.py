@@ -11,7 +11,10 @@ learning rates and epochs are inferred.
 
 import argparse
 import hashlib
+import json
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,13 @@ from shared_utils.data import EpochSampler, ImageList, Keyed
 from shared_utils.evaluation import (
     add_data_flags,
     add_network_flags,
-    collect,
     gather_rows,
     labelled_indices,
     load_backbone,
     open_splits,
+    same_buffers,
+    share,
+    stream,
     subset,
     topk,
     write_result,
@@ -123,27 +128,35 @@ def finetune(run: Run, network: Any, images: ImageList, facts: dict[str, Any]) -
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        acc = 100 * float(topk(logits.detach(), target, (1,))[0]) / len(target)
-        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, acc1=acc)
+        watched = {}
+        if run.log_due():  # the GPU is waited for
+            watched["acc1"] = 100 * float(topk(logits.detach(), target, (1,))[0]) / len(target)
+        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
 
 
-def predict(run: Run, network: Any, images: ImageList) -> tuple[Tensor, Tensor]:
-    """Logits [n, classes] of this process's share of the images, and their labels."""
+def predict(run: Run, network: Any, images: ImageList) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits [B, classes] and labels of this process's share of the images, batch by batch.
+
+    All processes predict with the network that the checkpoint holds, that of process 0.
+    """
     images.transform = plain(run.args.img_size)
+    same_buffers(network)
     network.eval()
 
     def logits(x: Tensor) -> list[Tensor]:
         with run.autocast():
             return [network(x)]
 
-    out, labels = collect(logits, images, run.device, run.args.batch_size, run.args.workers)
-    return out[0], labels
+    for out, labels in stream(logits, images, run.device, run.args.batch_size, run.args.workers):
+        yield out[0], labels
 
 
 def accuracy(run: Run, network: Any, images: ImageList) -> list[float]:
     """Top-1 and top-5 in per cent."""
-    logits, labels = predict(run, network, images)
-    return (100 * distributed.all_sum(topk(logits, labels).to(run.device)).cpu() / len(images)).tolist()
+    hits = torch.zeros(2, dtype=torch.float64)
+    for logits, labels in predict(run, network, images):
+        hits += topk(logits, labels)
+    return (100 * distributed.all_sum(hits.to(run.device)).cpu() / len(images)).tolist()
 
 
 def entropy_bits(logits: Tensor) -> Tensor:
@@ -152,16 +165,68 @@ def entropy_bits(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(1) / math.log(2)
 
 
-def pseudo_labels(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Rows whose entropy is at most `threshold` bits, and their likeliest classes."""
-    rows = torch.nonzero(entropy_bits(logits) <= threshold).flatten()
-    return rows, logits[rows].argmax(1)
+@torch.no_grad()
+def sureness(run: Run, network: Any, images: ImageList) -> Tensor:
+    """Entropy in bits and likeliest class of all images, [N, 2] float64 on every process; no logits are kept."""
+    first, last = share(len(images))
+    mine = torch.zeros(last - first, 2, dtype=torch.float64)
+    done = 0
+    for logits, labels in predict(run, network, images):
+        both = torch.stack([entropy_bits(logits), logits.argmax(1).double()], 1)
+        mine[done : done + len(labels)] = both.cpu()
+        done += len(labels)
+    return gather_rows(mine, len(images), run.device)
+
+
+def pseudo_labels(sure: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Rows [n] of `sureness` [N, 2] whose entropy is at most `threshold` bits, and their likeliest classes [n]."""
+    rows = torch.nonzero(sure[:, 0] <= threshold).flatten()
+    return rows, sure[rows, 1].long()
+
+
+def label(run: Run, network: Any, train: ImageList, rest: list[int], file: Path) -> list[tuple[int, int]]:
+    """Pseudo-labels, (index in `train`, class) each, of the images `rest`; `train`'s own labels are not looked at.
+
+    Written to `file` (JSON), and read from it where it is of the same fine-tuned network: a run that is resumed goes on
+    with the very labels it began with, also on GPUs, which may round otherwise the next time.
+    """
+    same_buffers(network)
+    digest = hashlib.sha256(repr((run.args.threshold, rest)).encode())
+    for key, value in sorted(network.state_dict().items()):
+        digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+    source = digest.hexdigest()[:16]
+    if file.is_file() and not run.args.overwrite:
+        try:
+            stored = json.loads(file.read_text())
+            if stored["source"] == source:
+                return [(int(i), int(y)) for i, y in stored["labels"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{file}: not a readable file of pseudo-labels; remove it, they are predicted anew"
+            ) from None
+    found: list[tuple[int, int]] = []
+    if rest:
+        sure = sureness(run, network, subset(train, rest, [-1] * len(rest)))
+        rows, labels = pseudo_labels(sure, run.args.threshold)
+        found = [(rest[row], y) for row, y in zip(rows.tolist(), labels.tolist())]
+    if run.rank == 0:
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps({"source": source, "threshold_bits": run.args.threshold, "labels": found}))
+            os.replace(temporary, file)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written ({error.strerror}); free space and retry") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+    distributed.barrier()
+    return found
 
 
 def new_network(args: argparse.Namespace, classes: int, device: torch.device) -> tuple[Any, str]:
     """The pretrained backbone with a new classifier, the same at every call."""
     torch.manual_seed(args.seed)
-    encoder, report = load_backbone(build, args, "resnet50", DROP)
+    encoder, report = load_backbone(build, args, "resnet50", DROP, ("{}",))
     return classifier(encoder, classes).to(device).to(memory_format=torch.channels_last), report
 
 
@@ -189,15 +254,10 @@ def main(argv: list[str] | None = None) -> int:
     run.finish()
 
     if args.self_training == "true":
-        # (ii), (iii) the unlabelled images: `train`'s own labels are not looked at
+        # (ii), (iii) the unlabelled images
         known = set(chosen)
         rest = [i for i in range(len(train)) if i not in known]
-        found: list[tuple[int, int]] = []
-        if rest:
-            mine, _ = predict(run, network, subset(train, rest, [-1] * len(rest)))
-            logits = gather_rows(mine, len(rest), run.device)
-            rows, labels = pseudo_labels(logits, args.threshold)
-            found = [(rest[int(row)], int(y)) for row, y in zip(rows, labels)]
+        found = label(run, network, train, rest, out / "pseudo.json")
         right = sum(train.samples[i][1] == y for i, y in found)
         result |= {"pseudo_labelled": len(found), "threshold_bits": args.threshold}
         if found:  # a report, of no influence

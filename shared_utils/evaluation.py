@@ -4,10 +4,11 @@ A script gives its folder's `build(arch, width, stem)`; nothing here knows a pap
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +172,12 @@ def load_backbone(
     args: argparse.Namespace,
     default: str,
     drop: Sequence[str] = ("fc.*", "projection_head.*", "prototypes.*", "classifier.3.*"),
+    stored_as: Sequence[str] = ("s_{}", "{}"),
 ) -> tuple[Any, str]:
     """The network of --pretrained without its head, and a line about what was loaded; resolves --arch, --width, --stem.
 
-    `default` is the architecture where neither the flags nor the file name one, `drop` what the network lacks.
+    `default` is the architecture where neither the flags nor the file name one, `drop` what the network lacks,
+    `stored_as` the names that a run's checkpoint has these flags under, the first that it holds counts.
     The hash of the weights enters the flags: a probe of weights that have since changed is not resumed.
     """
     stored: Mapping[str, Any] = {}
@@ -184,8 +187,9 @@ def load_backbone(
         stored = flags if isinstance(flags, Mapping) else vars(flags) if isinstance(flags, argparse.Namespace) else {}
         del loaded
     for flag, fallback in (("arch", default), ("width", 64), ("stem", "imagenet")):
-        if getattr(args, flag) is None:  # a distilled student's flags are s_arch, s_width, s_stem
-            setattr(args, flag, stored.get(f"s_{flag}") or stored.get(flag) or fallback)
+        if getattr(args, flag) is None:
+            found = (stored.get(name.format(flag)) for name in stored_as)
+            setattr(args, flag, next(filter(None, found), fallback))
     network = build(args.arch, args.width, args.stem)
     what = f"{args.arch}, width {args.width}, stem {args.stem}"
     if args.pretrained == "none":
@@ -204,17 +208,18 @@ def load_backbone(
 
 
 @torch.no_grad()
-def collect(
+def stream(
     embed: Callable[[Tensor], Sequence[Tensor]],
     images: ImageList,
     device: torch.device,
     batch_size: int = 256,
     workers: int = 0,
     everything: bool = False,
-) -> tuple[list[Tensor], Tensor]:
-    """Outputs of `embed` for this process's contiguous share of the images (or all), [n, ...] each on the CPU; labels.
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Outputs of `embed` (float32, on the device) and labels of a batch after the other, nothing kept.
 
-    `embed` must be in eval mode and the transform deterministic.
+    They are those of this process's contiguous share of the images (or of all), in their order. `embed` must be in eval
+    mode and the transform deterministic.
     """
     first, last = (0, len(images)) if everything else share(len(images))
     loader = DataLoader(
@@ -225,11 +230,63 @@ def collect(
         worker_init_fn=worker_init,
         generator=torch.Generator(),
     )
-    parts: list[list[Tensor]] = []
-    for x, _, _ in plain_errors(loader):
+    for x, y, _ in plain_errors(loader):
         out = embed(x.to(device, memory_format=torch.channels_last, non_blocking=True))
-        parts.append([value.float().cpu() for value in out])
-    return [torch.cat(column) for column in zip(*parts)], images.labels[first:last]
+        yield [value.float() for value in out], y
+
+
+@torch.no_grad()
+def collect(
+    embed: Callable[[Tensor], Sequence[Tensor]],
+    images: ImageList,
+    device: torch.device,
+    batch_size: int = 256,
+    workers: int = 0,
+    everything: bool = False,
+) -> tuple[list[Tensor], Tensor]:
+    """What `stream` gives, in memory: [n, ...] each on the CPU; and the labels [n]."""
+    first, last = (0, len(images)) if everything else share(len(images))
+    columns: list[Tensor] = []
+    done = 0
+    for out, y in stream(embed, images, device, batch_size, workers, everything):
+        columns = columns or [torch.empty(last - first, *value.shape[1:]) for value in out]
+        for column, value in zip(columns, out, strict=True):
+            column[done : done + len(y)] = value.cpu()
+        done += len(y)
+    return columns, images.labels[first:last]
+
+
+def available_memory() -> int:
+    """Bytes that programs can still have, caches of files included; the machine's memory where that is not told."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_cache(wanted: Mapping[str, tuple[int, int]]) -> None:
+    """UserError if float32 features do not fit into half of the memory that is left.
+
+    Args:
+        wanted: what to do about it -> images and values of each that this machine's processes are going to keep.
+    """
+    limit, total = available_memory() / 2, 0
+    for cure, (images, values) in wanted.items():
+        total += 4 * images * values
+        if total > limit:
+            raise UserError(
+                f"features of {images} images, {values} values each, in memory: {total / 1e9:.3g} GB together, more "
+                f"than half of the {2 * limit / 1e9:.3g} GB that are available; {cure}"
+            )
+
+
+@torch.no_grad()
+def same_buffers(network: nn.Module) -> None:
+    """Batch-norm statistics of process 0 on every process: after training each has those of its own last batch."""
+    if distributed.world() > 1:
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 def share(count: int) -> tuple[int, int]:

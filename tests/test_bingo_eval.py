@@ -358,6 +358,22 @@ def test_few_labels_fine_tune_the_whole_network(data, weights, tmp_path):
     assert groups[1]["lr"] == pytest.approx(20 * groups[0]["lr"])
 
 
+def test_two_processes_evaluate_the_network_that_is_written(data, weights, tmp_path):
+    """Batch norm of each has statistics of its own last batch; what counts is what the checkpoint holds."""
+    flags = [*SMALL_TRAIN, "--data_dir", str(data), "--pretrained", str(weights), "--fraction", "0.5"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["bingo.main_semi", *flags, "--end_epoch", "2", "--init_lr", "0.02", "--output-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    net = build("resnet10", 8, "cifar_pool")
+    net.fc = nn.Linear(64, 6)
+    net.load_state_dict(checkpoint.load(tmp_path / "checkpoint.pth")["state_dict"])
+    images = image_folder(data / "val", plain(32))
+    with torch.no_grad():
+        logits = net.eval()(stacked(images))
+    assert result(tmp_path)["semi"] == pytest.approx(100 * float((logits.argmax(1) == images.labels).double().mean()))
+
+
 def test_defaults_follow_the_share_of_labels():
     parse = main_semi.get_parser().parse_args
     one, ten = parse(["--pretrained", "x"]), parse(["--pretrained", "x", "--end_epoch", "3"])

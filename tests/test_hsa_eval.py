@@ -21,6 +21,7 @@ from hsa.arch import build, mlp_head
 from shared_utils import UserError, checkpoint, mini
 from shared_utils.augment import plain
 from shared_utils.data import ImageList, image_folder
+from shared_utils.evaluation import labelled_indices
 from shared_utils.neighbours import neighbours
 from shared_utils.run import Run
 
@@ -192,10 +193,11 @@ def test_entropy_is_in_bits_and_the_threshold_keeps_the_sure():
         main_semi.entropy_bits(logits),
         torch.tensor([2, 0, 1, -0.9 * math.log2(0.9) - 0.1 * math.log2(0.1)], dtype=torch.float64),
     )
-    rows, labels = main_semi.pseudo_labels(logits.flip(1), 0.99)
-    assert rows.tolist() == [1, 3] and labels.tolist() == [3, 3]
-    assert main_semi.pseudo_labels(logits, 1.001)[0].tolist() == [1, 2, 3]
-    assert len(main_semi.pseudo_labels(logits[:1], 1.0)[0]) == 0
+    sure = torch.stack([main_semi.entropy_bits(logits), logits.flip(1).argmax(1).double()], 1)
+    rows, labels = main_semi.pseudo_labels(sure, 0.99)
+    assert rows.tolist() == [1, 3] and labels.tolist() == [3, 3] and labels.dtype == torch.int64
+    assert main_semi.pseudo_labels(sure, 1.001)[0].tolist() == [1, 2, 3]
+    assert len(main_semi.pseudo_labels(sure[:1], 1.0)[0]) == 0
 
 
 FEW = "--fraction 0.25 --end_epoch 3 --init_lr 0.02".split()
@@ -209,12 +211,20 @@ def test_self_training_uses_predictions_and_the_pretrained_network(data, weights
         seen.append(({k: v.clone() for k, v in network.state_dict().items()}, list(images.samples)))
         finetune(run, network, images, facts)
 
+    gather_rows, exchanged = main_semi.gather_rows, []
+
+    def gathered(rows, count, device):
+        exchanged.append(tuple(rows.shape))
+        return gather_rows(rows, count, device)
+
     monkeypatch.setattr(main_semi, "finetune", noted)
+    monkeypatch.setattr(main_semi, "gather_rows", gathered)
     found = call(main_semi, data, weights, tmp_path, *FEW, "--threshold", "2.5")
     (first, labelled), (second, both) = seen
     assert all(torch.equal(first[k], second[k]) for k in first)  # anew from the pretrained weights, same classifier
     assert len(labelled) == 24 == found["labelled"] and set(labelled) <= set(both)
     assert len(both) == 24 + found["pseudo_labelled"] > 24
+    assert exchanged == [(72, 2)]  # of an unlabelled image its entropy and class, not its logits
     # the pseudo-labels are the fine-tuned network's own predictions on images whose labels were not given
     net = build("resnet10", 8, "cifar_pool")
     net.fc = nn.Linear(64, 6)
@@ -248,10 +258,30 @@ def test_either_training_stopped_and_resumed_is_bit_identical(stage, data, weigh
         with pytest.raises(SystemExit):
             call(main_semi, data, weights, tmp_path / "cut", *flags)
     assert not (tmp_path / "cut" / "result.json").exists()
-    assert call(main_semi, data, weights, tmp_path / "cut", *flags) == whole
+    with monkeypatch.context() as patch:
+        if stage == "selftrain":  # goes on with the pseudo-labels of before
+            patch.setattr(main_semi, "sureness", None)
+        assert call(main_semi, data, weights, tmp_path / "cut", *flags) == whole
+    assert (tmp_path / "cut" / "pseudo.json").read_text() == (tmp_path / "whole" / "pseudo.json").read_text()
     for part in ("finetune", "selftrain"):
         a, b = (checkpoint.load(tmp_path / x / part / "checkpoint.pth")["state_dict"] for x in ("whole", "cut"))
         assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_pseudo_labels_of_another_network_are_not_taken(data, weights, tmp_path):
+    flags = [*FEW, "--threshold", "2.5", "--end_epoch", "1"]
+    whole = call(main_semi, data, weights, tmp_path, *flags)
+    file = tmp_path / "pseudo.json"
+    own = json.loads(file.read_text())
+    assert len(own["labels"]) == whole["pseudo_labelled"] > 1 and own["threshold_bits"] == 2.5
+    file.write_text(json.dumps(own | {"source": "other", "labels": own["labels"][:1]}))
+    assert call(main_semi, data, weights, tmp_path, *flags) == whole and json.loads(file.read_text()) == own
+    file.write_text(json.dumps(own | {"labels": own["labels"][:1]}))  # changed by hand: the training was of others
+    with pytest.raises(UserError, match="pseudo-sha256 was"):
+        call(main_semi, data, weights, tmp_path, *flags)
+    file.write_text(file.read_text()[:-5])
+    with pytest.raises(UserError, match="pseudo.json: not a readable file of pseudo-labels; remove it"):
+        call(main_semi, data, weights, tmp_path, *flags)
 
 
 def test_without_self_training_and_from_scratch(data, tmp_path):
@@ -283,11 +313,24 @@ def test_two_processes_agree_on_the_pseudo_labels(data, weights, tmp_path):
     found = result(tmp_path)
     net = build("resnet10", 8, "cifar_pool")
     net.fc = nn.Linear(64, 6)
-    net.load_state_dict(checkpoint.load(tmp_path / "selftrain" / "checkpoint.pth")["state_dict"])
-    val = image_folder(data / "val", plain(32))
-    with torch.no_grad():  # each process evaluated half of the images
-        right = (net.eval()(stacked(val)).argmax(1) == val.labels).double().mean()
-    assert found["semi_self"] == pytest.approx(100 * float(right), abs=2.1)
+    net.eval()
+    images, val = (image_folder(data / split, plain(32)) for split in ("train", "val"))
+    # each process evaluated half of the images, and both with the network that process 0 has written
+    for part, key in (("finetune", "semi"), ("selftrain", "semi_self")):
+        net.load_state_dict(checkpoint.load(tmp_path / part / "checkpoint.pth")["state_dict"])
+        with torch.no_grad():
+            right = (net(stacked(val)).argmax(1) == val.labels).double().mean()
+        assert found[key] == pytest.approx(100 * float(right))
+        if part == "finetune":
+            with torch.no_grad():
+                logits = net(stacked(images))
+            known = labelled_indices(images, None, 0.25, data, 0)
+            expected = [
+                [i, int(logits[i].argmax())]
+                for i, bits in enumerate(main_semi.entropy_bits(logits))
+                if bits <= 2.5 and i not in known
+            ]
+            assert json.loads((tmp_path / "pseudo.json").read_text())["labels"] == expected
 
 
 # ------------------------------------------------------------------------------------------------------------ export
