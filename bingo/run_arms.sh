@@ -33,7 +33,7 @@ case "$tier" in
     per_class=400
     if [ "$set_name" = tiny_imagenet50 ]; then per_class=80; fi
     data=(--data_dir "${DATA_ROOT:-data}/$set_name" --per_class "$per_class" --cache --img_size 32)
-    student=(--arch resnet10 --width 16 --end_epoch 10)
+    student=(--arch resnet10 --width 16 --per_class "$per_class" --init_lr 0.06 --end_epoch 10)
     equal=66
     knn=("${data[@]}")
     out=$runs/arms/small/$set_name
