@@ -21,6 +21,8 @@ from shared_utils.evaluation import add_data_flags, add_network_flags, freeze, l
 from shared_utils.neighbours import features, few_shot, knn_accuracy, neighbours, purity
 from shared_utils.run import Parser, cli, runs_root, set_threads
 
+STORED = ("s_{}", "{}")  # names of the network's flags in a student's checkpoint, else in a teacher's
+
 
 def get_parser() -> Parser:
     p = Parser(prog="bingo.main_knn", description=__doc__.splitlines()[0])
@@ -39,10 +41,24 @@ def get_parser() -> Parser:
     return p
 
 
+CHUNK = 8192  # rows whose sums are formed in double precision at a time
+
+
 def mean_cosine(feats: Tensor) -> float:
     """Over all pairs of different rows; by the norm of the sum, without forming the pairs."""
-    n = len(feats)
-    return float((feats.double().sum(0).square().sum() - feats.double().square().sum()) / max(1, n * (n - 1)))
+    return group_cosine(feats, torch.zeros(len(feats), dtype=torch.int64))
+
+
+def group_cosine(feats: Tensor, groups: Tensor) -> float:
+    """Mean over all pairs of different rows of the same group; feats [N, D], group numbers [N]."""
+    _, group, counts = groups.unique(return_inverse=True, return_counts=True)
+    sums = torch.zeros(len(counts), feats.shape[1], dtype=torch.float64)
+    squares = 0.0
+    for rows, numbers in zip(feats.split(CHUNK), group.split(CHUNK)):
+        rows = rows.double()
+        sums.index_add_(0, numbers, rows)
+        squares += float(rows.square().sum())
+    return (float(sums.square().sum()) - squares) / max(1, int((counts * (counts - 1)).sum()))
 
 
 def bag_scores(feats: Tensor, array: Tensor, own: Tensor | None) -> dict[str, float]:
@@ -52,12 +68,13 @@ def bag_scores(feats: Tensor, array: Tensor, own: Tensor | None) -> dict[str, fl
         feats: [N, D] normalised; array: [N, K] members, or [N] group numbers; own: [N, K] the features' own neighbours.
     """
     if array.ndim == 2:
-        pairs = torch.stack([(feats * feats[column]).sum(1) for column in array.T], 1).double().mean()
+        total = 0.0
+        for rows, members in zip(feats.split(CHUNK), array.split(CHUNK)):
+            total += sum(float((rows * feats[column]).sum(1).double().sum()) for column in members.T)
+        pairs = total / array.numel()
     else:
-        groups = [feats[array == g].double() for g in array.unique()]
-        total = sum(float(g.sum(0).square().sum() - g.square().sum()) for g in groups)
-        pairs = torch.tensor(total / max(1, sum(len(g) * (len(g) - 1) for g in groups)))
-    out = {"bag_gap": float(pairs) - mean_cosine(feats)}
+        pairs = group_cosine(feats, array)
+    out = {"bag_gap": pairs - mean_cosine(feats)}
     if array.ndim == 2 and own is not None:
         out["overlap"] = 100 * float((array[:, :, None] == own[:, None, :]).any(2).double().mean())
     return out
@@ -72,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     train, val = open_splits(args)
     train.transform = val.transform = plain(args.img_size)
     bags = load_bags(args.bags, train, args.clus_pos_num)[0] if args.bags else None
-    encoder, report = load_backbone(build, args, "resnet18")
+    encoder, report = load_backbone(build, args, "resnet18", stored_as=STORED)
     freeze(encoder)
     encoder = encoder.to(device).to(memory_format=torch.channels_last)
     if distributed.rank() == 0:
@@ -88,12 +105,12 @@ def main(argv: list[str] | None = None) -> int:
     labels, truth = train.labels, val.labels
     nearest = neighbours(bank, min(max(5, args.clus_pos_num), len(train) - 1), device)
     result: dict[str, object] = {
-        "knn": knn_accuracy(bank, labels, queries, truth, 20, 0.07),
-        "knn10": knn_accuracy(bank, labels, queries, truth, 10, None),
-        "few_shot": few_shot(bank, labels, queries, truth, 10),
+        "knn": knn_accuracy(bank, labels, queries, truth, 20, 0.07, device),
+        "knn10": knn_accuracy(bank, labels, queries, truth, 10, None, device),
+        "few_shot": few_shot(bank, labels, queries, truth, 10, device=device),
         "purity": purity(nearest[:, :5], labels),
     }
-    if bags is not None:
+    if bags is not None and distributed.rank() == 0:  # who writes the result
         result |= bag_scores(bank, torch.from_numpy(bags.array), nearest[:, : args.clus_pos_num])
     result |= {"pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256, "data_dir": str(args.data_dir)}
     write_result(args.output_dir, result)

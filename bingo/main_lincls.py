@@ -4,12 +4,14 @@
         --decay_method cos --end_epoch 120
 
 Training images are augmented and go through the backbone at every step, as in the release. Validation images are not
-augmented and the backbone is frozen, so their features are computed once: the same numbers as a pass an epoch.
+augmented and the backbone is frozen, so their features are computed once: the same numbers as a pass an epoch, which is
+what --recompute_val does where memory is short.
 """
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,19 +22,23 @@ from bingo.arch import ARCHS, STEMS, Encoder, build
 from bingo.builder import ReleaseKeys
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.augment import linear_train, plain
-from shared_utils.data import EpochSampler, ImageList, Keyed
+from shared_utils.data import EpochSampler, Keyed
 from shared_utils.evaluation import (
     add_data_flags,
     add_network_flags,
+    check_cache,
     collect,
     freeze,
     load_backbone,
     open_splits,
+    stream,
     topk,
     unchanged,
     write_result,
 )
 from shared_utils.run import Parser, Run, add_run_flags, cli
+
+STORED = ("s_{}", "{}")  # names of the network's flags in a student's checkpoint, else in a teacher's
 
 
 def get_parser() -> Parser:
@@ -55,7 +61,8 @@ def get_parser() -> Parser:
     a("--min_lr", type=float, default=0.01, help="end of `cos` (0.001 for EfficientNet)")
     a("--cached_train", action="store_true", help="a cheap probe: train on features of unaugmented images, computed "
       "once; not equal to the protocol")  # fmt: skip
-    a("--recompute_val", action="store_true", help="validation images through the backbone every epoch: same numbers")
+    a("--recompute_val", action="store_true", help="validation images through the backbone every epoch, nothing "
+      "kept: same numbers")  # fmt: skip
     add_run_flags(p, "bingo/lincls/default")
     return p
 
@@ -196,16 +203,24 @@ class FeatureBatches:
             yield [f[rows] for f in self.feats], self.labels[rows]
 
 
+def slices(feats: list[Tensor], labels: Tensor, size: int) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Features in memory in batches, as `shared_utils.evaluation.stream` gives them."""
+    for start in range(0, len(labels), size):
+        yield [f[start : start + size] for f in feats], labels[start : start + size]
+
+
+@torch.no_grad()
 def evaluate(
-    net: nn.Module, feats: list[Tensor], labels: Tensor, count: int, device: torch.device
+    probes: nn.Module, batches: Iterable[tuple[list[Tensor], Tensor]], heads: int, count: int, device: torch.device
 ) -> list[list[float]]:
-    """(top-1, top-5) in per cent of each classifier from this process's share of the features of `count` images."""
-    hits = torch.zeros(len(feats), 2, dtype=torch.float64)
-    with torch.no_grad():
-        for start in range(0, len(labels), 4096):
-            rows = slice(start, start + 4096)
-            for i, logits in enumerate(net([f[rows].to(device) for f in feats])):
-                hits[i] += topk(logits, labels[rows])
+    """(top-1, top-5) in per cent of each of `heads` classifiers.
+
+    Args:
+        batches: features of each block and labels, of this process's share of `count` images.
+    """
+    hits = torch.zeros(heads, 2, dtype=torch.float64)
+    for feats, labels in batches:
+        hits += torch.stack([topk(logits, labels) for logits in probes([f.to(device) for f in feats])])
     return (100 * distributed.all_sum(hits.to(device)).cpu() / count).tolist()
 
 
@@ -217,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     train.transform, val.transform = linear_train(args.img_size), plain(args.img_size)
 
     # Frozen backbone, in eval mode throughout
-    encoder, report = load_backbone(build, args, "resnet18")
+    encoder, report = load_backbone(build, args, "resnet18", stored_as=STORED)
     before = freeze(encoder)
     encoder = encoder.to(run.device).to(memory_format=torch.channels_last)
     ids = block_ids(args.selected_feat_id, encoder)
@@ -231,6 +246,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.nchannels and args.nchannels != channels:
         raise UserError(f"--nchannels {args.nchannels}: block {max(ids)} of {args.arch} has {channels}")
     sizes = [f.shape[1] for f in embed(torch.zeros(1, 3, args.img_size, args.img_size, device=run.device))]
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine, which share its memory
+    wanted = {}
+    if args.cached_train:  # all of them in each process
+        wanted["leave --cached_train away"] = (len(train) * local, sum(sizes))
+    if not args.recompute_val:
+        wanted["give --recompute_val, the numbers are the same"] = (-(-len(val) * local // run.world), sum(sizes))
+    check_cache(wanted)
 
     # Classifiers
     probes = Probes(sizes, len(train.classes)).to(run.device)
@@ -251,11 +274,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     cached: tuple[list[Tensor], Tensor] | None = None
 
-    def val_features(images: ImageList) -> tuple[list[Tensor], Tensor]:
+    def val_batches() -> Iterator[tuple[list[Tensor], Tensor]]:
         nonlocal cached
-        if cached is None or args.recompute_val:
-            cached = collect(embed, images, run.device, args.batch_size, args.workers)
-        return cached
+        if args.recompute_val:
+            return stream(embed, val, run.device, args.batch_size, args.workers)
+        cached = cached or collect(embed, val, run.device, args.batch_size, args.workers)
+        return slices(*cached, args.batch_size)
 
     batches: Any = None
     if args.cached_train and run.epoch < args.end_epoch:
@@ -278,9 +302,11 @@ def main(argv: list[str] | None = None) -> int:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        watched = {f"acc1_{n}": 100 * float(topk(out, target)[0]) / len(target) for n, out in zip(ids, logits)}
+        watched: dict[str, float] = {}
+        if run.log_due():  # the GPU is waited for
+            watched = {f"acc1_{n}": 100 * float(topk(out, target)[0]) / len(target) for n, out in zip(ids, logits)}
         if run.step_in_epoch + 1 == sampler.steps_per_epoch:
-            scores.history.append(evaluate(net, *val_features(val), len(val), run.device))
+            scores.history.append(evaluate(probes, val_batches(), len(ids), len(val), run.device))
             watched |= {f"val/acc1_{n}": pair[0] for n, pair in zip(ids, scores.history[-1])}
             if scores.improved() and run.rank == 0:
                 checkpoint.save(

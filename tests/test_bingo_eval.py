@@ -14,13 +14,15 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bingo import export_detection, main_knn, main_lincls, main_semi
 from bingo.arch import build, mlp_head
 from bingo.data import save_bags
-from shared_utils import UserError, checkpoint, mini
+from shared_utils import UserError, checkpoint, evaluation, mini
 from shared_utils.augment import plain
 from shared_utils.data import EpochSampler, ImageList, image_folder
+from shared_utils.evaluation import topk
 from shared_utils.neighbours import neighbours
 from shared_utils.run import Run
 
@@ -98,6 +100,45 @@ def test_cached_validation_gives_the_numbers_of_a_pass_an_epoch(data, weights, t
     assert set(checkpoint.load(tmp_path / "a" / "best.pth")["state_dict"]) == set(a["state_dict"])
 
 
+def test_recomputed_validation_keeps_no_features(data, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(main_lincls, "collect", None)
+    evaluate, seen = main_lincls.evaluate, []
+
+    def noted(probes, batches, *args):
+        batches = list(batches)
+        seen.extend(len(feats[0]) for feats, _ in batches)
+        return evaluate(probes, batches, *args)
+
+    monkeypatch.setattr(main_lincls, "evaluate", noted)
+    lincls(data, weights, tmp_path, *PROBE, "--recompute_val")
+    assert seen == [16, 16, 16] * 2
+
+
+def test_features_that_do_not_fit_in_memory(data, weights, tmp_path, monkeypatch):
+    train, val = 4 * 96 * 64, 4 * 48 * 64
+    memory = lambda bytes: monkeypatch.setattr(evaluation, "available_memory", lambda: bytes)  # noqa: E731
+    memory(2 * (train + val) - 1)
+    with pytest.raises(UserError, match="features of 48 images, 64 values each, .* give --recompute_val"):
+        lincls(data, weights, tmp_path / "a", *PROBE, "--cached_train")
+    lincls(data, weights, tmp_path / "b", *PROBE, "--cached_train", "--recompute_val", "--end_epoch", "1")
+    memory(2 * train - 1)
+    with pytest.raises(UserError, match="features of 96 images, 64 values each, .* leave --cached_train away"):
+        lincls(data, weights, tmp_path / "a", *PROBE, "--cached_train", "--recompute_val")
+    memory(2 * val - 1)
+    with pytest.raises(UserError, match="give --recompute_val"):
+        lincls(data, weights, tmp_path / "a", *PROBE)
+    assert not (tmp_path / "a").exists()
+
+
+def test_hits_are_counted_where_a_line_is_written_alone(data, weights, tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(main_lincls, "topk", lambda out, y: counted.append(len(y)) or topk(out, y))
+    lincls(data, weights, tmp_path, *PROBE, "--end_epoch", "1", "--log-every", "4")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in lines] == [1, 4] and all("acc1_5" in row for row in lines)
+    assert len(counted) == (2 + 3)  # two lines, three batches of validation
+
+
 def test_probe_is_that_of_an_independent_loop(data, tmp_path):
     """torchvision's network, its pooled output, one linear layer and plain SGD on the same batches."""
     torch.manual_seed(0)
@@ -157,9 +198,9 @@ def test_release_pooling_and_schedule():
 def test_a_touched_backbone_is_noticed(data, weights, tmp_path, monkeypatch):
     evaluate = main_lincls.evaluate
 
-    def touched(net, feats, labels, count, device):
+    def touched(*args):
         next(m for m in seen[0].modules() if isinstance(m, nn.BatchNorm2d)).running_mean.add_(1)
-        return evaluate(net, feats, labels, count, device)
+        return evaluate(*args)
 
     seen: list[nn.Module] = []
     features = main_lincls.Features
@@ -323,6 +364,28 @@ def test_bag_scores_by_brute_force():
     assert found["bag_gap"] == pytest.approx(float(s.gather(1, bags).mean() - s[off].mean()), abs=1e-6)
     share = np.mean([len(set(a) & set(b)) / 3 for a, b in zip(bags.tolist(), own.tolist())])
     assert found["overlap"] == pytest.approx(100 * share)
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that is made meanwhile."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            self.count = max(self.count, out.numel())
+        return out
+
+
+def test_scores_of_bags_do_not_copy_the_features(monkeypatch):
+    monkeypatch.setattr(main_knn, "CHUNK", 64)
+    z = F.normalize(torch.randn(1000, 24), dim=1)
+    with Largest() as largest:
+        main_knn.mean_cosine(z)
+        main_knn.bag_scores(z, torch.randint(1000, (1000, 3)), None)
+        main_knn.bag_scores(z, torch.arange(1000) % 5, None)
+    assert 64 * 24 <= largest.count <= 3000  # a chunk; the bags themselves
 
 
 def test_random_weights_have_a_number_too(data, tmp_path):

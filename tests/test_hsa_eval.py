@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hsa import export_detection, main_knn, main_lincls, main_semi
 from hsa.arch import build, mlp_head
-from shared_utils import UserError, checkpoint, mini
+from shared_utils import UserError, checkpoint, evaluation, mini
 from shared_utils.augment import plain
 from shared_utils.data import ImageList, image_folder
-from shared_utils.evaluation import labelled_indices
+from shared_utils.evaluation import labelled_indices, topk
 from shared_utils.neighbours import neighbours
 from shared_utils.run import Run
 
@@ -107,6 +108,46 @@ def test_two_levels_are_probed_at_once_as_each_alone(data, weights, tmp_path):
     torch.testing.assert_close(only[names[0]], saved[names[0]])  # the first that is drawn in both runs
 
 
+def test_recomputed_validation_keeps_no_features(data, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(main_lincls, "collect", None)
+    evaluate, seen = main_lincls.evaluate, []
+
+    def noted(probes, batches, *args):
+        batches = list(batches)
+        seen.extend(len(feats[0]) for feats, _ in batches)
+        return evaluate(probes, batches, *args)
+
+    monkeypatch.setattr(main_lincls, "evaluate", noted)
+    call(main_lincls, data, weights, tmp_path, *PROBE, "--recompute_val")
+    assert seen == [16, 16, 16] * 2
+
+
+def test_features_that_do_not_fit_in_memory(data, weights, tmp_path, monkeypatch):
+    # 32 channels of 4 x 4 and 64
+    train, val = 4 * 96 * 576, 4 * 48 * 576
+    memory = lambda bytes: monkeypatch.setattr(evaluation, "available_memory", lambda: bytes)  # noqa: E731
+    memory(2 * (train + val) - 1)
+    with pytest.raises(UserError, match="features of 48 images, 576 values each, .* give --recompute_val"):
+        call(main_lincls, data, weights, tmp_path / "a", *PROBE, "--cached_train")
+    call(main_lincls, data, weights, tmp_path / "b", *PROBE, "--cached_train", "--recompute_val", "--end_epoch", "1")
+    memory(2 * train - 1)
+    with pytest.raises(UserError, match="features of 96 images, 576 values each, .* leave --cached_train away"):
+        call(main_lincls, data, weights, tmp_path / "a", *PROBE, "--cached_train", "--recompute_val")
+    memory(2 * val - 1)
+    with pytest.raises(UserError, match="give --recompute_val"):
+        call(main_lincls, data, weights, tmp_path / "a", *PROBE)
+    assert not (tmp_path / "a").exists()
+
+
+def test_hits_are_counted_where_a_line_is_written_alone(data, weights, tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(main_lincls, "topk", lambda out, y: counted.append(len(y)) or topk(out, y))
+    call(main_lincls, data, weights, tmp_path, *PROBE, "--end_epoch", "1", "--log-every", "4")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in lines] == [1, 4] and all("acc1_4" in row for row in lines)
+    assert len(counted) == 2 * (2 + 3)  # two lines, three batches of validation
+
+
 def test_release_ids_pooling_and_schedule():
     net = build("resnet50", 8)
     sizes = {n: main_lincls.pooled_size(n, net) for n in (1, 4, 8, 12, 13, 14, 15, 16, 17)}
@@ -183,6 +224,28 @@ def test_neighbours_are_those_of_the_query_encoders_pooled_vector(data, weights,
             call(main_knn, data, weights, tmp_path, "--bags", str(tmp_path / "wrong.npy"))
     with pytest.raises(UserError, match="no such file"):
         call(main_knn, data, weights, tmp_path, "--bags", str(tmp_path / "none.npy"))
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that is made meanwhile."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            self.count = max(self.count, out.numel())
+        return out
+
+
+def test_scores_of_bags_do_not_copy_the_features(monkeypatch):
+    monkeypatch.setattr(main_knn, "CHUNK", 64)
+    z = F.normalize(torch.randn(1000, 24), dim=1)
+    with Largest() as largest:
+        main_knn.mean_cosine(z)
+        main_knn.bag_scores(z, torch.randint(1000, (1000, 3)), None)
+        main_knn.bag_scores(z, torch.arange(1000) % 5, None)
+    assert 64 * 24 <= largest.count <= 3000  # a chunk; the bags themselves
 
 
 # -------------------------------------------------------------------------------------------------------- few labels
