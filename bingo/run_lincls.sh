@@ -21,7 +21,7 @@ case "$tier" in
     # 30 epochs over features of unaugmented images (--cached_train), seconds on two CPU cores.
     flags=(
       --synthetic --img_size 32 --cached_train
-      --init_lr 3 --decay_method cos --end_epoch 30 --batch_size 64
+      --init_lr 0.3 --decay_method cos --end_epoch 30 --batch_size 64
     )
     ;;
   small)
@@ -32,7 +32,7 @@ case "$tier" in
     if [ "$set_name" = tiny_imagenet50 ]; then per_class=80; fi
     flags=(
       --data_dir "${DATA_ROOT:-data}/$set_name" --img_size 32 --per_class "$per_class" --cached_train
-      --init_lr 3 --decay_method cos --end_epoch 100 --batch_size 256
+      --init_lr 0.3 --decay_method cos --end_epoch 100 --batch_size 256
     )
     ;;
   paper)
