@@ -1,6 +1,7 @@
 """What evaluations share: splits, label subsets, weights and what is stored beside them, shares of rows, top-k."""
 
 import argparse
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -98,11 +99,14 @@ def test_flags_of_the_checkpoint_and_what_overrides_them(tmp_path):
         path = tmp_path / f"{name}.pth"
         checkpoint.save(path, {"state_dict": state, "args": stored})
         args = flags(pretrained=str(path))
-        loaded, report = evaluation.load_backbone(tiny, args, "a")
+        loaded, report = evaluation.load_backbone(tiny, args, "a", stored_as=("s_{}", "{}"))
         assert (args.arch, args.width, args.stem) == ("b", 5, "t") and "dropped 1" in report
         assert torch.equal(loaded[0].weight, net[0].weight) and len(args.backbone_sha256) == 16
     with pytest.raises(UserError, match="encoder.pth, taken as b, width 6, stem t: .*mis-shaped"):
         evaluation.load_backbone(tiny, flags(pretrained=str(path), width=6), "a")
+    args = flags(pretrained=str(tmp_path / "student.pth"), width=5)
+    evaluation.load_backbone(tiny, args, "a", stored_as=("t_{}",))  # the caller says which names count
+    assert (args.arch, args.stem) == ("a", "imagenet")
     released = tmp_path / "released.pth"  # MoCo's own files have no flags of ours
     checkpoint.save(released, {"state_dict": state, "arch": "resnet50", "args": argparse.Namespace(arch=None)})
     args = flags(pretrained=str(released), width=5)
@@ -120,6 +124,41 @@ def test_shares_cover_all_rows(monkeypatch):
             monkeypatch.setattr(evaluation.distributed, "rank", lambda rank=rank: rank)
             found += list(range(*evaluation.share(11)))
         assert found == list(range(11))
+
+
+def test_stream_gives_what_is_collected_a_batch_at_a_time(tmp_path):
+    images = image_folder(
+        folder(tmp_path, {"a": 5, "b": 4}), lambda image: torch.tensor(np.array(image)).permute(2, 0, 1)
+    )
+    seen = []
+
+    def embed(x):
+        seen.append(len(x))
+        return [x[:, :, 0, 0].bfloat16(), x[:, 0].flatten(1)]
+
+    coming = evaluation.stream(embed, images, torch.device("cpu"), 4)
+    (first, second), labels = next(coming)
+    assert seen == [4] and first.shape == (4, 3) and first.dtype == torch.float32 and labels.tolist() == [0] * 4
+    rest = list(coming)
+    assert [len(y) for _, y in rest] == [4, 1]
+    (a, b), y = evaluation.collect(embed, images, torch.device("cpu"), 4)
+    assert a[:, 0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3] and torch.equal(y, images.labels)
+    assert torch.equal(a, torch.cat([first, *(out[0] for out, _ in rest)]))
+    assert torch.equal(b, torch.cat([second, *(out[1] for out, _ in rest)]))
+
+
+def test_memory_that_features_take(monkeypatch):
+    assert 2**26 < evaluation.available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(evaluation, "available_memory", lambda: 8000)
+    evaluation.check_cache({})
+    evaluation.check_cache({"do a": (10, 50), "do b": (5, 100)})
+    with pytest.raises(UserError, match="of 5 images, 101 values each, in memory: 4.02e-06 GB together.* do b$"):
+        evaluation.check_cache({"do a": (10, 50), "do b": (5, 101)})
+    monkeypatch.undo()
+    monkeypatch.setattr(evaluation.Path, "read_text", lambda self: "MemTotal: 3 kB\nMemAvailable:   7 kB\n")
+    assert evaluation.available_memory() == 7 * 1024
+    monkeypatch.setattr(evaluation.Path, "read_text", lambda self: "MemTotal: 3 kB\n")
+    assert evaluation.available_memory() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_topk_counts():
