@@ -1,4 +1,4 @@
-"""Evaluation of bingo's students: linear probe, neighbours, few labels, export; through the command line."""
+"""Evaluation of bingo's students: linear probe, few labels, export; through the command line."""
 
 import json
 import os
@@ -14,16 +14,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from bingo import export_detection, main_knn, main_lincls, main_semi
+from bingo import export_detection, main_lincls, main_semi
 from bingo.arch import build, mlp_head
-from bingo.data import save_bags
 from shared_utils import UserError, checkpoint, evaluation, mini
 from shared_utils.augment import plain
 from shared_utils.data import EpochSampler, ImageList, image_folder
 from shared_utils.evaluation import topk
-from shared_utils.neighbours import neighbours
 from shared_utils.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,7 +129,12 @@ def test_features_that_do_not_fit_in_memory(data, weights, tmp_path, monkeypatch
 
 def test_hits_are_counted_where_a_line_is_written_alone(data, weights, tmp_path, monkeypatch):
     counted = []
-    monkeypatch.setattr(main_lincls, "topk", lambda out, y: counted.append(len(y)) or topk(out, y))
+
+    def noted(logits, labels):
+        counted.append(len(labels))
+        return topk(logits, labels)
+
+    monkeypatch.setattr(main_lincls, "topk", noted)
     lincls(data, weights, tmp_path, *PROBE, "--end_epoch", "1", "--log-every", "4")
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in lines] == [1, 4] and all("acc1_5" in row for row in lines)
@@ -300,99 +302,6 @@ def test_command_line_error_is_one_line_and_exit_code_2(tmp_path):
     ]
 
 
-# -------------------------------------------------------------------------------------------------------- neighbours
-def knn(data: Path, weights: object, out: Path, *extra: str) -> dict:
-    flags = [*SMALL, "--data_dir", str(data), "--pretrained", str(weights), "--output-dir", str(out), *extra]
-    assert main_knn.main([*flags, "--cache"]) == 0
-    return result(out)
-
-
-def embeddings(data: Path, weights: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    state = checkpoint.read_weights(weights)
-    net = build("resnet10", 8, "cifar_pool")
-    checkpoint.load_strict(net, state, drop=("fc.*",))
-    images = image_folder(data / split, plain(32))
-    with torch.no_grad():
-        x = net.eval()(stacked(images), pre_out=True)
-    return F.normalize(x, dim=1), images.labels
-
-
-def test_knn_against_sklearn_and_bags(data, weights, tmp_path):
-    from sklearn.neighbors import KNeighborsClassifier
-
-    bank, labels = embeddings(data, weights, "train")
-    queries, truth = embeddings(data, weights, "val")
-    images = image_folder(data / "train")
-    nearest = neighbours(bank, 5, torch.device("cpu"))
-    save_bags(tmp_path / "own.npy", nearest.numpy(), images, "knn")
-    found = knn(data, weights, tmp_path, "--bags", str(tmp_path / "own.npy"))
-
-    def weigh(distance: np.ndarray) -> np.ndarray:  # euclidean of unit vectors -> exp(cosine / .07)
-        return np.exp((1 - distance**2 / 2) / 0.07)
-
-    reference = KNeighborsClassifier(20, weights=weigh).fit(bank, labels)
-    assert abs(found["knn"] - 100 * reference.score(queries, truth)) < 1e-9
-    pure = KNeighborsClassifier(6).fit(bank, labels).kneighbors(bank, return_distance=False)[:, 1:]
-    assert abs(found["purity"] - 100 * (labels.numpy()[pure] == labels.numpy()[:, None]).mean()) < 0.5
-    assert found["overlap"] == 100 and found["bag_gap"] > 0.01
-    chance = 100 / 6
-    assert chance < found["knn"] <= 100 and chance < found["few_shot"] <= 100
-
-    rng = np.random.default_rng(0)
-    save_bags(tmp_path / "random.npy", rng.integers(len(images), size=(96, 5)), images, "random")
-    other = knn(data, weights, tmp_path / "r", "--bags", str(tmp_path / "random.npy"))
-    assert abs(other["bag_gap"]) < found["bag_gap"] / 2 and other["overlap"] < 30
-    assert {k: other[k] for k in ("knn", "knn10", "few_shot", "purity")} == {
-        k: found[k] for k in ("knn", "knn10", "few_shot", "purity")
-    }
-    with pytest.raises(UserError, match="own.npy: holds int64"):
-        knn(data, weights, tmp_path, "--bags", str(tmp_path / "own.npy"), "--per_class", "4")
-
-
-def test_bag_scores_by_brute_force():
-    z = F.normalize(torch.randn(30, 8, generator=torch.Generator().manual_seed(0)), dim=1)
-    s = (z @ z.T).double()
-    off = ~torch.eye(30, dtype=torch.bool)
-    groups = torch.arange(30) % 4
-    same = (groups[:, None] == groups) & off
-    assert main_knn.mean_cosine(z) == pytest.approx(float(s[off].mean()), abs=1e-6)
-    found = main_knn.bag_scores(z, groups, None)
-    assert found == {"bag_gap": pytest.approx(float(s[same].mean() - s[off].mean()), abs=1e-6)}
-    bags = torch.stack([torch.randperm(30)[:3] for _ in range(30)])
-    own = torch.stack([torch.randperm(30)[:3] for _ in range(30)])
-    found = main_knn.bag_scores(z, bags, own)
-    assert found["bag_gap"] == pytest.approx(float(s.gather(1, bags).mean() - s[off].mean()), abs=1e-6)
-    share = np.mean([len(set(a) & set(b)) / 3 for a, b in zip(bags.tolist(), own.tolist())])
-    assert found["overlap"] == pytest.approx(100 * share)
-
-
-class Largest(TorchDispatchMode):
-    """Notes how many numbers the largest tensor has that is made meanwhile."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not func.is_view:
-            self.count = max(self.count, out.numel())
-        return out
-
-
-def test_scores_of_bags_do_not_copy_the_features(monkeypatch):
-    monkeypatch.setattr(main_knn, "CHUNK", 64)
-    z = F.normalize(torch.randn(1000, 24), dim=1)
-    with Largest() as largest:
-        main_knn.mean_cosine(z)
-        main_knn.bag_scores(z, torch.randint(1000, (1000, 3)), None)
-        main_knn.bag_scores(z, torch.arange(1000) % 5, None)
-    assert 64 * 24 <= largest.count <= 3000  # a chunk; the bags themselves
-
-
-def test_random_weights_have_a_number_too(data, tmp_path):
-    found = knn(data, "none", tmp_path, "--arch", "resnet10", "--width", "4", "--stem", "cifar_pool")
-    assert 0 <= found["knn"] <= 100 and found["pretrained"] == "none" and "bag_gap" not in found
-
-
 # -------------------------------------------------------------------------------------------------------- few labels
 def semi(data: Path, weights: object, out: Path, *extra: str) -> dict:
     flags = [*SMALL_TRAIN, "--data_dir", str(data), "--pretrained", str(weights), "--output-dir", str(out)]
@@ -421,20 +330,18 @@ def test_few_labels_fine_tune_the_whole_network(data, weights, tmp_path):
     assert groups[1]["lr"] == pytest.approx(20 * groups[0]["lr"])
 
 
-def test_two_processes_evaluate_the_network_that_is_written(data, weights, tmp_path):
-    """Batch norm of each has statistics of its own last batch; what counts is what the checkpoint holds."""
-    flags = [*SMALL_TRAIN, "--data_dir", str(data), "--pretrained", str(weights), "--fraction", "0.5"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["bingo.main_semi", *flags, "--end_epoch", "2", "--init_lr", "0.02", "--output-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    net = build("resnet10", 8, "cifar_pool")
-    net.fc = nn.Linear(64, 6)
-    net.load_state_dict(checkpoint.load(tmp_path / "checkpoint.pth")["state_dict"])
-    images = image_folder(data / "val", plain(32))
-    with torch.no_grad():
-        logits = net.eval()(stacked(images))
-    assert result(tmp_path)["semi"] == pytest.approx(100 * float((logits.argmax(1) == images.labels).double().mean()))
+def test_statistics_are_made_the_same_before_the_evaluation(data, weights, tmp_path, monkeypatch):
+    """As if another process had sent its own: the number is that of the network that it left."""
+    trained = []
+
+    def sent(network):
+        trained.append(network.training)
+        network.bn1.running_mean.fill_(torch.nan)
+
+    monkeypatch.setattr(main_semi, "same_buffers", sent)
+    monkeypatch.setattr(main_semi, "topk", lambda logits, y, ks=(1, 5): logits.isnan().any().double().expand(len(ks)))
+    found = semi(data, weights, tmp_path, "--end_epoch", "1", "--fraction", "0.2")
+    assert trained == [True] and found["semi"] == 100 * 3 / 48  # each of three batches counts once
 
 
 def test_defaults_follow_the_share_of_labels():

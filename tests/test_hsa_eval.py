@@ -141,7 +141,12 @@ def test_features_that_do_not_fit_in_memory(data, weights, tmp_path, monkeypatch
 
 def test_hits_are_counted_where_a_line_is_written_alone(data, weights, tmp_path, monkeypatch):
     counted = []
-    monkeypatch.setattr(main_lincls, "topk", lambda out, y: counted.append(len(y)) or topk(out, y))
+
+    def noted(logits, labels):
+        counted.append(len(labels))
+        return topk(logits, labels)
+
+    monkeypatch.setattr(main_lincls, "topk", noted)
     call(main_lincls, data, weights, tmp_path, *PROBE, "--end_epoch", "1", "--log-every", "4")
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in lines] == [1, 4] and all("acc1_4" in row for row in lines)

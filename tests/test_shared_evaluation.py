@@ -161,6 +161,23 @@ def test_memory_that_features_take(monkeypatch):
     assert evaluation.available_memory() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def _buffers(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    net(torch.randn(4, 2, generator=torch.Generator().manual_seed(rank)) + rank)
+    torch.save([b.clone() for b in net.buffers()], f"{folder}/before{rank}")
+    evaluation.same_buffers(net)
+    torch.save(list(net.buffers()), f"{folder}/after{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_buffers_are_those_of_process_0(tmp_path):
+    torch.multiprocessing.spawn(_buffers, (str(tmp_path),), nprocs=2)
+    own, other, a, b = (torch.load(tmp_path / f"{when}{rank}") for when in ("before", "after") for rank in (0, 1))
+    assert not torch.equal(own[0], other[0])
+    assert len(own) == 3 and all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(own, a, b))
+
+
 def test_topk_counts():
     logits = torch.tensor([[3.0, 2, 1, 0], [0, 1, 2, 3], [0, 3, 2, 1]])
     assert evaluation.topk(logits, torch.tensor([0, 2, 0]), (1, 2, 3)).tolist() == [1, 2, 2]
