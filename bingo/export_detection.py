@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--pretrained none: there is nothing to export; give a checkpoint")
     if args.out.suffix != ".pth":
         raise UserError(f"{args.out}: the name must end in .pth (detectron2 unpickles a .pkl file by other code)")
-    encoder, report = load_backbone(build, args, "resnet18")
+    encoder, report = load_backbone(build, args, "resnet18", stored_as=("s_{}", "{}"))
     state: dict[str, Tensor] = {k: v.contiguous() for k, v in encoder.state_dict().items()}
     obj: Any = state
     if args.format == "detectron2":

@@ -172,7 +172,7 @@ def load_backbone(
     args: argparse.Namespace,
     default: str,
     drop: Sequence[str] = ("fc.*", "projection_head.*", "prototypes.*", "classifier.3.*"),
-    stored_as: Sequence[str] = ("s_{}", "{}"),
+    stored_as: Sequence[str] = ("{}",),
 ) -> tuple[Any, str]:
     """The network of --pretrained without its head, and a line about what was loaded; resolves --arch, --width, --stem.
 
