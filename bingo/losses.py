@@ -7,7 +7,7 @@ do not compete with each other. The sum over the queue is the same for all posit
 import torch
 from torch import Tensor
 
-CHUNK = 8192  # columns of the queue at a time: their logits stay in the cache
+CHUNK = 4096  # columns of the queue at a time: their logits stay in the cache
 
 
 class _NegativesLSE(torch.autograd.Function):

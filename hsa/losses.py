@@ -44,7 +44,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def negatives_lse(z: Tensor, queue: Tensor, tau: float, chunk: int = 8192) -> Tensor:
+def negatives_lse(z: Tensor, queue: Tensor, tau: float, chunk: int = 4096) -> Tensor:
     """log sum_j exp(z.n_j / tau), with its gradient found in the same pass over the queue.
 
     The queue is read `chunk` columns at a time, so the logits [M, K] never exist; it gets no gradient.
