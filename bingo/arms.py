@@ -147,11 +147,15 @@ def record(found: dict[str, Runs], name: str, results: Path) -> int:
     return written
 
 
-def main(argv: list[str] | None = None) -> int:
+def get_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="bingo.arms", description=(__doc__ or "").splitlines()[0])
     p.add_argument("root", type=Path, help="folder that run_arms.sh wrote")
     p.add_argument("--record", action="store_true", help="write the rows of results.csv and bingo/logs/")
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
     found = collect(args.root)
     print(table(found))
     if args.record:

@@ -184,12 +184,16 @@ def write_bags(folder: Path, file: Path) -> None:
         np.save(file, saved["neighbours"]["index"].numpy())
 
 
-def main(argv: list[str] | None = None) -> int:
+def get_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="hsa.arms", description=(__doc__ or "").splitlines()[0])
     p.add_argument("root", type=Path, help="folder that run_arms.sh wrote")
     p.add_argument("--record", action="store_true", help="write the rows of results.csv and hsa/logs/")
     p.add_argument("--bags", type=Path, help="write the neighbours of the one run in `root` to this .npy file instead")
-    args = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
     if args.bags:
         write_bags(args.root, args.bags)
         return 0

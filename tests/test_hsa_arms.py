@@ -76,6 +76,8 @@ def test_the_gap_is_shown_for_the_arms_that_have_it_and_claims_nothing(tree: Pat
     folder = tmp_path / "copy" / "hsa"
     folder.mkdir(parents=True)
     shutil.copy(ROOT / "hsa/results.csv", folder)
+    if (ROOT / "hsa/logs").is_dir():  # of the rows that are measured
+        shutil.copytree(ROOT / "hsa/logs", folder / "logs")
     monkeypatch.setattr(arms, "HERE", folder)
     assert arms.main([str(tree), "--record"]) == 0
     assert not any("bag_gap" in row["id"] for row in results.read(folder)[0])
@@ -100,6 +102,8 @@ def test_recorded_rows_are_valid_and_replace_older_ones(tree: Path, tmp_path: Pa
     folder = tmp_path / "copy" / "hsa"
     folder.mkdir(parents=True)
     shutil.copy(ROOT / "hsa/results.csv", folder)
+    if (ROOT / "hsa/logs").is_dir():  # of the rows that are measured
+        shutil.copytree(ROOT / "hsa/logs", folder / "logs")
     monkeypatch.setattr(arms, "HERE", folder)
     for _ in range(2):
         assert arms.main([str(tree), "--record"]) == 0
