@@ -112,6 +112,8 @@ def record(found: dict[str, Runs], name: str, results: Path) -> int:
     for arm, against in ((a, b) for a, b in [*ACCEPTANCE, *CONTRASTS] if a in found and b in found):
         runs = found[arm]
         facts = json.loads((runs[min(runs)]["folder"] / "config.json").read_text())
+        if facts.get("git_dirty"):
+            raise UserError(f"{runs[min(runs)]['folder']}: made with uncommitted changes, so no commit names its code")
         saved = [checkpoint.load(run["folder"] / "checkpoint.pth")["progress"]["seconds"] for run in runs.values()]
         for metric, title in METRICS.items():
             ours, base = values(runs, metric), values(found[against], metric)
@@ -130,7 +132,9 @@ def record(found: dict[str, Runs], name: str, results: Path) -> int:
                 "baseline_mean": f"{statistics.mean(base):.2f}",
                 "baseline_std": f"{statistics.stdev(base):.2f}",
                 "status": STATUS[verdict(ours, base)],
-                "command": f"SET={name} ARMS='{against} {arm}' SEEDS='{' '.join(map(str, sorted(runs)))}' "
+                "command": f"export DATA_ROOT=/path/to/data SET={name} && "
+                "bash bingo/run_teacher.sh small && bash bingo/run_knn.sh small && "
+                f"ARMS='{against} {arm}' SEEDS='{' '.join(map(str, sorted(runs)))}' "
                 "bash bingo/run_arms.sh small",
                 "commit": facts["git_commit"],
                 "hardware": facts["hardware"],

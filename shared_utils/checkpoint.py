@@ -2,11 +2,13 @@
 
 import argparse
 import os
+import random
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +51,30 @@ def load(path: str | os.PathLike) -> Any:
                 "re-save its weights as a plain state_dict where you trust the file"
             ) from None
         raise UserError(f"{path}: not a readable checkpoint (truncated or another format); copy it again") from None
+
+
+def rng_state() -> dict[str, Any]:
+    """State of the python, numpy, torch and CUDA generators of this process, as tensors and plain containers."""
+    numpy_state = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [numpy_state[0], torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64)), *numpy_state[2:]],  # type: ignore[index]
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Put the generators where `rng_state` found them."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _is_state_dict(obj: Any) -> bool:

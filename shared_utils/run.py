@@ -162,28 +162,6 @@ def set_threads(threads: int, workers: int, device: torch.device) -> None:
         torch.set_num_threads(threads or max(1, cores // local - workers))
 
 
-def _rng_state() -> dict[str, Any]:
-    numpy_state = np.random.get_state()
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": [numpy_state[0], torch.from_numpy(np.asarray(numpy_state[1]).astype(np.int64)), *numpy_state[2:]],  # type: ignore[index]
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_rng_state(state: Mapping[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
 def worker_init(_: int) -> None:
     torch.set_num_threads(1)
     # A signal may reach the whole group: the main process decides, and has half a minute to save.
@@ -295,7 +273,7 @@ class Run:
         progress = saved["progress"]
         self.step, self.epoch, self.step_in_epoch = progress["step"], progress["epoch"], progress["step_in_epoch"]
         self._seconds_before = progress["seconds"]
-        _set_rng_state(saved["rng"][self.rank])
+        checkpoint.set_rng_state(saved["rng"][self.rank])
         self.say(f"  resumed: {path} at step {self.step} (epoch {self.epoch}, step {self.step_in_epoch} inside it)")
 
     def _open_logs(self) -> None:
@@ -420,10 +398,10 @@ class Run:
 
     def save(self) -> None:
         """Everything that the run needs to go on exactly, to checkpoint.pth, atomically."""
-        rng: list[Any] = [_rng_state()]
+        rng: list[Any] = [checkpoint.rng_state()]
         if self.world > 1:
             rng = [None] * self.world
-            torch.distributed.all_gather_object(rng, _rng_state())
+            torch.distributed.all_gather_object(rng, checkpoint.rng_state())
         if self.rank == 0:
             progress = {
                 "step": self.step, "epoch": self.epoch, "step_in_epoch": self.step_in_epoch,
