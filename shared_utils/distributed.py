@@ -176,7 +176,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
 def convert_norm(module: nn.Module, kind: str, splits: int = 8, passes: int = 1) -> nn.Module:
     """Replace every BatchNorm1d and BatchNorm2d below `module`; kind: `sync`, `split` or `local` (unchanged).
 
-    Keys stay the same, and what is frozen stays so.
+    Keys stay the same.
     """
     if kind == "local":
         return module
@@ -190,8 +190,6 @@ def convert_norm(module: nn.Module, kind: str, splits: int = 8, passes: int = 1)
             )
             new.eps, new.momentum = child.eps, child.momentum
             new.load_state_dict(child.state_dict())
-            for own, old in zip(new.parameters(), child.parameters()):
-                own.requires_grad_(old.requires_grad)  # a frozen network stays frozen
             setattr(module, name, new.train(child.training))
         else:
             convert_norm(child, kind, splits, passes)
