@@ -32,7 +32,7 @@ case "$tier" in
     out=$out/$set_name
     data=(--data_dir "${DATA_ROOT:-data}/$set_name" --img_size 32 --per_class 400)
     summed=16
-    if [ "$set_name" = mini_attributes ]; then data=(--synthetic --img_size 32) summed=62; fi
+    if [ "$set_name" = mini_attributes ]; then data=(--synthetic --img_size 32) summed=47; fi
     ;;
   paper)
     # 300 epochs an arm on ImageNet; the summed budget is 3.09 x 300 epochs. Never run here.
