@@ -229,9 +229,12 @@ def test_accumulated_gradients_are_the_mean_of_the_micro_batches(data, tmp_path,
 def test_pictures_of_what_was_recovered(data, tmp_path, monkeypatch):
     drawn = []
     picture = Gallery.picture
-    monkeypatch.setattr(
-        Gallery, "picture", lambda self: drawn.append((len(self.stages), picture(self))) or drawn[-1][1]
-    )
+
+    def noted(gallery):
+        drawn.append((len(gallery.stages), picture(gallery)))
+        return drawn[-1][1]
+
+    monkeypatch.setattr(Gallery, "picture", noted)
     train(data, tmp_path, "--mode", "pixel", "--total_epochs", "2")
     assert [count for count, _ in drawn] == [1, 2, 3]
     saved = checkpoint.load(tmp_path / "checkpoint.pth")["gallery"]["stages"]
@@ -370,9 +373,12 @@ def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(data, tmp_path,
 
 
 def test_two_processes_equal_one(data, tmp_path):
-    """Batch norm of every network, the evaluator's included, is over both processes."""
-    flags = [*SMALL, "--data_dir", str(data), *RANDOM, "--stem_bn", "sync", "--lr", "0.2", "--warmup_iters", "0"]
-    flags += ["--evaluator_bn", "batch"]
+    """Losses, gradients and networks of one update; batch norm is over both processes.
+
+    A second update would not agree so closely: what rounding leaves meets the kinks of ReLU and max pooling.
+    """
+    flags = [*SMALL, "--data_dir", str(data), *RANDOM]
+    flags += "--stem_bn sync --img_size 32 --warmup_iters 0 --per_class 3".split()
     one = [*flags, "--imgs_per_gpu", "8", "--update_interval", "1", "--output-dir", str(tmp_path / "one")]
     assert main(one) == 0
     command = [
@@ -392,9 +398,13 @@ def test_two_processes_equal_one(data, tmp_path):
     assert b["progress"]["world"] == 2 and len(b["rng"]) == 2
     for x, y in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         for key in ("loss", "loss1", "loss_mse", "loss_f1", "loss_f28"):
-            assert x[key] == pytest.approx(y[key], rel=1e-3)
+            assert x[key] == pytest.approx(y[key], rel=1e-4)
     for key, value in a["state_dict"].items():
         torch.testing.assert_close(value, b["state_dict"][key], rtol=1e-2, atol=3e-3)
+    for name, moment in (("optimizer", "momentum_buffer"), ("optimizer_decoder", "exp_avg")):  # gradients
+        for number, state in a[name]["state"].items():
+            own, other = state[moment], b[name]["state"][number][moment]
+            assert (own - other).norm() < 1e-3 * own.norm() + 1e-6, (name, number)
 
 
 @pytest.mark.parametrize(
