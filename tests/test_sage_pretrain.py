@@ -404,7 +404,7 @@ def test_two_processes_equal_one(data, tmp_path):
     for name, moment in (("optimizer", "momentum_buffer"), ("optimizer_decoder", "exp_avg")):  # gradients
         for number, state in a[name]["state"].items():
             own, other = state[moment], b[name]["state"][number][moment]
-            assert (own - other).norm() < 1e-3 * own.norm() + 1e-6, (name, number)
+            assert (own - other).norm() < 1e-3 * own.norm() + 1e-5, (name, number)
 
 
 @pytest.mark.parametrize(
