@@ -26,8 +26,8 @@ case "$tier" in
   small)
     # Summed budget, in floating-point operations: a step of SaGe is 2.07 steps of BYOL here (2.09 at the paper's size),
     # and the evaluator's own training as long as BYOL's counts too: BYOL for 3.07 times the epochs.
-    # Acceptance, written before the runs: on the attribute set the linear accuracy, mean of the four attributes, of SaGe
-    # is above BYOL's in every seed; on CIFAR-10 SaGe's linear top-1 is above BYOL's at equal epochs by more than the
+    # Acceptance, written before the runs: on the attribute set SaGe's linear accuracy, mean of the four attributes, is
+    # above BYOL's in every seed; on CIFAR-10 SaGe's linear top-1 is above BYOL's at equal epochs by more than the
     # pooled standard deviation of the seeds. The summed budget stands beside it, whatever it shows.
     out=$out/$set_name
     data=(--data_dir "${DATA_ROOT:-data}/$set_name" --img_size 32 --per_class 400)

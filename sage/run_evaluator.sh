@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The evaluator, a BYOL network: bash sage/run_evaluator.sh [mini|small|paper] [flags of sage.train]
-# DATA_ROOT names the folder of the data sets (paper: of train/ and val/), SET the small tier's, GPUS the processes, RUNS
-# the folder of the outputs. It is also the baseline: the same flags as run_pretrain.sh without generation.
+# DATA_ROOT names the folder of the data sets (paper: of train/ and val/), SET the small tier's, GPUS the processes,
+# RUNS the folder of the outputs. It is also the baseline: the same flags as run_pretrain.sh without generation.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -38,8 +38,8 @@ case "$tier" in
     )
     ;;
   paper)
-    # ResNet-50, ImageNet, 300 epochs, 8 GPUs x 64 images x 8 accumulated = 4,096 (the release: 32 GPUs x 64 x 2). The code
-    # base's own BYOL of these settings reaches 72.35 linear top-1. Never run here, so no time is given.
+    # ResNet-50, ImageNet, 300 epochs, 8 GPUs x 64 images x 8 accumulated = 4,096 (the release: 32 GPUs x 64 x 2). The
+    # code base's own BYOL of these settings reaches 72.35 linear top-1. Never run here, so no time is given.
     flags=(
       --data_dir "${DATA_ROOT:-data}" --imgs_per_gpu 64 --update_interval 8 --workers 8 --save-every 100 --log-every 25
     )

@@ -30,8 +30,8 @@ case "$tier" in
     )
     ;;
   paper)
-    # ImageNet, the release's r50_last_byol: lr 0.2, batch 256, 80 epochs, cosine. BYOL of the code base: 72.35; SaGe: not
-    # known. Never run here, so no time is given.
+    # ImageNet, the release's r50_last_byol: lr 0.2, batch 256, 80 epochs, cosine. BYOL of the code base: 72.35; SaGe:
+    # not known. Never run here, so no time is given.
     flags=(--data_dir "${DATA_ROOT:-data}" --workers 8 --log-every 100)
     ;;
 esac

@@ -17,7 +17,8 @@ runs=${RUNS:-runs}/sage
 where=$tier
 case "$tier" in
   mini)
-    # As run_evaluator.sh mini, with the decoder and the evaluator; 150 updates.
+    # As run_evaluator.sh mini, with the decoder and the evaluator; 150 updates. All terms fall, their
+    # sum from 7 to 1.6.
     flags=(
       --synthetic --cache --img_size 32 --arch resnet10 --width 16 --stem cifar_pool --hid_channels 256
       --out_channels 64 --decoder_width 64 --imgs_per_gpu 64 --update_interval 1 --lr 3 --blur_max 0.5
@@ -37,8 +38,8 @@ case "$tier" in
     )
     ;;
   paper)
-    # The release's r50_bs64_acc8_ep300: ResNet-50, ImageNet, 300 epochs, 8 GPUs x 64 x 8 = 4,096 (the release: 32 GPUs x
-    # 64 x 2), LARS 4.8, decoder's Adam 0.048. Its linear top-1 is not known. Never run here, so no time is given.
+    # The release's r50_bs64_acc8_ep300: ResNet-50, ImageNet, 300 epochs, 8 GPUs x 64 x 8 = 4,096 (the release: 32 GPUs
+    # x 64 x 2), LARS 4.8, decoder's Adam 0.048. Its linear top-1 is not known. Never run here, so no time is given.
     flags=(
       --data_dir "${DATA_ROOT:-data}" --imgs_per_gpu 64 --update_interval 8 --workers 8 --save-every 100 --log-every 25
     )

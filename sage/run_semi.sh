@@ -18,8 +18,8 @@ case "$tier" in
   mini)
     # A tenth of the labels of the mini images, two cells of the grid; under a minute on two cores.
     flags=(
-      --synthetic --img_size 32 --cache --fraction 0.1 --lr 0.01,0.1 --head_lr_mult 10 --batch_size 32
-      --total_epochs 10 --step 6,8 --workers 0 --log-every 5
+      --synthetic --img_size 32 --cache --fraction 0.1 --lr 0.01,0.03 --head_lr_mult 10 --batch_size 32
+      --total_epochs 10 --step 6,8 --workers 0 --threads 1 --log-every 5
     )
     ;;
   small)
