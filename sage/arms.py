@@ -55,10 +55,10 @@ CIFAR = Arms(
         "byol_sum": "BYOL at the summed budget (evaluator + SaGe)",
     },
     metrics={
+        "linear": "linear top-1 (cached features)",
         "knn20": "20-NN top-1",
         "knn1": "1-NN top-1",
         "knn200": "200-NN top-1",
-        "linear": "linear top-1 (cached features)",
     },
     sets={"cifar10": "CIFAR-10, 4,000 images, 32 px"},
     claim="linear",

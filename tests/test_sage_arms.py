@@ -31,7 +31,7 @@ def test_a_run_counts_when_its_evaluations_are_there(tmp_path: Path) -> None:
     write(folder, "linear", {"linear": 35.0, "linear_best": 36.0})
     assert arms.read(folder) == {"knn1": 20.0, "knn20": 30.0, "knn200": 25.0, "linear": 35.0}
     table = arms.arms_of(tmp_path / "cifar10").table(arms.CIFAR.measured(tmp_path / "cifar10"))
-    assert "| SaGe | 1 | 30.00 | 20.00 | 25.00 | 35.00 |" in table
+    assert "| SaGe | 1 | 35.00 | 30.00 | 20.00 | 25.00 |" in table
     with pytest.raises(UserError, match="no finished arm"):
         arms.main([str(tmp_path / "none")])
 
