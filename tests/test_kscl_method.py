@@ -345,7 +345,12 @@ def test_neither_coordinates_nor_logits_of_the_whole_queue_exist(monkeypatch):
 
 def test_no_covariance_is_decomposed(monkeypatch):
     shapes, eigh = [], torch.linalg.eigh
-    monkeypatch.setattr(torch.linalg, "eigh", lambda x: (shapes.append(tuple(x.shape)), eigh(x))[1])
+
+    def noted(x: Tensor) -> Any:
+        shapes.append(tuple(x.shape))
+        return eigh(x)
+
+    monkeypatch.setattr(torch.linalg, "eigh", noted)
     configure(keys(4, 32, 3), RankRule(3))
     assert shapes == [(4, 3, 3)]
 
@@ -428,7 +433,7 @@ def test_momentum_moves_once_whatever_the_shots(shots):  # o, n
     assert int(model.state_dict()["encoder_q.bn1.num_batches_tracked"]) == 1
     losses.kscl_loss(q, model.subspaces(Z)[0], model.queue, "proj_len", 0.2)[0].mean().backward()
     assert all(p.grad is None for p in model.encoder_k.parameters()) and model.queue.grad is None
-    assert sum(float(p.grad.abs().sum()) for p in model.encoder_q.parameters()) > 0
+    assert max(float(p.grad.abs().max()) for p in model.encoder_q.parameters()) > 0
 
 
 def test_each_shot_is_dealt_anew_over_the_shares_and_comes_back_in_order():  # trap 9
@@ -510,7 +515,7 @@ def test_one_shot_is_a_plain_step_of_moco_v2_to_the_last_bit():
         assert loss.item() == pytest.approx(plain.item(), abs=5e-6)
         for a, b in zip(model.encoder_q.parameters(), moco.encoder_q.parameters()):
             assert (a.grad - b.grad).norm() < 1e-3 * b.grad.norm() + 1e-5
-            b.grad.copy_(a.grad)  # ... and from one gradient on, everything to the bit
+            b.grad = a.grad.clone()  # ... and from one gradient on, everything to the bit
         ours.step()
         theirs.step()
         model.enqueue(own)
