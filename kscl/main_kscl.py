@@ -123,17 +123,19 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
 
 
 @torch.no_grad()
-def telemetry(q: Tensor, Z: Tensor, own: Subspaces, s: Tensor, queue: Tensor, sim: str) -> dict[str, Tensor]:
+def telemetry(q: Tensor, Z: Tensor, own: Subspaces, s: Tensor, model: KSCL, sim: str) -> dict[str, Tensor]:
     """What to watch: contrast accuracy, the subspaces' ranks and energy, similarities, signs of collapse.
 
     Args:
-        q: [N, D]; Z: keys [N, D, K]; own: their subspaces; s: similarity of each query with its own [N].
+        q: [N, D]; Z: keys [N, D, K]; own: their subspaces; s: similarity of each query with its own [N]; model: with
+            its queue as the loss saw it.
     """
-    closer, others = against_queue(q, s, queue, sim)
+    closer, others = against_queue(q, s, model.queue, sim)
     return {
         "acc1": 100 * (closer < 1).float().mean(),
         "acc5": 100 * (closer < 5).float().mean(),
         "subspace/rank_mean": own.rank.float().mean(),
+        "subspace/queue_rank_mean": model.queue_rank.float().mean(),  # ranks that differ are won or lost for nothing
         "subspace/lambda1_frac": (own.l[:, 0] / own.l.sum(1)).mean(),  # l_1 / K
         "subspace/pos_sim": s.mean(),
         "subspace/neg_sim": others.mean(),
@@ -214,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
         watched: dict[str, Any] = {}
         mean_loss = distributed.all_sum(loss.detach()) / run.world
         if run.log_due():
-            watched = telemetry(q.detach(), Z if Z_q is None else Z_q.detach(), own, s.detach(), model.queue, args.sim)
+            watched = telemetry(q.detach(), Z if Z_q is None else Z_q.detach(), own, s.detach(), model, args.sim)
             watched["train/loss"] = mean_loss
         model.enqueue(stored)
         run.log(mean_loss, lr=lr, **watched)

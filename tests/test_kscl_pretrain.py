@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
-from kscl import losses
+from kscl import arch, losses
 from kscl.builder import KSCL, ReleaseKeys
 from kscl.data import Views, training_images
-from kscl.main_kscl import forwards, get_parser, learning_rate, main, picture
+from kscl.main_kscl import forwards, get_parser, learning_rate, main, picture, telemetry
+from kscl.subspace import RankRule
 from shared_utils import UserError, augment, checkpoint
 from shared_utils.data import Keyed
 from shared_utils.run import Diverged, Run
@@ -93,7 +95,7 @@ def differing(a: Path, b: Path) -> list[str]:
 )
 def test_every_arm_trains(arm, room, data, tmp_path):
     log = train(data, tmp_path, *arm.split())
-    names = {"rank_mean", "lambda1_frac", "pos_sim", "neg_sim", "pos_cos"}
+    names = {"rank_mean", "queue_rank_mean", "lambda1_frac", "pos_sim", "neg_sim", "pos_cos"}
     assert len(log) == 3 and log[-1].keys() >= {"loss", "lr", "data_wait", "acc1", "acc5", "feat/std", "train/loss"}
     assert log[-1].keys() >= {f"subspace/{name}" for name in names}
     assert 1 <= log[-1]["subspace/rank_mean"] <= room and 0 < log[-1]["subspace/lambda1_frac"] <= 1 + 1e-6
@@ -154,6 +156,28 @@ def test_tensorboard_holds_scalars_and_the_views(data, tmp_path):
     assert set(events.Tags()["scalars"]) >= names | {"subspace/neg_sim", "subspace/pos_cos", "loss/total"}
     shown = events.Images("views/query_and_keys")
     assert len(shown) == 2 and (shown[0].height, shown[0].width) == (4 * 18 + 2, 8 * 18 + 2)
+
+
+def test_what_telemetry_says():
+    torch.manual_seed(0)
+    model = KSCL(arch.build("resnet10", 4), RankRule(3), 16, 24)
+    q, Z = F.normalize(torch.randn(8, 16), dim=1), F.normalize(torch.randn(8, 16, 1) + torch.randn(8, 16, 3), dim=1)
+    own, _ = model.subspaces(Z)
+    model.enqueue(own)  # 8 of 24; the others have rank 1
+    s = (own.U.mT @ q[:, :, None]).norm(dim=1)[:, 0]
+    found = {name: float(value) for name, value in telemetry(q, Z, own, s, model, "proj_len").items()}
+    others = torch.einsum("nd,pdm->pnm", q, model.queue).norm(dim=0)
+    place = (others > s[:, None]).sum(1)
+    expected = {
+        "acc1": 100 * (place < 1).float().mean(), "acc5": 100 * (place < 5).float().mean(),
+        "subspace/rank_mean": own.rank.float().mean(), "subspace/pos_sim": s.mean(), "subspace/neg_sim": others.mean(),
+        "subspace/queue_rank_mean": (own.rank.sum() + 16) / 24, "feat/std": 4 * q.std(0).mean(),
+        "subspace/lambda1_frac": torch.linalg.matrix_norm(Z, 2).square().mean() / 3,
+        "subspace/pos_cos": torch.stack([(q * Z[:, :, k]).sum(1) for k in range(3)]).mean(),
+    }  # fmt: skip
+    assert found == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-5)
+    away = telemetry(-q, Z, own, s, model, "proj_len")  # the length does not change, the cosine's sign does
+    assert float(away["subspace/pos_cos"]) == pytest.approx(-found["subspace/pos_cos"], abs=1e-6)
 
 
 def test_telemetry_is_taken_at_log_steps_only(data, tmp_path, monkeypatch):
