@@ -1,6 +1,7 @@
 """Exact nearest neighbours in feature space: extraction, search, and what is read off the neighbours."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -63,8 +64,9 @@ def features(
     else:
         if rank == 0:
             out.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(out, "w+", np.float32, (len(images), int(dim)))
+            np.lib.format.open_memmap(out, "w+", np.float32, (len(images), int(dim))).flush()
         distributed.barrier()
+        distributed.agreed(out.is_file(), f"{out} is not seen by all processes; give a folder that all nodes share")
         mapped = torch.from_numpy(np.lib.format.open_memmap(out, "r+"))
         rows = mapped[first : first + share]
     done = 0
@@ -72,6 +74,9 @@ def features(
         rows[done : done + len(block)] = block
         done += len(block)
         block = next(coming, None)
+    if out is not None:
+        with open(out, "rb+") as handle:  # before other nodes read the rows
+            os.fsync(handle.fileno())
     distributed.barrier()
     if out is not None:
         return mapped
