@@ -67,6 +67,13 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
 
 
+def check_not_negative(args: argparse.Namespace, *names: str) -> None:
+    """UserError for a flag below 0, before anything is loaded."""
+    for name in names:
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
+
+
 def check_batch(batch_size: int, world: int, splits: int) -> None:
     """UserError unless the batch divides over the processes and their batch-norm splits, two images each at least."""
     if batch_size % (world * splits):

@@ -34,6 +34,7 @@ def features(
         out: an .npy file that the rows are written to, each process its own, instead of memory and an exchange.
 
     Returns: [N, D] float32 on the CPU (mapped from `out` if given). Each process computes a share of the rows.
+    UserError: `out` cannot be written.
     """
     world, rank = distributed.world(), distributed.rank()
     share = -(-len(images) // world)
