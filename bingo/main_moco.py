@@ -29,6 +29,7 @@ from bingo.options import (
     check_positive,
     floats,
     learning_rate,
+    next_command,
     prepare_data,
     train_images,
 )
@@ -288,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
             run.image("views", views_picture({**views, **more}))
         model.enqueue(k)  # T_a alone, and only now: the graph above needed the queue as it was
         run.log(loss=distributed.all_sum(loss) / run.world, lr=optimizer.param_groups[0]["lr"], **watched)
-    run.finish()
+    run.finish(next_command(args, run.dir))
     return 0
 
 

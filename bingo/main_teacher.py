@@ -20,6 +20,7 @@ from bingo.options import (
     check_not_negative,
     check_positive,
     learning_rate,
+    next_command,
     prepare_data,
     train_images,
 )
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
             run.image("views", views_picture({"query": im_q, "key": im_k}))
         model.enqueue(k)
         run.log(loss=distributed.all_sum(loss) / run.world, lr=optimizer.param_groups[0]["lr"], **watched)
-    run.finish()
+    run.finish(next_command(args, run.dir))
     return 0
 
 

@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 from pathlib import Path
+from shlex import quote
 
 from shared_utils import UserError, distributed, mini
 from shared_utils.data import ImageList, image_folder, per_class
@@ -58,6 +59,12 @@ def train_images(args: argparse.Namespace) -> ImageList:
     """The training images in the order that bags refer to: sorted classes, sorted files."""
     images = image_folder(Path(args.data_dir) / "train")
     return per_class(images, args.per_class, args.cache) if args.per_class or args.cache else images
+
+
+def next_command(args: argparse.Namespace, folder: Path) -> str:
+    """The evaluation of what a run wrote into `folder`; network and image size are in the checkpoint."""
+    images = f"--data_dir {quote(str(args.data_dir))}" + (f" --per_class {args.per_class}" if args.per_class else "")
+    return f"evaluate: python -m bingo.main_knn --pretrained {quote(f'{folder}/checkpoint.pth')} {images}"
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:

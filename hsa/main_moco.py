@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--lr_decay", type=float, default=0.1, help="factor of --decay_method step")
     a("--momentum", type=float, default=0.9)
     a("--wd", type=float, default=1e-4)
-    a("--image-every", type=int, default=500, help="steps between pictures in tensorboard")
+    a("--image_every", type=int, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "hsa/pretrain/default")
     return p
 
@@ -292,7 +293,10 @@ def main(argv: list[str] | None = None) -> int:
             shown = [x[name] for name in names] + ([mix] if mixing else [])
             run.image("views/" + "_".join(names) + "_mix" * mixing, picture(shown))
 
-    run.finish(f"evaluate: python -m hsa.main_knn --pretrained {run.dir}/checkpoint.pth --data_dir {args.data_dir}")
+    images_are = f"--data_dir {quote(str(args.data_dir))}" + (
+        f" --per_class {args.per_class}" if args.per_class else ""
+    )
+    run.finish(f"evaluate: python -m hsa.main_knn --pretrained {quote(f'{run.dir}/checkpoint.pth')} {images_are}")
     return 0
 
 

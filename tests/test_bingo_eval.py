@@ -353,6 +353,20 @@ def test_defaults_follow_the_share_of_labels():
     assert (ten.end_epoch, ten.init_lr, ten.head_lr_mult) == (3, 0.01, 20)
 
 
+def test_too_few_labels(data, weights, tmp_path):
+    parse = main_semi.get_parser().parse_args
+    args = parse(["--pretrained", "x", "--batch_size", "64"])
+    main_semi.resolve(args, 11, 1000, 4)
+    assert args.batch_size == 8  # two for each process, the rest waits for another epoch
+    for labelled, world in ((1, 1), (3, 4), (7, 4)):
+        with pytest.raises(UserError, match=f"{labelled} labelled images are fewer than two for each of {world} proc"):
+            main_semi.resolve(parse(["--pretrained", "x", "--batch_size", "64"]), labelled, 1000, world)
+    (tmp_path / "one.txt").write_text(next((data / "train").rglob("*.*")).name)
+    with pytest.raises(UserError, match="1 labelled images are fewer than two .*raise --fraction"):
+        semi(data, weights, tmp_path / "out", "--labels", str(tmp_path / "one.txt"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_lists_of_labelled_images(data, weights, tmp_path):
     names = [sorted(folder.iterdir())[:3] for folder in sorted((data / "train").iterdir())]
     simclr = "\n".join(path.name for group in names for path in group)  # file names alone, as published

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from bingo import arms, compute_knn, main_moco, main_teacher
+from bingo import arms, compute_knn, main_knn, main_moco, main_teacher
 from bingo.arch import build
 from bingo.data import save_bags
 from bingo.options import learning_rate
@@ -372,6 +373,19 @@ def test_bags_of_another_teacher_are_told(train, data, corr, teacher, tmp_path, 
     train(tmp_path / "c", *end, "--corr_npy", str(tmp_path / "release.npy"))
     said = capsys.readouterr().out
     assert "order of the images and teacher not checked" in said and "CAUTION" not in said
+
+
+def test_the_printed_evaluation_runs(train, data, tmp_path, capsys):
+    teacher = "--arch resnet10 --width 4 --stem cifar --batch_size 8 --moco_k 32 --end_epoch 1 --output-dir".split()
+    main_teacher.main([*DATA, "--data_dir", str(data), *teacher, str(tmp_path / "teacher")])
+    train(tmp_path / "student", "--end_epoch", "1")
+    commands = re.findall("evaluate: python -m (.*)", capsys.readouterr().out)
+    for command, name in zip(commands, ("teacher", "student"), strict=True):
+        module, *flags = shlex.split(command)
+        assert module == "bingo.main_knn" and flags[-2:] == ["--per_class", "5"]
+        assert main_knn.main([*flags, "--output-dir", str(tmp_path / "knn"), "--workers", "0", "--threads", "1"]) == 0
+        result = json.loads((tmp_path / "knn/result.json").read_text())
+        assert 0 <= result["knn"] <= 100 and result["pretrained"] == str(tmp_path / name / "checkpoint.pth")
 
 
 def test_one_share_of_batch_statistics_is_cautioned_against(train, data, tmp_path, capsys):  # trap 16

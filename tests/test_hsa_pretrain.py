@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from hsa import arch, losses
+from hsa import arch, losses, main_knn
 from hsa.builder import CsMl
 from hsa.data import training_images
 from hsa.main_moco import forwards, get_parser, learning_rate, main
@@ -119,7 +120,7 @@ def test_without_weight_level_3_is_the_single_level_model_to_the_bit(data, tmp_p
 
 
 def test_telemetry_and_pictures(data, tmp_path):
-    log = train(data, tmp_path, "--image-every", "2", "--inter_weight", "1")
+    log = train(data, tmp_path, "--image_every", "2", "--inter_weight", "1")
     names = {"acc/contrast_top1", "acc/contrast_top5", "feat/std", "sim/positive", "sim/negative", "sim/neighbour"}
     names |= {"loss/query", "loss/neighbour", "loss/mix", "loss/level3", "loss/level4", "neighbours/purity"}
     assert log[-1].keys() >= names
@@ -420,8 +421,14 @@ def test_the_command_line_on_mini_data_and_without_data(tmp_path):
     command = [sys.executable, "-m", "hsa.main_moco", *SMALL, "--output-dir", str(tmp_path / "out")]
     done = subprocess.run([*command, "--synthetic", "--per-class", "4"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    for line in ("40 images of 10 classes", "expected initial loss", "estimated time", "python -m hsa.main_knn"):
+    for line in ("40 images of 10 classes", "expected initial loss", "estimated time"):
         assert line in done.stdout
+    (command,) = re.findall("evaluate: python -m (.*)", done.stdout)  # as it is printed, for this run's network
+    module, *flags = shlex.split(command)
+    assert module == "hsa.main_knn"
+    assert main_knn.main([*flags, "--output-dir", str(tmp_path / "knn"), "--workers", "0", "--threads", "1"]) == 0
+    result = json.loads((tmp_path / "knn/result.json").read_text())
+    assert 0 <= result["knn"] <= 100 and result["pretrained"] == str(tmp_path / "out/checkpoint.pth")
     command = [sys.executable, "-m", "hsa.main_moco", "--data_dir", str(tmp_path / "nowhere")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
