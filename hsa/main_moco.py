@@ -305,7 +305,7 @@ def facts(run: Run, images: ImageList, model: CsMl, steps: int) -> dict[str, str
     args = run.args
     share = args.batch_size // (run.world * args.bn_splits)
     top = math.log(1 + args.moco_k)
-    low = math.log(args.moco_k) + 1 / (2 * args.moco_dim * args.moco_t**2) - 1 / args.moco_t
+    low = initial_loss(args.moco_k, args.moco_dim, args.moco_t)
     scale = 1 + args.inter_weight
     out = {
         "data": f"{args.data_dir}/train: {len(images)} images of {len(images.classes)} classes",
@@ -315,8 +315,8 @@ def facts(run: Run, images: ImageList, model: CsMl, steps: int) -> dict[str, str
         f"{0.03 * args.batch_size / 256:.3g} for this batch",
         "parameters": f"{sum(p.numel() for p in model.encoder_q.parameters()) / 1e6:.2f} M trained",
         "queue": f"{args.moco_k} = {args.moco_k / len(images):.2f} epochs of keys, {len(model.queues)} level(s)",
-        "expected initial loss": f"{scale * low:.2f} (all images alike, random queue), then about {scale * top:.2f} = "
-        "log(1 + K) once the queue is full of keys, then falling",
+        "expected initial loss": f"about {scale * low:.2f} (all images alike, random queue), then about "
+        f"{scale * top:.2f} = log(1 + K) once the queue is full of keys, then falling",
         "estimated time": estimate(run, model, len(images), steps),
     }
     if args.mode != "moco":
@@ -329,6 +329,11 @@ def facts(run: Run, images: ImageList, model: CsMl, steps: int) -> dict[str, str
             "one batch norm over query and key batches lets MoCo cheat: --bn_splits 8, or several processes"
         )
     return out
+
+
+def initial_loss(k: int, dim: int, tau: float) -> float:
+    """l(z, z) against k random unit negatives of `dim` numbers, whose z.n has about the variance 1 / dim."""
+    return float(np.logaddexp(1 / tau, math.log(k) + 1 / (2 * dim * tau**2)) - 1 / tau)
 
 
 def forwards(args: argparse.Namespace) -> int:

@@ -190,6 +190,9 @@ def test_release_pooling_and_schedule():
     assert main_lincls.block_ids(["14", "last", "layer1"], net) == [14, 17, 4]
     assert main_lincls.block_ids(["last"], build("efficientnet-b0")) == [18]
     args = main_lincls.get_parser().parse_args(["--pretrained", "x"])
+    expected = {"init_lr": 30.0, "momentum": 0.9, "wd": 0.0, "batch_size": 256, "end_epoch": 100, "schedule": [60, 80],
+                "lr_decay": 0.1, "decay_method": "step", "min_lr": 0.01, "pool_type": "avg"}  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
     assert [main_lincls.learning_rate(args, e) for e in (0, 59, 60, 80)] == pytest.approx([30, 30, 3, 0.3])
     args.decay_method, args.end_epoch = "cos", 120
     assert [main_lincls.learning_rate(args, e) for e in (0, 60, 120)] == pytest.approx([30, 15.005, 0.01])

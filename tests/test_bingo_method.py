@@ -110,6 +110,16 @@ def test_symmetry_of_anchor_and_member():
     assert abs(float((wrong[2] - half[2]).detach())) > 1e-3
 
 
+def test_an_unmixed_third_group_is_that_of_the_anchor():
+    """mu = 1, where the mix is the query: l(s_a, T_a), whatever the other weights; mu = 0: l(s_m, T_p)."""
+    q, p, x = leaves()
+    for lam in ((1.0, 0.0), (0.5, 0.5)):
+        groups = losses.release_groups(q, p, q, *KEYS, QUEUE, TAU, lam, 1.0)
+        torch.testing.assert_close(groups[2], cross_entropy(q, KEYS[0], QUEUE).mean(), rtol=1e-12, atol=0)
+    groups = losses.release_groups(q, p, x, *KEYS, QUEUE, TAU, (0.5, 0.5), 0.0)
+    torch.testing.assert_close(groups[2], cross_entropy(x, KEYS[1], QUEUE).mean(), rtol=1e-12, atol=0)
+
+
 def test_paper_loss_uses_the_anchors_key_alone():
     q, p, _ = leaves()
     loss = losses.paper_loss(q, p, KEYS[0], QUEUE, TAU)

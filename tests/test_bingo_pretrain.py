@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 from bingo import arms, compute_knn, main_knn, main_moco, main_teacher
 from bingo.arch import build
@@ -208,6 +209,18 @@ def test_teacher_check_sees_neighbours_even_with_more_classes_than_images_to_loo
     assert len(main_moco.sample_classes(images, 512)) == 320
     finer = type(images)([(path, i // 50) for i, (path, _) in enumerate(images.samples)], [str(c) for c in range(20)])
     assert torch.bincount(main_moco.sample_classes(finer, 96).labels).max() == 32
+
+
+def test_a_students_checkpoint_loads_into_torchvision(train, tmp_path):  # property 12
+    """Without `module.encoder_q.` and the head, only the classifier is missing."""
+    train(tmp_path, *"--s_arch resnet18 --s_width 64 --s_stem imagenet --end_epoch 1 --loss intra".split())
+    saved = checkpoint.load(tmp_path / "checkpoint.pth")["state_dict"]
+    own = {k.removeprefix("module.encoder_q."): v for k, v in saved.items() if k.startswith("module.encoder_q.")}
+    net = torchvision.models.resnet18()
+    classifier = {k: v for k, v in net.state_dict().items() if k.startswith("fc.")}
+    net.load_state_dict({k: v for k, v in own.items() if not k.startswith("fc.")} | classifier)  # else an error
+    assert len(classifier) == 2
+    assert all(torch.equal(v, own[k]) for k, v in net.state_dict().items() if k not in classifier)
 
 
 def test_one_pass_is_three_passes(train, tmp_path):
@@ -444,7 +457,13 @@ def test_two_processes_equal_one_with_two_splits(train, data, tmp_path):
             torch.testing.assert_close(value, two[name], rtol=0, atol=2e-3)
 
 
-def test_bags_of_two_processes_are_those_of_one(corr, data, teacher, tmp_path):
+def test_bags_of_two_processes_are_those_of_one(data, teacher, tmp_path):
+    """Of 49 images the second process has a row less."""
+    images = tmp_path / "images"
+    for folder in sorted((data / "train").iterdir()):
+        (images / "train" / folder.name).mkdir(parents=True)
+        for file in sorted(folder.iterdir())[: 4 if not list(images.glob("train/*/*")) else 5]:
+            shutil.copy(file, images / "train" / folder.name)
     flags = [
         "--arch",
         "resnet10",
@@ -457,10 +476,14 @@ def test_bags_of_two_processes_are_those_of_one(corr, data, teacher, tmp_path):
     ]
     flags += ["--corr_dir", str(tmp_path), "--corr_name", "k.npy", "--feature_file", str(tmp_path / "f.npy")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "bingo.compute_knn", *DATA, "--data_dir", str(data), *flags]
+    command = [*launch, "-m", "bingo.compute_knn", *DATA, "--data_dir", str(images), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert np.array_equal(np.load(tmp_path / "k.npy"), np.load(corr / "knn.npy"))
+    one = ["--corr_name", "one.npy", "--feature_file", str(tmp_path / "one-f.npy")]
+    assert compute_knn.main([*DATA, "--data_dir", str(images), *flags, *one]) == 0
+    assert np.load(tmp_path / "k.npy").shape == (49, 5)
+    assert np.array_equal(np.load(tmp_path / "k.npy"), np.load(tmp_path / "one.npy"))
+    np.testing.assert_allclose(np.load(tmp_path / "f.npy"), np.load(tmp_path / "one-f.npy"), atol=1e-5)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -512,6 +535,60 @@ def test_bad_flags_of_the_teacher_are_one_line(flags, message, data, tmp_path):
     with pytest.raises(UserError, match=message):
         main_teacher.main([*DATA, "--data_dir", str(data), "--output-dir", str(tmp_path / "out"), *flags.split()])
     assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_class_and_a_broken_file_are_named(train, data, teacher, tmp_path):
+    images = tmp_path / "data"
+    for folder in sorted((data / "train").iterdir()):
+        (images / "train" / folder.name).mkdir(parents=True)
+        for file in sorted(folder.iterdir())[:5]:
+            shutil.copy(file, images / "train" / folder.name)
+    plain_flags = [flag for flag in DATA if flag != "--cache"]
+    network = ["--arch", "resnet10", "--t_width", "8", "--t_stem", "cifar", "--ckpt_name"]
+    bags = [*network, str(teacher / "checkpoint.pth"), "--corr_dir", str(tmp_path / "corr")]
+    moco = "--arch resnet10 --width 4 --stem cifar --batch_size 8 --moco_k 32 --end_epoch 2".split()
+
+    def refused(match: str) -> None:
+        where = ["--data_dir", str(images)]
+        for call in (
+            lambda: train(tmp_path / "out", *where, "--loss", "intra", "--check_teacher", "0"),
+            lambda: compute_knn.main([*plain_flags, *where, *bags]),  # met on the way, not while it is cached
+            lambda: main_teacher.main([*plain_flags, *where, *moco, "--output-dir", str(tmp_path / "out2")]),
+        ):
+            with pytest.raises(UserError, match=match) as error:
+                call()
+            assert "\n" not in str(error.value)
+        assert not list(tmp_path.glob("corr/*"))
+
+    (images / "train/zebra").mkdir()
+    refused("zebra: no image")
+    (images / "train/zebra").rmdir()
+    broken = sorted((images / "train").rglob("*.*"))[7]
+    broken.write_bytes(broken.read_bytes()[:60])
+    refused(f"^{broken}: not a readable image")
+
+
+def test_defaults_are_the_releases():  # trap 14
+    for module, expected in (
+        (main_moco, {
+            "moco_k": 65536, "moco_t": 0.2, "aug_plus": "true", "decay_method": "cos", "init_lr": 0.03, "momentum": 0.9,
+            "wd": 1e-4, "batch_size": 256, "end_epoch": 200, "schedule": [120, 160], "lr_decay": 0.1, "lam": [0.5, 0.5],
+            "clus_pos_num": 5, "s_arch": "resnet18", "t_arch": "resnet50", "pretrain_alg": "moco", "warmup_epochs": 11,
+            "loss": "release", "mix": "cutmix", "alpha": 2.0, "hidden": 2048, "img_size": 224,
+            "corr_npy": Path("imgs_corr/imgs_corr_epoch800_MoCo.npy"),
+            "pretrain_path": Path("moco_v2_800ep_pretrain.pth.tar"),
+        }),
+        (compute_knn, {
+            "arch": "resnet50", "batch_size": 32, "clus_pos_num": 5, "bags": "knn", "corr_dir": Path("imgs_corr"),
+            "corr_name": Path("imgs_corr_moco_epoch800.npy"), "img_size": 224,
+        }),
+        (main_teacher, {
+            "arch": "resnet50", "moco_dim": 128, "moco_k": 65536, "moco_m": 0.999, "moco_t": 0.2, "init_lr": 0.03,
+            "wd": 1e-4, "momentum": 0.9, "batch_size": 256, "end_epoch": 200, "decay_method": "cos",
+        }),
+    ):  # fmt: skip
+        args = vars(module.get_parser().parse_args([]))
+        assert {name: args[name] for name in expected} == expected
 
 
 def test_diverged_run_keeps_the_last_good_checkpoint(train, tmp_path, monkeypatch):
