@@ -619,13 +619,14 @@ def test_learning_rate_of_the_release():
 
 def test_a_run_counts_when_both_evaluations_are_there(tmp_path):
     folder = tmp_path / "bingo" / "seed0"
+    folder.mkdir(parents=True)
     for job, result in (
         ("knn", {"knn": 30.0, "few_shot": 20.0, "purity": 25.0, "bag_gap": 0.5, "knn10": 0.0}),
         ("linear", {"linear_last": 40.0, "linear": 41.0}),
     ):
         assert arms.read(folder) is None
         file = folder.with_name(f"seed0-{job}") / "result.json"
-        file.parent.mkdir(parents=True)
+        file.parent.mkdir()
         file.write_text(json.dumps(result))
     metrics = {"few_shot": 20.0, "knn": 30.0, "linear_last": 40.0, "purity": 25.0, "bag_gap": 0.5}
     assert arms.read(folder) == metrics
