@@ -7,6 +7,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--lr_decay", type=float, default=0.1, help="factor of --decay_method step")
     a("--momentum", type=float, default=0.9)
     a("--wd", type=float, default=1e-4)
-    a("--image-every", type=int, default=500, help="steps between pictures in tensorboard")
+    a("--image_every", type=int, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "kscl/pretrain/default")
     return p
 
@@ -223,7 +224,8 @@ def main(argv: list[str] | None = None) -> int:
         if run.due(args.image_every):
             run.image("views/query_and_keys", picture(im_q, im_k))
 
-    run.finish(f"evaluate: python -m kscl.main_knn --pretrained {run.dir}/checkpoint.pth --data_dir {args.data_dir}")
+    images_are = f"--data_dir {quote(str(args.data_dir))}" + (f" --per_class {args.per_class}" * bool(args.per_class))
+    run.finish(f"evaluate: python -m kscl.main_knn --pretrained {quote(f'{run.dir}/checkpoint.pth')} {images_are}")
     return 0
 
 
@@ -281,7 +283,7 @@ def facts(run: Run, images: ImageList, model: KSCL, steps: int) -> dict[str, str
         "parameters": f"{sum(p.numel() for p in model.encoder_q.parameters()) / 1e6:.2f} M trained",
         "queue": f"{args.moco_k} subspaces = {args.moco_k / len(images):.2f} epochs, "
         f"{model.queue.numel() * 4 / 2**20:.1f} MiB",
-        "expected initial loss": f"{initial_loss(args):.2f} (all images alike, random queue), then about "
+        "expected initial loss": f"about {initial_loss(args):.2f} (all images alike, random queue), then about "
         f"{math.log(1 + args.moco_k):.2f} = log(1 + M) once the queue is full of subspaces, then falling",
         "estimated time": estimate(run, model, steps),
     }

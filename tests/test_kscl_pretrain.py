@@ -149,7 +149,7 @@ def test_views_are_drawn_alike_and_the_query_is_the_same_for_every_shot_count(da
 def test_tensorboard_holds_scalars_and_the_views(data, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(data, tmp_path, "--image-every", "2")
+    train(data, tmp_path, "--image_every", "2")
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     names = {"train/loss", "train/acc1", "train/lr", "subspace/rank_mean", "subspace/lambda1_frac", "subspace/pos_sim"}
