@@ -5,13 +5,12 @@ mIoU after a tenth of the fine-tuning schedule and at its end, mean and sample s
 """
 
 import argparse
-import csv
 import json
-import math
 import statistics
 from pathlib import Path
 
 from shared_utils import UserError, checkpoint
+from shared_utils.arms import STATUS, cell, replace_rows, thinned, verdict
 from shared_utils.run import cli
 
 HERE = Path(__file__).resolve().parent
@@ -36,11 +35,6 @@ SETS = {
 # The claim, the first comparisons of the table; then every arm against no pretraining, and arms against each other.
 ACCEPTANCE = [("multi", "scratch"), ("multi", "p2p")]
 CONTRASTS = [("multi", "single"), ("multi", "multihead"), ("mix", "multi"), ("csc", "mix")]
-STATUS = {
-    "above": "effect shown at small scale",
-    "no difference": "no effect at small scale",
-    "below": "contradicted",
-}
 
 
 def collect(root: Path) -> dict[str, dict[str, dict[int, dict]]]:
@@ -63,23 +57,6 @@ def values(runs: dict[int, dict], when: str) -> list[float]:
     return [runs[seed][when]["mIoU"] for seed in sorted(runs)]
 
 
-def spread(x: list[float]) -> float:
-    """Sample standard deviation; nan for fewer than two seeds."""
-    return statistics.stdev(x) if len(x) > 1 else math.nan
-
-
-def verdict(ours: list[float], baseline: list[float]) -> str:
-    """The acceptance rule: do the means differ by more than the pooled standard deviation of the seeds?
-
-    An arm of one seed is held against the spread of the other; of two arms of one seed each nothing can be said.
-    """
-    variances = [statistics.variance(x) for x in (ours, baseline) if len(x) > 1]
-    if not variances:
-        return "one seed each, no verdict"
-    gap, pooled = statistics.mean(ours) - statistics.mean(baseline), math.sqrt(statistics.mean(variances))
-    return "above" if gap > pooled else "below" if gap < -pooled else "no difference"
-
-
 def table(found: dict[str, dict[str, dict[int, dict]]]) -> str:
     lines = ["| set | arm | seeds | mIoU at 10% of the schedule | mIoU at the end | against scratch at 10% |"]
     lines += ["|---|---|---|---|---|---|"]
@@ -87,10 +64,7 @@ def table(found: dict[str, dict[str, dict[int, dict]]]) -> str:
         for arm in sorted(arms, key=list(ARMS).index):
             early, final = values(arms[arm], "early"), values(arms[arm], "final")
             against = verdict(early, values(arms["scratch"], "early")) if "scratch" in arms and arm != "scratch" else ""
-            cells = [
-                f"{statistics.mean(x):.2f}" + (f" ± {spread(x):.2f}" if len(x) > 1 else "") for x in (early, final)
-            ]
-            lines.append(f"| {config} | {arm} | {len(early)} | {cells[0]} | {cells[1]} | {against} |")
+            lines.append(f"| {config} | {arm} | {len(early)} | {cell(early)} | {cell(final)} | {against} |")
     return "\n".join(lines)
 
 
@@ -101,21 +75,15 @@ def compact(runs: dict[int, dict], pretrain: Path) -> dict:
         out["finetune"][seed] = {when: run[when] for when in ("early", "final")} | {"seconds": run["seconds"]}
         log = pretrain / f"seed{seed}" / "log.jsonl"
         if log.is_file():
-            rows = [json.loads(line) for line in log.read_text().splitlines()]
-            keep = rows[:: max(1, len(rows) // 20)] + rows[-1:]
             names = ("step", "loss", "acc/pixel_proto", "proto/mean_offdiag_cos", "data_wait")
-            out["pretrain"][seed] = [{k: row[k] for k in names if k in row} for row in keep]
+            out["pretrain"][seed] = thinned(log, names)
     return out
 
 
 def record(found: dict[str, dict[str, dict[int, dict]]], root: Path, results: Path) -> int:
     """Replace the small tier's rows in `results` by what was measured; returns how many rows were written."""
-    with open(results, newline="") as handle:
-        reader = csv.DictReader(handle)
-        columns = list(reader.fieldnames or [])
-        rows = [row for row in reader if not row["id"].startswith("small-")]
     (HERE / "logs").mkdir(exist_ok=True)
-    written = 0
+    rows: list[dict[str, str]] = []
     for config, arms in found.items():
         for arm, runs in arms.items():
             log = HERE / "logs" / f"{config}-{arm}.json"
@@ -129,8 +97,8 @@ def record(found: dict[str, dict[str, dict[int, dict]]], root: Path, results: Pa
             for when in ("early", "final"):
                 ours, base = values(runs, when), values(arms[against], when)
                 if verdict(ours, base) not in STATUS:
-                    continue  # one seed each claims nothing
-                row = dict.fromkeys(columns, "") | {
+                    continue  # one seed claims nothing
+                row = {
                     "id": f"small-{config}-{arm}-vs-{against}-{when}",
                     "table": f"Small tier, measured here: {SETS[config]}",
                     "experiment": f"{ARMS[arm]}; baseline: {ARMS[against]}",
@@ -138,10 +106,10 @@ def record(found: dict[str, dict[str, dict[int, dict]]], root: Path, results: Pa
                     "metric": "mIoU at 10% of the schedule" if when == "early" else "mIoU at the end",
                     "tier": "small",
                     "ours_mean": f"{statistics.mean(ours):.2f}",
-                    "ours_std": "" if len(ours) < 2 else f"{spread(ours):.2f}",
+                    "ours_std": f"{statistics.stdev(ours):.2f}",
                     "n_seeds": len(ours),
                     "baseline_mean": f"{statistics.mean(base):.2f}",
-                    "baseline_std": "" if len(base) < 2 else f"{spread(base):.2f}",
+                    "baseline_std": f"{statistics.stdev(base):.2f}",
                     "status": STATUS[verdict(ours, base)],
                     "command": f"ARMS='{against} {arm}' SEEDS='{' '.join(map(str, sorted(runs)))}' "
                     "bash mdp/run_arms.sh small",
@@ -152,12 +120,7 @@ def record(found: dict[str, dict[str, dict[int, dict]]], root: Path, results: Pa
                     "log": f"logs/{config}-{arm}.json; logs/{config}-{against}.json",
                 }
                 rows.append({k: str(v) for k, v in row.items()})
-                written += 1
-    with open(results, "w", newline="") as handle:
-        writer = csv.DictWriter(handle, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return written
+    return replace_rows(results, "small-", rows)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 
 from shared_utils import UserError, mini, mini_draw
-from shared_utils.run import cli
 
 REPO = Path(__file__).resolve().parent.parent
 SEGMENTATION = {
@@ -437,12 +436,10 @@ def test_a_folder_of_somebody_else_is_not_touched(tmp_path):
     assert (tmp_path / "davis/mine.txt").read_text() == "precious"
 
 
-def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["mini", "--root", str(tmp_path), "davis", "imagse"])
-    with pytest.raises(SystemExit) as stop:
-        cli(mini.main)
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == "" and not list(tmp_path.iterdir())
+def test_bad_input_is_one_line(tmp_path):
+    process = start(tmp_path, "davis", "imagse")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and out == "" and not list(tmp_path.iterdir())
     assert len(err.splitlines()) == 1 and "'imagse'" in err and "segmentation" in err
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write mini data"):

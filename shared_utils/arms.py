@@ -1,0 +1,237 @@
+"""The arms of a folder's small tier: their table, the acceptance rule, and the rows and logs that they leave.
+
+`run_arms.sh` trains ARM/seedN below one folder and writes evaluations beside it (seedN-knn, seedN-linear). A folder
+describes its arms once, in its arms.py:
+
+    ARMS = Arms("hsa", arms={...}, metrics={...}, ...)
+
+and `python -m hsa.arms ROOT` prints the table, with --record writes `logs/SET-ARM.json` (metrics of each seed, what
+made them, twenty points of each training curve) and the rows of results.csv. The rows come from those logs alone, so
+arms and seeds that were recorded before stay beside new ones.
+"""
+
+import argparse
+import csv
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shared_utils import UserError, checkpoint
+
+STATUS = {
+    "above": "effect shown at small scale",
+    "no difference": "no effect at small scale",
+    "below": "contradicted",
+}
+Seeds = dict[int, dict[str, Any]]  # seed: what its log holds, {"metrics", "facts", "curve"}
+
+
+def verdict(ours: Sequence[float], baseline: Sequence[float]) -> str:
+    """The acceptance rule: do the means differ by more than the pooled standard deviation of the seeds?
+
+    Nothing is said unless both sides have two seeds or more.
+    """
+    if min(len(ours), len(baseline)) < 2:
+        return "one seed, no verdict"
+    gap = statistics.mean(ours) - statistics.mean(baseline)
+    pooled = math.sqrt((statistics.variance(ours) + statistics.variance(baseline)) / 2)
+    return "above" if gap > pooled else "below" if gap < -pooled else "no difference"
+
+
+def cell(x: Sequence[float]) -> str:
+    """Mean ± sample standard deviation of the seeds; one seed has none."""
+    return f"{statistics.mean(x):.2f}" + (f" ± {statistics.stdev(x):.2f}" if len(x) > 1 else "")
+
+
+def thinned(log: Path, names: Sequence[str], points: int = 20) -> list[dict[str, float]]:
+    """About `points` lines of a log.jsonl, the last one among them, with the columns `names` that they have."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    keep = rows[:: max(1, len(rows) // points)] + rows[-1:]
+    return [{k: row[k] for k in names if k in row} for row in keep]
+
+
+def replace_rows(results: Path, prefix: str, rows: Sequence[Mapping[str, str]]) -> int:
+    """Write `rows` in the place of those of `results` whose id starts with `prefix`; returns how many were written."""
+    with open(results, newline="") as handle:
+        reader = csv.DictReader(handle)
+        columns = list(reader.fieldnames or [])
+        kept = [row for row in reader if not row["id"].startswith(prefix)]
+    with open(results, "w", newline="") as handle:
+        writer = csv.DictWriter(handle, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept)
+        writer.writerows(dict.fromkeys(columns, "") | dict(row) for row in rows)
+    return len(rows)
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What made the run in `folder`: commit, hardware, date, minutes. UserError where no commit names its code."""
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("git_dirty"):
+        raise UserError(f"{folder}: made with uncommitted changes, so no commit names its code")
+    seconds = checkpoint.load(folder / "checkpoint.pth")["progress"]["seconds"]
+    return {
+        "commit": config["git_commit"], "hardware": config["hardware"], "date": config["date"],
+        "minutes": round(seconds / 60, 2),
+    }  # fmt: skip
+
+
+@dataclass
+class Arms:
+    """What a folder says of its arms.
+
+    Attributes:
+        paper: name of the folder.
+        home: the folder itself, where results.csv and logs/ lie.
+        arms: {arm: title}, in the order of the table.
+        metrics: {name: title} of the numbers that rows are made of, in the order of the table.
+        shown: {name: title} of numbers that the table and the logs hold where an arm has them, but no row claims.
+        sets: {data set: what was used of it}; a set is the name of the folder that run_arms.sh wrote.
+        claim: the metric of the table's last column, held against the arm `baseline`.
+        pairs: (arm, arm that it is held against): the acceptance first, then what the ablation asks.
+        curve: columns of log.jsonl that are kept.
+        command: how a row is made again; {set}, {arms} and {seeds} are filled in.
+        read: metrics of the run in a folder, from the results beside it; None while they are not complete.
+    """
+
+    paper: str
+    home: Path
+    arms: Mapping[str, str]
+    metrics: Mapping[str, str]
+    sets: Mapping[str, str]
+    claim: str
+    baseline: str
+    pairs: Sequence[tuple[str, str]]
+    curve: Sequence[str]
+    command: str
+    read: Callable[[Path], dict[str, float] | None]
+    shown: Mapping[str, str] = field(default_factory=dict)
+
+    def collect(self, root: Path) -> dict[str, dict[int, Path]]:
+        """{arm: {seed: folder}} of the finished runs below `root`. UserError when there is none."""
+        found: dict[str, dict[int, Path]] = {}
+        for folder in sorted(root.glob("*/seed*/")):
+            seed = folder.name.removeprefix("seed")
+            if seed.isdecimal() and folder.parent.name in self.arms and self.read(folder) is not None:
+                found.setdefault(folder.parent.name, {})[int(seed)] = folder
+        if not found:
+            raise UserError(f"{root}: no finished arm (ARM/seedN and its results); run {self.paper}/run_arms.sh first")
+        return found
+
+    def measured(self, root: Path) -> dict[str, Seeds]:
+        """{arm: {seed: {"metrics": ...}}} of the finished runs below `root`."""
+        return {
+            arm: {seed: {"metrics": self.read(folder)} for seed, folder in sorted(runs.items())}
+            for arm, runs in self.collect(root).items()
+        }
+
+    def values(self, seeds: Seeds, metric: str) -> list[float]:
+        """One number a seed, by seed; empty where a seed lacks it."""
+        numbers = [seeds[seed]["metrics"].get(metric) for seed in sorted(seeds)]
+        return [] if None in numbers else numbers
+
+    def table(self, found: Mapping[str, Seeds]) -> str:
+        """Markdown: a row an arm, a column a metric, and the verdict of the claim's metric against the baseline."""
+        titles = {**self.metrics}
+        titles |= {k: v for k, v in self.shown.items() if any(self.values(seeds, k) for seeds in found.values())}
+        last = f"{self.metrics[self.claim]} against {self.arms[self.baseline]}"
+        lines = ["| arm | seeds | " + " | ".join([*titles.values(), last]) + " |", "|---" * (len(titles) + 3) + "|"]
+        for arm in (arm for arm in self.arms if arm in found):
+            numbers = [self.values(found[arm], metric) for metric in titles]
+            against = ""
+            if arm != self.baseline and self.baseline in found:
+                against = verdict(*(self.values(found[name], self.claim) for name in (arm, self.baseline)))
+            cells = [*(cell(x) if x else "" for x in numbers), against]
+            lines.append(f"| {self.arms[arm]} | {len(found[arm])} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    # -- what stays in the tree --------------------------------------------------------------------------------------
+    def logs(self, name: str) -> dict[str, Seeds]:
+        """{arm: {seed: metrics, facts, curve}} of all that was recorded for the set `name`."""
+        files = {arm: self.home / "logs" / f"{name}-{arm}.json" for arm in self.arms}
+        return {
+            arm: {int(seed): run for seed, run in json.loads(file.read_text()).items()}
+            for arm, file in files.items()
+            if file.is_file()
+        }
+
+    def keep(self, root: Path, name: str) -> None:
+        """The finished runs below `root` into logs/; seeds that were kept before and are not among them stay."""
+        found, old = self.collect(root), self.logs(name)
+        new = {
+            arm: {
+                seed: {
+                    "metrics": {k: round(v, 4) for k, v in (self.read(folder) or {}).items()},
+                    "facts": facts(folder),
+                    "curve": thinned(folder / "log.jsonl", self.curve),
+                }
+                for seed, folder in runs.items()
+            }
+            for arm, runs in found.items()
+        }
+        (self.home / "logs").mkdir(exist_ok=True)
+        for arm, runs in new.items():
+            seeds = {str(seed): run for seed, run in sorted({**old.get(arm, {}), **runs}.items())}
+            (self.home / "logs" / f"{name}-{arm}.json").write_text(json.dumps(seeds, separators=(",", ":")) + "\n")
+
+    def rows(self, name: str) -> list[dict[str, str]]:
+        """The rows of results.csv for the set `name`: each pair of arms that both have two seeds, by each metric."""
+        found, rows = self.logs(name), []
+        for arm, against in ((a, b) for a, b in self.pairs if a in found and b in found):
+            made = [found[arm][seed]["facts"] for seed in sorted(found[arm])]
+            minutes = [fact["minutes"] for fact in made]
+            for metric, title in self.metrics.items():
+                ours, base = (self.values(found[one], metric) for one in (arm, against))
+                if verdict(ours, base) not in STATUS:
+                    continue  # one seed claims nothing
+                seeds = sorted(set(found[arm]) | set(found[against]))
+                rows.append(
+                    {
+                        "id": f"small-{name}-{arm}-vs-{against}-{metric}",
+                        "table": f"Small tier, measured here: {self.sets[name]}",
+                        "experiment": f"{self.arms[arm]}; baseline: {self.arms[against]}",
+                        "dataset": name,
+                        "metric": title,
+                        "tier": "small",
+                        "ours_mean": f"{statistics.mean(ours):.2f}",
+                        "ours_std": f"{statistics.stdev(ours):.2f}",
+                        "n_seeds": str(len(ours)),
+                        "baseline_mean": f"{statistics.mean(base):.2f}",
+                        "baseline_std": f"{statistics.stdev(base):.2f}",
+                        "status": STATUS[verdict(ours, base)],
+                        "command": self.command.format(
+                            set=name, arms=f"{against} {arm}", seeds=" ".join(map(str, seeds))
+                        ),
+                        "commit": made[0]["commit"],
+                        "hardware": made[0]["hardware"],
+                        "minutes": "" if None in minutes else f"{statistics.mean(minutes):.1f}",
+                        "date": made[0]["date"],
+                        "log": f"logs/{name}-{arm}.json; logs/{name}-{against}.json",
+                    }
+                )
+        return rows
+
+    def record(self, root: Path) -> int:
+        """Keep the runs below `root` (.../small/SET) and write the set's rows anew; returns how many there are."""
+        name = root.resolve().name
+        if root.resolve().parent.name != "small" or name not in self.sets:
+            raise UserError(f"{root}: --record takes a data set's folder of the small tier; others are no rows")
+        self.keep(root, name)
+        return replace_rows(self.home / "results.csv", f"small-{name}-", self.rows(name))
+
+    # -- the command line --------------------------------------------------------------------------------------------
+    def parser(self, doc: str) -> argparse.ArgumentParser:
+        p = argparse.ArgumentParser(prog=f"{self.paper}.arms", description=doc.splitlines()[0])
+        p.add_argument("root", type=Path, help="folder that run_arms.sh wrote")
+        p.add_argument("--record", action="store_true", help="write the rows of results.csv and the logs")
+        return p
+
+    def main(self, args: argparse.Namespace) -> int:
+        print(self.table(self.measured(args.root)))
+        if args.record:
+            print(f"{self.record(args.root)} rows -> {self.home / 'results.csv'}")
+        return 0

@@ -1,0 +1,182 @@
+"""Arms of the small tier: what is collected, the acceptance rule, the logs that stay and the rows they make."""
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from shared_utils import UserError, checkpoint, results
+from shared_utils.arms import Arms, replace_rows, thinned, verdict
+
+ROOT = Path(__file__).resolve().parents[1]
+MEASURED = {"base": [20.0, 22.0, 21.0], "longer": [24.0, 26.0, 25.0], "full": [25.0, 25.5, 26.0], "control": [18.0]}
+FACTS = {"git_commit": "0123456789ab", "hardware": "2 CPU cores", "date": "2026-11-22"}
+
+
+def read(folder: Path) -> dict[str, float] | None:
+    file = folder.with_name(f"{folder.name}-knn") / "result.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def finish(folder: Path, metrics: dict[str, float], **facts: object) -> None:
+    """A finished run, as a training script and an evaluation leave it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    evaluation = folder.with_name(f"{folder.name}-knn")
+    evaluation.mkdir(exist_ok=True)
+    (evaluation / "result.json").write_text(json.dumps(metrics))
+    (folder / "config.json").write_text(json.dumps(FACTS | facts))
+    checkpoint.save(folder / "checkpoint.pth", {"progress": {"seconds": 120.0}})
+    rows = [{"step": step, "loss": 7 - step / 100, "lr": 0.1} for step in range(10, 630, 10)]
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Finished runs of four arms, one without its evaluation, one of an arm that nobody knows."""
+    root = tmp_path / "runs" / "small" / "cifar10"
+    for arm, scores in MEASURED.items():
+        for seed, score in enumerate(scores):
+            finish(root / arm / f"seed{seed}", {"knn": score, "linear": 45.0 + seed})
+    (root / "other" / "seed0").mkdir(parents=True)
+    finish(root / "stranger" / "seed0", {"knn": 1.0, "linear": 1.0})
+    return root
+
+
+@pytest.fixture
+def arms(tmp_path: Path) -> Arms:
+    home = tmp_path / "paper"
+    home.mkdir()
+    (home / "results.csv").write_text(",".join(results.COLUMNS) + "\n")
+    replace_rows(home / "results.csv", "none", [{"id": "small-other-row"}])
+    return Arms(
+        paper="paper",
+        home=home,
+        arms={"base": "baseline", "longer": "baseline, longer", "full": "method", "control": "control", "other": "o"},
+        metrics={"knn": "20-NN", "linear": "linear"},
+        shown={"gap": "gap of its own"},
+        sets={"cifar10": "CIFAR-10, 4,000 images"},
+        claim="knn",
+        baseline="base",
+        pairs=[("full", "base"), ("full", "longer"), ("full", "control")],
+        curve=("step", "loss"),
+        command="SET={set} ARMS='{arms}' SEEDS='{seeds}' bash paper/run_arms.sh small",
+        read=read,
+    )
+
+
+def test_the_rule_needs_more_than_the_pooled_deviation() -> None:
+    base = [10.0, 12.0, 11.0]  # deviation 1
+    assert verdict([11.8, 11.8, 11.8], base) == "above"  # pooled 0.71
+    assert verdict([11.5, 11.5, 11.5], base) == "no difference"
+    assert verdict([9.0, 9.5, 8.5], base) == "below"
+    assert verdict([50.0], base) == verdict(base, [1.0]) == "one seed, no verdict"
+
+
+def test_the_table_holds_every_finished_seed(arms: Arms, runs: Path) -> None:
+    text = arms.table(arms.measured(runs))
+    assert text.splitlines()[0] == "| arm | seeds | 20-NN | linear | 20-NN against baseline |"
+    assert text.splitlines()[2:] == [
+        "| baseline | 3 | 21.00 ± 1.00 | 46.00 ± 1.00 |  |",
+        "| baseline, longer | 3 | 25.00 ± 1.00 | 46.00 ± 1.00 | above |",
+        "| method | 3 | 25.50 ± 0.50 | 46.00 ± 1.00 | above |",
+        "| control | 1 | 18.00 | 45.00 | one seed, no verdict |",
+    ]
+
+
+def test_a_number_that_claims_nothing_is_shown_where_every_seed_has_it(arms: Arms, runs: Path) -> None:
+    for seed in range(3):
+        finish(runs / "full" / f"seed{seed}", {"knn": 25.0, "linear": 45.0, "gap": 0.25 + seed / 100})
+    finish(runs / "base" / "seed0", {"knn": 20.0, "linear": 45.0, "gap": 0.5})  # one seed of three
+    head, _, base, _, full, _ = arms.table(arms.measured(runs)).splitlines()
+    assert head == "| arm | seeds | 20-NN | linear | gap of its own | 20-NN against baseline |"
+    assert full.endswith(" | 0.26 ± 0.01 | above |") and base.endswith(" | 46.00 ± 1.00 |  |  |")
+    arms.record(runs)
+    assert arms.logs("cifar10")["full"][1]["metrics"]["gap"] == 0.26
+    assert {row["metric"] for row in arms.rows("cifar10")} == {"20-NN", "linear"}
+
+
+def test_recorded_rows_are_valid_and_replace_older_ones(arms: Arms, runs: Path) -> None:
+    assert [arms.record(runs) for _ in range(2)] == [4, 4]  # against two baselines; one seed of control claims nothing
+    rows, problems = results.read(arms.home)
+    assert [text for text in problems if "small-other-row" not in text] == []
+    claim, *_ = (row for row in rows if row["id"] == "small-cifar10-full-vs-base-knn")
+    assert (claim["ours_mean"], claim["ours_std"], claim["n_seeds"]) == ("25.50", "0.50", "3")
+    assert (claim["baseline_mean"], claim["baseline_std"], claim["minutes"]) == ("21.00", "1.00", "2.0")
+    assert claim["status"] == "effect shown at small scale" and claim["commit"] == "0123456789ab"
+    assert claim["command"] == "SET=cifar10 ARMS='base full' SEEDS='0 1 2' bash paper/run_arms.sh small"
+    assert [row["status"] for row in rows if "full-vs-longer-knn" in row["id"]] == ["no effect at small scale"]
+    assert len(rows) == 5 and rows[0]["id"] == "small-other-row"
+
+
+def test_new_seeds_and_arms_stand_beside_those_recorded_before(arms: Arms, runs: Path) -> None:
+    arms.record(runs)
+    for arm in MEASURED:
+        shutil.rmtree(runs / arm)
+    finish(runs / "full" / "seed3", {"knn": 27.5, "linear": 50.0}, git_commit="ba9876543210")
+    finish(runs / "full" / "seed0", {"knn": 25.5, "linear": 50.0})  # measured anew: takes the place of the old one
+    assert arms.record(runs) == 4
+    full = arms.logs("cifar10")["full"]
+    assert list(full) == [0, 1, 2, 3] and arms.values(full, "knn") == [25.5, 25.5, 26.0, 27.5]
+    assert full[3]["facts"] == {
+        "commit": "ba9876543210",
+        "hardware": "2 CPU cores",
+        "date": "2026-11-22",
+        "minutes": 2.0,
+    }
+    assert len(full[3]["curve"]) == 22 and full[3]["curve"][-1]["step"] == 620 and "lr" not in full[3]["curve"][0]
+
+
+def test_what_no_commit_names_is_no_row(arms: Arms, runs: Path) -> None:
+    finish(runs / "full" / "seed0", {"knn": 25.0, "linear": 45.0}, git_dirty=True)
+    before = (arms.home / "results.csv").read_text()
+    with pytest.raises(UserError, match="full/seed0: made with uncommitted changes"):
+        arms.record(runs)
+    assert (arms.home / "results.csv").read_text() == before and not (arms.home / "logs").exists()
+
+
+def test_errors_name_the_cure(arms: Arms, runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no finished arm .*run paper/run_arms.sh first"):
+        arms.collect(tmp_path)
+    elsewhere = shutil.copytree(runs, tmp_path / "mini")
+    with pytest.raises(UserError, match="--record takes a data set's folder of the small tier"):
+        arms.record(elsewhere)
+
+
+def test_curves_are_thinned_and_keep_their_end(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text("\n".join(json.dumps({"step": step, "other": 1}) for step in range(7)))
+    assert thinned(log, ("step", "absent"), points=3) == [
+        {"step": 0},
+        {"step": 2},
+        {"step": 4},
+        {"step": 6},
+        {"step": 6},
+    ]
+
+
+FOLDERS = [file.parent.name for file in sorted(ROOT.glob("*/arms.py")) if "\nARMS = Arms(" in file.read_text()]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_rows_of_the_tree_are_what_its_logs_say(folder: str) -> None:
+    arms: Arms = importlib.import_module(f"{folder}.arms").ARMS
+    rows, _ = results.read(ROOT / folder)
+    empty = dict.fromkeys(results.COLUMNS, "")
+    for name in arms.sets:
+        assert [row for row in rows if row["id"].startswith(f"small-{name}-")] == [empty | r for r in arms.rows(name)]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_comparison_is_of_arms_that_the_script_trains(folder: str) -> None:
+    arms: Arms = importlib.import_module(f"{folder}.arms").ARMS
+    script = (ROOT / folder / "run_arms.sh").read_text()
+    assert {arm for pair in arms.pairs for arm in pair} == set(arms.arms)
+    cases = {
+        name.strip()
+        for line in script.splitlines()
+        if line.startswith("    ")
+        for name in line.split(")")[0].split("|")
+    }
+    assert set(arms.arms) <= cases
