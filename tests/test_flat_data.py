@@ -265,7 +265,7 @@ def test_protonet_logits_are_distances_to_the_means() -> None:
     model = ProtoNet(build("Conv4", 16, 4), None, "concat", "flat", n_way=3, n_shot=2).eval()
     x = torch.randn(3 * 5, 3, 16, 16)
     logits = model(x)[0]
-    f = model.feature(x).view(3, 5, -1)
+    f = model.feature(x).detach().view(3, 5, -1)
     slow = [[-(f[i, 2 + j] - f[k, :2].mean(0)).square().sum() for k in range(3)] for i in range(3) for j in range(3)]
     torch.testing.assert_close(logits, torch.tensor(slow), rtol=1e-4, atol=1e-4)
     assert model.targets(15).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]

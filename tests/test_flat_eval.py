@@ -16,7 +16,8 @@ from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.neighbors import NearestCentroid
 from torch import Tensor, nn
 
-from flat import data, save_features, test as flat_test
+from flat import data, save_features
+from flat import test as flat_test
 from flat.backbone import build
 from flat.episodes import EpisodeDrawer, EpisodeSampler, hashed
 from flat.methods import baselinefinetune as heads
