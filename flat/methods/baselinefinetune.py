@@ -96,47 +96,68 @@ def initial_weights(numbers: np.ndarray, ways: int, c: int, seed: int) -> Tensor
     return ((2 * unit - 1) / math.sqrt(c)).float().view(len(numbers), ways, c + 1)
 
 
+@torch.no_grad()
 def finetune(
     support: Tensor, query: Tensor, numbers: np.ndarray, seed: int, dist: bool = False, epochs: int = 100
 ) -> Tensor:
     """CloserLookFewShot's test-time training: a new head per episode, SGD of lr .01, momentum and dampening .9, weight
     decay .001, `epochs` times over the support in mini-batches of 4.
 
+    Every step moves a weight by multiples of itself, of its start and of support features, so that W = c W_0 + A^T X
+    throughout: SGD runs on c and A (WS numbers a way instead of D), exactly, with inner products taken once.
+
     Args:
         numbers: [E] of the episodes: weights and orders are drawn by them.
-        dist: the cosine head of baseline++ instead of a linear layer.
+        dist: the cosine head of baseline++ (W = g v / |v|, v as above) instead of a linear layer.
     """
-    e, ways, shots, c = support.shape
-    x, q = support.flatten(1, 2).float(), query.flatten(1, 2).float()  # [E, n, D], [E, WQ, D]
-    n = x.shape[1]
-    y = torch.arange(ways, device=x.device).repeat_interleave(shots)
-    start = initial_weights(numbers, ways, c, seed).to(x.device)
+    e, ways, shots, c_in = support.shape
+    x, q = support.flatten(1, 2).double(), query.flatten(1, 2).double()  # [E, n, D], [E, WQ, D]
     if dist:
-        v = start[:, :, :-1].clone().requires_grad_()
-        params = [v, v.detach().norm(dim=2, keepdim=True).requires_grad_()]
-    else:
-        params = [start[:, :, :-1].clone().requires_grad_(), start[:, None, :, -1].clone().requires_grad_()]
-
-    def scores(z: Tensor) -> Tensor:  # [E, k, D] -> [E, k, W]
-        first, second = params
-        if dist:
-            z = z / (z.norm(dim=2, keepdim=True) + 1e-5)
-            return 2.0 * torch.bmm(z, (second * F.normalize(first, dim=2)).transpose(1, 2))
-        return torch.bmm(z, first.transpose(1, 2)) + second
-
-    optimizer = torch.optim.SGD(params, 0.01, momentum=0.9, dampening=0.9, weight_decay=0.001)
-    rows = torch.arange(e, device=x.device)[:, None]
+        x, q = (z / (z.norm(dim=2, keepdim=True) + 1e-5) for z in (x, q))
+    n = x.shape[1]
+    y = one_hot(ways, shots, x)  # [n, W]
+    start = initial_weights(numbers, ways, c_in, seed).double().to(x.device)
+    w0 = start[:, :, :-1].transpose(1, 2)  # [E, D, W]
+    gram, to_start = torch.bmm(x, x.transpose(1, 2)), torch.bmm(x, w0)  # [E, n, n], [E, n, W]
+    start_square = w0.square().sum(1)  # [E, W]
+    a, c = torch.zeros_like(to_start), torch.ones_like(start_square)  # A [E, n, W], c [E, W]
+    extra = start_square.sqrt() if dist else start[:, :, -1].clone()  # norms g or biases [E, W]
+    params, buffers = [a, c, extra], [torch.zeros_like(p) for p in (a, c, extra)]
+    rows, step = torch.arange(e, device=x.device)[:, None], 0
     for epoch in range(epochs):
         ranks = hashed(seed, numbers[:, None] + (1 << 41), np.array(epoch), np.arange(n))
         order = torch.from_numpy(np.argsort(ranks, 1)).to(x.device)  # [E, n]
         for chosen in order.split(4, 1):
-            logits = scores(x[rows, chosen])  # [E, k, W]
-            losses = F.cross_entropy(logits.flatten(0, 1), y[chosen].flatten(), reduction="sum") / chosen.shape[1]
-            optimizer.zero_grad(set_to_none=True)
-            losses.backward()
-            optimizer.step()
-    with torch.no_grad():
-        return scores(q).argmax(2)
+            u = c[:, None] * to_start[rows, chosen] + torch.bmm(gram[rows, chosen], a)  # x . v: [E, k, W]
+            grad_a, grad_c = torch.zeros_like(a), torch.zeros_like(c)
+            if dist:
+                norm = _norm(a, c, gram, to_start, start_square)
+                r = 2 * ((2 * (extra / norm)[:, None] * u).softmax(2) - y[chosen]) / chosen.shape[1]
+                along = (r * u).sum(1) / norm  # dL/dW . v / |v|
+                slope = extra / norm
+                grad_a[rows, chosen] = slope[:, None] * r
+                grad_a -= (slope * along / norm)[:, None] * a  # the part along v does not turn it
+                grad_c -= slope * along / norm * c
+                grad_extra = along
+            else:
+                r = ((u + extra[:, None]).softmax(2) - y[chosen]) / chosen.shape[1]
+                grad_a[rows, chosen] = r
+                grad_extra = r.sum(1)
+            for p, grad, buffer in zip(params, (grad_a, grad_c, grad_extra), buffers):
+                grad = grad + 0.001 * p
+                buffer.copy_(grad if step == 0 else 0.9 * buffer + 0.1 * grad)
+                p -= 0.01 * buffer
+            step += 1
+    scores = c[:, None] * torch.bmm(q, w0) + torch.bmm(torch.bmm(q, x.transpose(1, 2)), a)  # [E, WQ, W]
+    if dist:
+        return (scores * (extra / _norm(a, c, gram, to_start, start_square))[:, None]).argmax(2)
+    return (scores + extra[:, None]).argmax(2)
+
+
+def _norm(a: Tensor, c: Tensor, gram: Tensor, to_start: Tensor, start_square: Tensor) -> Tensor:
+    """|v| [E, W] of v = c w_0 + A^T X."""
+    square = c.square() * start_square + 2 * c * (a * to_start).sum(1) + (a * torch.bmm(gram, a)).sum(1)
+    return square.clamp(min=1e-24).sqrt()
 
 
 def predict(head: str, support: Tensor, query: Tensor, numbers: np.ndarray, seed: int) -> Tensor:
