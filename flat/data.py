@@ -1,11 +1,13 @@
 """The few-shot data sets in their public layouts, their frozen class splits, and the pipelines of an image.
 
-mini    DIR/{train,val,test}.csv of Ravi and Larochelle (filename,label) and DIR/images/*.jpg
-tiered  DIR/{train,val,test}/WNID/*      cifarfs, fc100  DIR/{train,val,test}/CLASS/*
-        cifarfs also as published: DIR/data/CLASS/* and DIR/splits/bertinetto/{train,val,test}.txt
-CUB     DIR/images/NNN.Name/* (CUB_200_2011); classes in order of name: even base, 1 mod 4 val, 3 mod 4 novel
-cross   base: every class of mini; val and novel: those of CUB
-folder  DIR/{train,val,test}/CLASS/*, any classes
+miniImagenet  DIR/{train,val,test}.csv of Ravi and Larochelle (filename,label) and DIR/images/*.jpg
+tiered        DIR/{train,val,test}/WNID/*
+cifarfs       DIR/{train,val,test}/CLASS/*; or as published, DIR/data/CLASS/* and
+              DIR/splits/bertinetto/{train,val,test}.txt
+fc100         DIR/{train,val,test}/CLASS/*
+CUB           DIR/images/NNN.Name/* (CUB_200_2011); in the order of names: even base, 1 mod 4 val, 3 mod 4 novel
+cross         base: every class of miniImagenet; val and novel: those of CUB
+folder        DIR/{train,val,test}/CLASS/*, any classes
 """
 
 import csv
@@ -25,12 +27,16 @@ from shared_utils.data import ImageList, image_folder, list_images, mix_key
 
 SPLITS = {"base": "train", "val": "val", "novel": "test"}  # CloserLookFewShot's names, and those on disk
 FOLDERS = {
-    "mini": "miniImagenet", "tiered": "tiered_imagenet", "cifarfs": "cifarfs", "fc100": "FC100", "CUB": "CUB_200_2011",
-}  # fmt: skip
+    "miniImagenet": "miniImagenet",
+    "tiered": "tiered_imagenet",
+    "cifarfs": "cifarfs",
+    "fc100": "FC100",
+    "CUB": "CUB_200_2011",
+}
 DATASETS = (*FOLDERS, "cross", "folder")
 # sha256 (first 16 digits) of the lines "split class", splits in the order above, classes sorted; and classes a split.
 FROZEN: dict[str, tuple[str, tuple[int, int, int]]] = {
-    "mini": ("ece8a4b35ab6212d", (64, 16, 20)),
+    "miniImagenet": ("ece8a4b35ab6212d", (64, 16, 20)),
     "tiered": ("0d44ba76dd548990", (351, 97, 160)),
     "cifarfs": ("8bcd5918f40e7188", (64, 16, 20)),
     "fc100": ("49576609a7511cda", (60, 20, 20)),
@@ -120,12 +126,12 @@ def read_dataset(dataset: str, root: Path) -> dict[str, Files]:
     if dataset not in DATASETS:
         raise UserError(f"--dataset {dataset}: unknown; choose from {', '.join(DATASETS)}")
     if dataset == "cross":
-        mini, cub = read_dataset("mini", root), read_dataset("CUB", root)
+        mini, cub = read_dataset("miniImagenet", root), read_dataset("CUB", root)
         every = {c: files for split in SPLITS for c, files in mini[split].items()}
         return {"base": dict(sorted(every.items())), "val": cub["val"], "novel": cub["novel"]}
     inner = root / FOLDERS.get(dataset, "")
     folder = inner if inner.is_dir() else root
-    if dataset == "mini":
+    if dataset == "miniImagenet":
         found = _from_csv(folder)
     elif dataset == "CUB":
         found = _from_cub(folder)

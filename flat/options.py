@@ -28,7 +28,7 @@ RECIPES = {
 
 def add_data_flags(p: argparse.ArgumentParser) -> None:
     a = p.add_argument
-    a("--dataset", default="mini", help=f"{', '.join(data.DATASETS)}; their layouts stand in flat/data.py")
+    a("--dataset", default="miniImagenet", help=f"{', '.join(data.DATASETS)}; their layouts stand in flat/data.py")
     a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="folder of the data sets")
     a("--synthetic", action="store_true", help="generate the mini data and read it as --dataset folder, no download")
     a("--image_size", type=int, default=0, help="0: 84 (Conv4, ResNet12), 80 (WRN28), 224 (ResNet10/18), 32 for CIFAR")

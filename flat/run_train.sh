@@ -45,7 +45,7 @@ case "$tier" in
     # (inferred). ResNet18 takes 224 pixels: --model ResNet18; CUB: --dataset CUB (200 epochs). The paper's numbers are
     # not known; baseline++ reaches 48.24 / 66.43 with Conv4, 51.87 / 75.68 with ResNet18. 960,000 steps, never run
     # here, so no time is given.
-    flags=(--dataset mini --data_dir "${DATA_ROOT:-data}" --train_aug --workers 8 --log-every 100)
+    flags=(--dataset miniImagenet --data_dir "${DATA_ROOT:-data}" --train_aug --workers 8 --log-every 100)
     ;;
 esac
 

@@ -1,4 +1,4 @@
-"""Training of FLAT (paper 1912.12674): python -m flat.train --dataset mini --data_dir DATA --train_aug
+"""Training of FLAT (paper 1912.12674): python -m flat.train --dataset miniImagenet --data_dir DATA --train_aug
 
 Also torchrun --nproc-per-node N -m flat.train ...; baselines and controls are flags.
 """

@@ -57,29 +57,29 @@ CUB = {
 
 
 def test_mini_imagenet_by_its_csv_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    frozen(monkeypatch, "mini", MINI)
-    found = data.read_dataset("mini", write_mini(tmp_path))
+    frozen(monkeypatch, "miniImagenet", MINI)
+    found = data.read_dataset("miniImagenet", write_mini(tmp_path))
     assert {split: sorted(classes) for split, classes in found.items()} == MINI
     assert [path.name for path in found["val"]["n03"]] == [f"n03{i:08d}.jpg" for i in range(3)]
-    assert data.read_dataset("mini", tmp_path / "miniImagenet").keys() == found.keys()  # or the folder itself
+    assert data.read_dataset("miniImagenet", tmp_path / "miniImagenet").keys() == found.keys()  # or the folder itself
     missing = tmp_path / "miniImagenet/images/n0300000001.jpg"
     missing.unlink()
     with pytest.raises(UserError, match=rf"val.csv, line 3: {missing} does not exist") as error:
-        data.read_dataset("mini", tmp_path)
+        data.read_dataset("miniImagenet", tmp_path)
     assert "\n" not in str(error.value)
     (tmp_path / "miniImagenet/val.csv").write_text("name,class\n")
     with pytest.raises(UserError, match="val.csv: its first line must be filename,label"):
-        data.read_dataset("mini", tmp_path)
+        data.read_dataset("miniImagenet", tmp_path)
     (tmp_path / "miniImagenet/val.csv").unlink()
     with pytest.raises(UserError, match="val.csv: no such file; expected the lists of Ravi"):
-        data.read_dataset("mini", tmp_path)
+        data.read_dataset("miniImagenet", tmp_path)
 
 
 def test_cub_by_the_order_of_its_folders_and_cross(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     frozen(monkeypatch, "CUB", CUB)
     found = data.read_dataset("CUB", write_cub(tmp_path))
     assert {split: sorted(classes) for split, classes in found.items()} == CUB
-    frozen(monkeypatch, "mini", MINI)
+    frozen(monkeypatch, "miniImagenet", MINI)
     cross = data.read_dataset("cross", write_mini(tmp_path))
     assert sorted(cross["base"]) == ["n01", "n02", "n03", "n04"]  # all of mini-ImageNet
     assert sorted(cross["val"]) == CUB["val"] and sorted(cross["novel"]) == CUB["novel"]
@@ -125,13 +125,13 @@ def test_overlapping_splits_are_refused(tmp_path: Path) -> None:
     root = write_folders(tmp_path, {"base": ["a", "b"], "val": ["c"], "novel": ["b"]})
     with pytest.raises(UserError, match="class b is in train and in test; splits of classes must not overlap"):
         data.read_dataset("folder", root)
-    with pytest.raises(UserError, match="--dataset imagenet: unknown; choose from mini, tiered, cifarfs"):
+    with pytest.raises(UserError, match="--dataset imagenet: unknown; choose from miniImagenet, tiered, cifarfs"):
         data.read_dataset("imagenet", root)
 
 
 def test_the_published_splits_are_frozen() -> None:
     assert {name: sizes for name, (_, sizes) in data.FROZEN.items()} == {
-        "mini": (64, 16, 20), "tiered": (351, 97, 160), "cifarfs": (64, 16, 20), "fc100": (60, 20, 20),
+        "miniImagenet": (64, 16, 20), "tiered": (351, 97, 160), "cifarfs": (64, 16, 20), "fc100": (60, 20, 20),
         "CUB": (100, 50, 50),
     }  # fmt: skip
     one = {"base": ["a", "b"], "val": ["c"], "novel": ["d"]}

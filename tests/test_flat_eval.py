@@ -294,6 +294,7 @@ def test_a_closerlook_checkpoint_gives_features(tmp_path: Path) -> None:
         "Conv4",
     ]
     command += ["--image_size", "32", "--dataset", "folder", "--data_dir", "data/mini/fewshot", "--workers", "0"]
+    command += ["--threads", "1"]
     from shared_utils import mini
 
     mini.ensure("fewshot", ROOT / "data/mini")

@@ -98,17 +98,18 @@ def test_batch_norm_of_pairs(bn: str) -> None:  # trap 3
 
 def test_it_learns_more_than_the_quarter_turns() -> None:  # 8m
     """64 smooth images under fresh transformations, the decoder's loss alone."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     fam = aet.Family("projective", 16, 2, 0.8, 1.2)
     mean, std = aet.normalisation(fam)
     ramp = torch.linspace(0, 1, 16)
     y, x = torch.meshgrid(ramp, ramp, indexing="ij")
     pictures = 255 * torch.stack([x, y, (x + 2 * y) / 3]).expand(64, -1, -1, -1) * (0.7 + 0.3 * torch.rand(64, 3, 1, 1))
-    encoder = build("Conv4", 16, 24)
+    encoder = build("Conv4", 16, 16)
     model = PairModel(encoder, aet.Decoder("mlp", encoder.num_features, 8)).train()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     generator, errors = torch.Generator().manual_seed(0), []
-    for _ in range(350):
+    for _ in range(200):
         draw = aet.sample(64, fam, generator)
         x_t = data.normalise(aet.warp(pictures, draw.theta), "imagenet")
         _, _, read, read_t = model.encode(data.normalise(pictures, "imagenet"), x_t)
@@ -118,7 +119,7 @@ def test_it_learns_more_than_the_quarter_turns() -> None:  # 8m
         error.backward()
         optimizer.step()
         errors.append(float(error.detach()))
-    assert sum(errors[:5]) / 5 > 0.8 and sum(errors[-20:]) / 20 < 0.29
+    assert errors[0] > 0.7 and sum(errors[-20:]) / 20 < 0.25  # 0.29: the quarter turn alone
 
 
 def test_recipes_and_groups() -> None:

@@ -334,7 +334,7 @@ def test_two_processes_equal_one(images: Path, tmp_path: Path) -> None:
     ("flags", "message"),
     [
         ("--data_dir {tmp}/nowhere", r"nowhere/train: no such folder; expected"),
-        ("--dataset mini", r"train.csv: no such file; expected the lists of Ravi"),
+        ("--dataset miniImagenet", r"train.csv: no such file; expected the lists of Ravi"),
         ("--method nosuch", r"--method nosuch: unknown; choose from baseline"),
         ("--model Conv9", r"--model Conv9: unknown backbone; choose from Conv4"),
         ("--image_size 8", r"--image_size 8: Conv4 halves"),
