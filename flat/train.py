@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
             if mu is not None and target is not None and l_at is not None:
                 watched |= {"loss/at": l_at.detach(), "at/weight": weight}
                 watched |= aet.telemetry(mu.detach(), target, mean, std, fam)
-        if run.step_in_epoch == steps - 1:
+        if run.step_in_epoch == steps - 1 and bool(torch.isfinite(loss)):
             end_of_epoch(run, model, scores, held, val, epoch)
         run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched, **scores.values)
         if paired and run.due(args.image_every):

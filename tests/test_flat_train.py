@@ -17,7 +17,7 @@ from PIL import Image
 from flat import aet, data, save_features
 from flat.train import main
 from shared_utils import UserError, checkpoint
-from shared_utils.run import Run
+from shared_utils.run import Diverged, Run
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -309,6 +309,14 @@ def test_resume_with_other_flags_is_refused(images: Path, whole: Path, tmp_path:
     shutil.copytree(whole, tmp_path / "copy")
     with pytest.raises(UserError, match=r"--aet-lambda was 1.0, is 0.5; --decoder was linear, is mlp"):
         train(images, tmp_path / "copy", *FULL, "--aet_lambda", "0.5", "--decoder", "mlp")
+
+
+def test_a_diverged_run_keeps_the_last_good_files(images: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("flat.train.learning_rate", lambda args, epoch: 0.001 if epoch < 1 else float("inf"))
+    with pytest.raises(Diverged, match=r"step \d: the loss is nan"):
+        train(images, tmp_path, "--stop_epoch", "3", "--save_freq", "1")
+    assert checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["step"] == 3
+    assert [path.name for path in tmp_path.glob("*.tar")] == ["0.tar"]
 
 
 # --- processes and bad input -----------------------------------------------------------------------------------------
