@@ -8,12 +8,25 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared_utils import UserError
+
 
 def init(device: str = "auto") -> torch.device:
-    """Join the processes that torchrun started (gloo on CPU, nccl on GPU); return this process's device."""
+    """Join the processes that torchrun started (gloo on CPU, nccl on GPU); return this process's device.
+
+    UserError: a device that this machine or PyTorch does not have.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: no such device; give auto, cpu, cuda or cuda:N") from None
+    gpus = torch.cuda.device_count() if chosen.type == "cuda" else 0
+    if chosen.type == "cuda" and (chosen.index or int(os.environ.get("LOCAL_RANK", 0))) >= gpus:
+        raise UserError(
+            f"--device {device}: {gpus} GPUs are visible to this process; give cpu, another GPU, or fewer processes"
+        )
     if chosen.type == "cuda":
         if chosen.index is None:
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -41,6 +54,16 @@ def rank() -> int:
 def barrier() -> None:
     if world() > 1:
         dist.barrier()
+
+
+def agreed(value: bool, what: str) -> bool:
+    """`value`, which all processes must have found alike; UserError where they did not (`what` says what to do)."""
+    if world() > 1:
+        found: list[bool | None] = [None] * world()
+        dist.all_gather_object(found, value)
+        if len(set(found)) > 1:
+            raise UserError(what)
+    return value
 
 
 def all_sum(x: Tensor) -> Tensor:
@@ -190,6 +213,8 @@ def convert_norm(module: nn.Module, kind: str, splits: int = 8, passes: int = 1)
             )
             new.eps, new.momentum = child.eps, child.momentum
             new.load_state_dict(child.state_dict())
+            for fresh, old in zip(new.parameters(), child.parameters()):
+                fresh.requires_grad_(old.requires_grad)  # DDP waits for the gradients of what it takes for trained
             setattr(module, name, new.train(child.training))
         else:
             convert_norm(child, kind, splits, passes)

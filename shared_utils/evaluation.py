@@ -32,7 +32,7 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
     a("--val_dir", type=Path, help="default: val below --data_dir, or test where there is no val")
     a("--dataset", choices=SETS, default="folder", help="folder: as above; else torchvision's files below --data_dir")
     a("--synthetic", action="store_true", help="generate the mini data and take it as --data_dir, no download")
-    a("--img_size", type=int, default=224, help="pixels of a crop")
+    a("--img_size", type=int, help="pixels of a crop; default: what the checkpoint was trained with, else 224")
     a("--per_class", type=int, default=0, help="first so many training images of each class; 0: all")
     a("--cache", action="store_true", help="decode the training images once and keep them in memory (small images)")
 
@@ -68,7 +68,9 @@ def _cifar(args: argparse.Namespace) -> tuple[ImageList, ImageList]:
 
 
 def prepare_data(args: argparse.Namespace) -> None:
-    """Check the flags; with --synthetic write the mini data, once, before any process reads it."""
+    """Resolve and check the flags; with --synthetic write the mini data, once, before any process reads it."""
+    if args.img_size is None:
+        args.img_size = stored_flags(getattr(args, "pretrained", "none")).get("img_size", 224)
     if args.img_size < 1 or args.per_class < 0:
         raise UserError(f"--img_size {args.img_size} --per_class {args.per_class}: at least 1, and 0 or more")
     if args.synthetic:
@@ -167,6 +169,13 @@ def add_network_flags(p: argparse.ArgumentParser, archs: Sequence[str], stems: S
     p.set_defaults(backbone_sha256="")
 
 
+def stored_flags(pretrained: str) -> Mapping[str, Any]:
+    """The flags that a run of ours has stored in the checkpoint `pretrained`; none in other files and for `none`."""
+    loaded = None if pretrained == "none" else checkpoint.load(pretrained)
+    flags = loaded.get("args") if isinstance(loaded, Mapping) else None
+    return flags if isinstance(flags, Mapping) else vars(flags) if isinstance(flags, argparse.Namespace) else {}
+
+
 def load_backbone(
     build: Callable[[str, int, str], Any],
     args: argparse.Namespace,
@@ -180,12 +189,7 @@ def load_backbone(
     `stored_as` the names that a run's checkpoint has these flags under, the first that it holds counts.
     The hash of the weights enters the flags: a probe of weights that have since changed is not resumed.
     """
-    stored: Mapping[str, Any] = {}
-    if args.pretrained != "none":
-        loaded = checkpoint.load(args.pretrained)
-        flags = loaded.get("args") if isinstance(loaded, Mapping) else None
-        stored = flags if isinstance(flags, Mapping) else vars(flags) if isinstance(flags, argparse.Namespace) else {}
-        del loaded
+    stored = stored_flags(args.pretrained)
     for flag, fallback in (("arch", default), ("width", 64), ("stem", "imagenet")):
         if getattr(args, flag) is None:
             found = (stored.get(name.format(flag)) for name in stored_as)

@@ -1,6 +1,7 @@
 """Exact nearest neighbours in feature space: extraction, search, and what is read off the neighbours."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def features(
         out: an .npy file that the rows are written to, each process its own, instead of memory and an exchange.
 
     Returns: [N, D] float32 on the CPU (mapped from `out` if given). Each process computes a share of the rows.
+    UserError: `out` cannot be written.
     """
     world, rank = distributed.world(), distributed.rank()
     share = -(-len(images) // world)
@@ -62,9 +64,13 @@ def features(
         rows = torch.zeros(share, int(dim))
     else:
         if rank == 0:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(out, "w+", np.float32, (len(images), int(dim)))
+            try:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                np.lib.format.open_memmap(out, "w+", np.float32, (len(images), int(dim))).flush()
+            except OSError as error:
+                raise UserError(f"{out}: features cannot be written there ({error.strerror})") from None
         distributed.barrier()
+        distributed.agreed(out.is_file(), f"{out} is not seen by all processes; give a folder that all nodes share")
         mapped = torch.from_numpy(np.lib.format.open_memmap(out, "r+"))
         rows = mapped[first : first + share]
     done = 0
@@ -72,6 +78,9 @@ def features(
         rows[done : done + len(block)] = block
         done += len(block)
         block = next(coming, None)
+    if out is not None:
+        with open(out, "rb+") as handle:  # before other nodes read the rows
+            os.fsync(handle.fileno())
     distributed.barrier()
     if out is not None:
         return mapped

@@ -40,7 +40,7 @@ from shared_utils.data import EpochSampler, mix_key
 
 # Flags that say where and how fast a run goes, not what it computes: they may change on a resume.
 RUNTIME_FLAGS = {"output_dir", "data_root", "device", "workers", "threads", "log_every", "save_every", "resume"}
-RUNTIME_FLAGS |= {"overwrite"}
+RUNTIME_FLAGS |= {"overwrite", "cache", "feature_dir", "image_every"}
 
 
 _open_runs: list["Run"] = []  # whose tensorboard files are still being written
@@ -227,7 +227,11 @@ class Run:
     def preflight(self, facts: Mapping[str, Any]) -> None:
         """Print the facts and flags, resume if there is something to resume, open the logs, take over signals."""
         own = self.dir / "checkpoint.pth"
-        resume_from = self.args.resume or (own if own.is_file() and not self.args.overwrite else None)
+        there = distributed.agreed(
+            own.is_file(),
+            f"{own} is there for some processes and not for others; give an --output-dir that all nodes share",
+        )
+        resume_from = self.args.resume or (own if there and not self.args.overwrite else None)
         if self.args.overwrite and self.args.resume:
             raise UserError("--overwrite and --resume exclude each other")
         self.say(f"{self.name} -> {self.dir}")
@@ -256,7 +260,7 @@ class Run:
         mine = {**plain(self.args), "world": self.world}
         theirs = {**saved["args"], "world": saved["progress"]["world"]}
         changed = [
-            f"--{k.replace('_', '-')} was {theirs.get(k)}, is {mine.get(k)}"
+            f"{'processes' if k == 'world' else '--' + k.replace('_', '-')} was {theirs.get(k)}, is {mine.get(k)}"
             for k in sorted(set(mine) | set(theirs))
             if k not in RUNTIME_FLAGS and mine.get(k) != theirs.get(k)
         ]
@@ -338,7 +342,7 @@ class Run:
         number = float(loss.detach() if isinstance(loss, Tensor) else loss)
         if not math.isfinite(number):
             raise Diverged(
-                f"step {self.step}: the loss is {number}; try a lower --lr, --amp none, or another --seed "
+                f"step {self.step}: the loss is {number}; try a lower learning rate, --amp none, or another --seed "
                 f"(the last good checkpoint in {self.dir} is unharmed)"
             )
         if self.rank != 0 or not self.log_due():

@@ -228,7 +228,7 @@ def test_foreign_and_truncated_checkpoints_are_refused(data, whole, tmp_path):
 def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("mdp.main_pretrain.learning_rate", lambda args, step, n: 0.05 if step < 3 else float("inf"))
-        with pytest.raises(Diverged, match=r"step 4: the loss is nan; try a lower --lr"):
+        with pytest.raises(Diverged, match=r"step 4: the loss is nan; try a lower learning rate"):
             train(data, tmp_path, "--save-every", "1", "--mix", "none")
     saved = checkpoint.load(tmp_path / "checkpoint.pth")
     assert saved["progress"]["step"] <= 4

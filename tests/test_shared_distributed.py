@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared_utils import distributed
+from shared_utils import UserError, distributed
 from shared_utils.distributed import SplitBatchNorm, convert_norm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +54,34 @@ x = torch.arange(8.0)[4 * r : 4 * r + 4]
 shuffled, order = d.shuffle(x, torch.Generator().manual_seed(1))
 assert sorted(d.gather(shuffled).tolist()) == list(range(8)) and not torch.equal(shuffled, x)
 assert torch.equal(d.unshuffle(shuffled * 10, order), x * 10)
+
+# what all must have found alike
+from shared_utils import UserError
+assert d.agreed(True, "alike") is True and d.agreed(False, "alike") is False
+try:
+    d.agreed(r == 0, "give a folder that all nodes share")
+    raise SystemExit("a disagreement passed")
+except UserError as error:
+    assert str(error) == "give a folder that all nodes share"
+
+# features of five images: three and two of them, in memory and in a file
+import sys
+from pathlib import Path
+import numpy as np
+from PIL import Image
+from torchvision.transforms.functional import to_tensor
+from shared_utils.data import ImageList
+from shared_utils.neighbours import features
+folder = Path(sys.argv[1])
+files = [folder / f"{i}.png" for i in range(5)]
+if r == 0:
+    for i, file in enumerate(files):
+        Image.fromarray(np.full((2, 2, 3), 40 * i + 9, np.uint8) * np.array([1, 1, i % 2], np.uint8)).save(file)
+d.barrier()
+images = ImageList([(file, 0) for file in files], ["one"], to_tensor)
+expected = torch.nn.functional.normalize(torch.stack([images[i][0].flatten() for i in range(5)]), dim=1)
+for out in (None, folder / "feats.npy"):
+    torch.testing.assert_close(features(lambda x: x.flatten(1), images, torch.device("cpu"), 2, out=out), expected)
 print(f"fine{r}", flush=True)
 """
 
@@ -61,7 +89,16 @@ print(f"fine{r}", flush=True)
 def test_two_processes(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        str(tmp_path),
+    ]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -114,6 +151,19 @@ def test_convert_norm_keeps_keys_and_values():
     for kind, cls in (("sync", distributed.SyncBatchNorm), ("local", nn.BatchNorm2d)):
         new = convert_norm(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4, eps=1e-3))), kind)
         assert new.state_dict().keys() == before.keys() and type(new[1][0]) is cls and new[1][0].eps == 1e-3
+
+
+@pytest.mark.parametrize("kind", ["sync", "split"])
+def test_convert_norm_keeps_what_is_frozen(kind):
+    net = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4).requires_grad_(False))
+    assert [p.requires_grad for p in convert_norm(net, kind).parameters()] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cuda"])
+def test_a_device_that_is_not_there_is_one_line(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match=f"--device {device}: "):
+        distributed.init(device)
 
 
 def test_one_process_is_a_passthrough():

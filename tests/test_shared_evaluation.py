@@ -112,6 +112,11 @@ def test_flags_of_the_checkpoint_and_what_overrides_them(tmp_path):
     args = flags(pretrained=str(released), width=5)
     evaluation.load_backbone(tiny, args, "a")
     assert (args.arch, args.stem) == ("a", "imagenet")
+    for trained, given, size in ((32, None, 32), (32, 64, 64), (None, None, 224)):
+        checkpoint.save(path, {"state_dict": state, "args": {"img_size": trained} if trained else {}})
+        args = argparse.Namespace(pretrained=str(path), img_size=given, per_class=0, synthetic=False)
+        evaluation.prepare_data(args)
+        assert args.img_size == size
     fresh = flags(width=4)
     assert evaluation.load_backbone(tiny, fresh, "a")[1].endswith("random weights") and fresh.backbone_sha256 == ""
 
