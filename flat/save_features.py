@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     scores: dict[str, float] = {}
     if model is not None and model.decoder is not None:
         scores |= {f"{given.split}_{k}": v for k, v in decoder_scores(model, images, args, device).items()}
-    if model is not None and args.holdout:
+    if model is not None and args.holdout and given.dataset is None:  # of the data that it was trained on
         names = data.pick_classes(sorted(found["base"]), args.base_classes, args.base_draw)
         held = data.as_list({name: found["base"][name] for name in names}, 0, args.holdout)
         scores |= {f"held_{k}": v for k, v in base_scores(model, held, args, device).items()}

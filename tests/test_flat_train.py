@@ -185,6 +185,10 @@ def test_a_checkpoint_without_its_decoder_gives_the_same_features(images: Path, 
     save_features.main([*words, str(tmp_path / "bare/x.tar")])
     one, two = (checkpoint.load(folder / "features.pt") for folder in (tmp_path, tmp_path / "bare"))
     assert torch.equal(one["features"], two["features"]) and one["weights"] == two["weights"]
+    assert "held_base_accuracy" in one["scores"]
+    save_features.main([*words, str(tmp_path / "checkpoint.pth"), "--dataset", "folder", "--split", "val"])
+    other = checkpoint.load(tmp_path / "features_val.pt")  # across domains nothing was held out
+    assert other["split"] == "val" and not any(key.startswith("held") for key in other["scores"])
     assert "novel_decoder_mse" in one["scores"] and "novel_decoder_mse" not in two["scores"]
     assert not any("decoder" in key for key in one if key != "scores")
     bare.pop("feature.trunk.0.C.weight")
