@@ -89,8 +89,9 @@ def read_weights(path: str | os.PathLike, family: str = "auto") -> dict[str, Ten
     """Flat state dict of the network inside a checkpoint, wrapper prefixes stripped.
 
     Families, by what their public files look like: `moco` (`state_dict` of `module.encoder_q.*`, also our own runs),
-    `dino` (`teacher` of `backbone.*` beside `student`), `mae` (`model`), `swav` (`module.*` with `prototypes`),
-    `plain` (torchvision, timm: flat keys or below `state_dict`). `auto` recognises them; another name demands it.
+    `byol` (OpenSelfSup's `online_net.0.*`, the backbone alone is taken), `dino` (`teacher` of `backbone.*` beside
+    `student`), `mae` (`model`), `swav` (`module.*` with `prototypes`), `plain` (torchvision, timm: flat keys or below
+    `state_dict`). `auto` recognises them; another name demands it.
 
     Raises:
         UserError: not a checkpoint of weights, or of another family than the demanded one.
@@ -114,6 +115,8 @@ def read_weights(path: str | os.PathLike, family: str = "auto") -> dict[str, Ten
         found, state = "moco", _select(state, "encoder_q.")
     elif found == "dino" and any(key.startswith("backbone.") for key in state):
         state = _select(state, "backbone.")
+    elif any(key.startswith("online_net.0.") for key in state):
+        found, state = "byol", _select(state, "online_net.0.")
     elif any(key.startswith("prototypes.") for key in state):
         found = "swav"
     if family not in ("auto", found):

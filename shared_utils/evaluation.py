@@ -26,11 +26,17 @@ SETS = ("folder", "cifar10", "cifar100")
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
-def add_data_flags(p: argparse.ArgumentParser) -> None:
+def add_data_flags(p: argparse.ArgumentParser, more: Sequence[str] = ()) -> None:
+    """`more`: further --dataset names, which the folder opens itself."""
     a = p.add_argument
     a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="holds train/CLASS/* and val/CLASS/*")
     a("--val_dir", type=Path, help="default: val below --data_dir, or test where there is no val")
-    a("--dataset", choices=SETS, default="folder", help="folder: as above; else torchvision's files below --data_dir")
+    a(
+        "--dataset",
+        choices=[*SETS, *more],
+        default="folder",
+        help="folder: as above; else torchvision's files below --data_dir",
+    )
     a("--synthetic", action="store_true", help="generate the mini data and take it as --data_dir, no download")
     a("--img_size", type=int, help="pixels of a crop; default: what the checkpoint was trained with, else 224")
     a("--per_class", type=int, default=0, help="first so many training images of each class; 0: all")

@@ -1,0 +1,106 @@
+"""Table of the arms that `run_arms.sh` trained: python -m sage.arms runs/sage/arms/small/cifar10 [--record]
+
+Mean and sample standard deviation over the seeds. `--record` writes the rows of the small tier into results.csv and
+compact logs into sage/logs/.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from shared_utils.arms import Arms
+from shared_utils.run import cli
+
+# Evaluations beside a run: {job: the numbers that are taken from its result.json}.
+LABELS = {"knn": ("knn1", "knn20", "knn200"), "linear": ("linear",)}
+FACTORS = {
+    "attributes": (
+        "linear_mean", "linear_class", "linear_hue", "linear_texture", "linear_background",
+        "knn20_mean", "knn20_class", "knn20_hue", "knn20_texture", "knn20_background",
+    ),
+}  # fmt: skip
+
+
+def has_attributes(root: Path) -> bool:
+    """Whether the arms in this folder were trained on the generated attribute set (tier mini, or its small set)."""
+    return root.resolve().name in ("mini", "mini_attributes")
+
+
+def read(folder: Path) -> dict[str, float] | None:
+    """Metrics of the run in `folder` from the evaluations beside it, None while they are not complete.
+
+    `explained` is what the freshly trained decoder removes of the mean image's error, in per cent.
+    """
+    out: dict[str, float] = {}
+    for job, numbers in (FACTORS if has_attributes(folder.parent.parent) else LABELS).items():
+        file = folder.with_name(f"{folder.name}-{job}") / "result.json"
+        if not file.is_file():
+            return None
+        result = json.loads(file.read_text())
+        out |= {number: result[number] for number in numbers}
+        if "recon" in result:
+            out["explained"] = 100 * (1 - result["recon"] / result["recon_mean_image"])
+    return out
+
+
+CIFAR = Arms(
+    paper="sage",
+    home=Path(__file__).resolve().parent,
+    arms={
+        "byol": "BYOL, equal epochs",
+        "pixel": "BYOL + generation by pixels",
+        "sage": "SaGe",
+        "random": "SaGe with a random evaluator (control)",
+        "byol_sum": "BYOL at the summed budget (evaluator + SaGe)",
+    },
+    metrics={
+        "knn20": "20-NN top-1",
+        "knn1": "1-NN top-1",
+        "knn200": "200-NN top-1",
+        "linear": "linear top-1 (cached features)",
+    },
+    sets={"cifar10": "CIFAR-10, 4,000 images, 32 px"},
+    claim="linear",
+    baseline="byol",
+    pairs=[("sage", "byol"), ("sage", "byol_sum"), ("sage", "pixel"), ("sage", "random"), ("pixel", "byol")],
+    curve=("step", "loss", "loss1", "loss_mse", "loss_f1", "loss_f7", "loss_f14", "loss_f28", "feat/std"),
+    command="export DATA_ROOT=/path/to/data SET={set} && ARMS='{arms}' SEEDS='{seeds}' bash sage/run_arms.sh small",
+    read=read,
+)
+ATTRIBUTES = replace(
+    CIFAR,
+    metrics={
+        "linear_mean": "linear accuracy, mean of the attributes",
+        "linear_class": "linear accuracy of shape",
+        "linear_hue": "linear accuracy of hue",
+        "linear_texture": "linear accuracy of texture",
+        "linear_background": "linear accuracy of background",
+        "knn20_mean": "20-NN accuracy, mean of the attributes",
+        "knn20_class": "20-NN accuracy of shape",
+        "knn20_hue": "20-NN accuracy of hue",
+        "knn20_texture": "20-NN accuracy of texture",
+        "knn20_background": "20-NN accuracy of background",
+        "explained": "pixels explained by the frozen features, per cent of the mean image's error",
+    },
+    sets={"mini_attributes": "generated attribute set, 1,000 images, 32 px"},
+    claim="linear_mean",
+)
+
+
+def arms_of(root: Path) -> Arms:
+    """What is measured on the set whose folder `root` is."""
+    return ATTRIBUTES if has_attributes(root) else CIFAR
+
+
+def get_parser() -> argparse.ArgumentParser:
+    return CIFAR.parser(__doc__ or "")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
+    return arms_of(args.root).main(args)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,130 @@
+"""What SaGe sees of an image: two unequal views as bytes, scaled to -1..1 on the device; transforms of evaluation."""
+
+import csv
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms as T
+from torchvision.transforms import InterpolationMode
+
+from shared_utils import UserError, augment
+from shared_utils.data import ImageList, image_folder, list_file, per_class
+
+HALF = (0.5, 0.5, 0.5)  # mean and standard deviation everywhere: the range of the decoder's tanh
+
+
+def normalise(x: Tensor) -> Tensor:
+    """Bytes [..., 3, H, W] -> -1..1, float32."""
+    return (x.float() - 127.5) / 127.5
+
+
+def denormalise(x: Tensor) -> Tensor:
+    """-1..1 -> 0..1, for pictures."""
+    return (x.float() / 2 + 0.5).clamp(0, 1)
+
+
+class Solarize:
+    """Values of 128 and more are inverted."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return ImageOps.solarize(image, 128)
+
+
+def pipeline(size: int, blur: float, solarize: float, blur_max: float = 2.0) -> T.Compose:
+    """One view as bytes [3, size, size]: the release's `pipeline1` (blur 1, solarize 0), `pipeline2` (.1, .2).
+
+    Args:
+        blur, solarize: probabilities. blur_max: largest standard deviation of the blur in pixels.
+    """
+    return T.Compose(
+        [
+            T.RandomResizedCrop(size, (0.08, 1.0), interpolation=InterpolationMode.BICUBIC),
+            T.RandomHorizontalFlip(),
+            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+            T.RandomGrayscale(0.2),
+            T.RandomApply([augment.GaussianBlur(0.1, blur_max)], blur),
+            T.RandomApply([Solarize()], solarize),
+            T.PILToTensor(),
+        ]
+    )
+
+
+def as_bytes(size: int) -> T.Compose:
+    """The whole image without augmentation: shorter side to size, centre crop, bytes."""
+    return T.Compose([T.Resize(size), T.CenterCrop(size), T.PILToTensor()])
+
+
+def _half(transform: T.Compose) -> T.Compose:
+    """The same pipeline with mean and standard deviation 0.5."""
+    return T.Compose([*transform.transforms[:-1], T.Normalize(HALF, HALF)])
+
+
+def plain(size: int = 224) -> T.Compose:
+    """Evaluation: shorter side to size * 256 / 224, centre crop, -1..1."""
+    return _half(augment.plain(size))
+
+
+def linear_train(size: int = 224) -> T.Compose:
+    """Training of a probe and fine-tuning: random resized crop (8 to 100 % of the area), flip, -1..1."""
+    return _half(augment.linear_train(size))
+
+
+class Views(Dataset):
+    """Item i: {"x1", "x2"} of image i, and {"clean"}, the image without augmentation, where it is asked for; bytes."""
+
+    def __init__(self, images: ImageList, size: int, clean: bool = False, blur_max: float = 2.0):
+        self.images, self.clean = images, as_bytes(size) if clean else None
+        self.pipelines = {"x1": pipeline(size, 1.0, 0.0, blur_max), "x2": pipeline(size, 0.1, 0.2, blur_max)}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        image = self.images.image(index)
+        out = {name: transform(image) for name, transform in self.pipelines.items()}
+        if self.clean is not None:
+            out["clean"] = self.clean(image)
+        return out
+
+
+def training_images(data_dir: Path, file: Path | None = None, count: int = 0, cache: bool = False) -> ImageList:
+    """`data_dir`/train/CLASS/*, or those that a list names (`CLASS/image.jpg` a line), the first `count` of each class.
+
+    UserError for a missing or empty folder and for a listed image that is not there.
+    """
+    if not data_dir.is_dir():
+        raise UserError(f"--data_dir {data_dir} does not exist; expected {data_dir}/train/CLASS/*.jpg")
+    images = list_file(file, data_dir / "train") if file else image_folder(data_dir / "train")
+    return per_class(images, count, cache)
+
+
+def attribute_labels(root: Path, images: ImageList) -> dict[str, tuple[Tensor, list[str]]]:
+    """Attribute -> labels [N] of `images`, and the values they number, from `root`/attributes.csv.
+
+    Its columns are `path`, relative to root, and the attributes.
+
+    UserError: no such file, no attribute in it, or an image that it does not name.
+    """
+    file = root / "attributes.csv"
+    if not file.is_file():
+        raise UserError(
+            f"{file}: no such file; the attribute set is a folder with attributes.csv (path and attributes)"
+        )
+    with open(file, newline="", encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    names = [name for name in (rows[0] if rows else {}) if name != "path"]
+    if not names or "path" not in rows[0]:
+        raise UserError(f"{file}: must have a column path and at least one attribute")
+    by_path = {row["path"]: row for row in rows}
+    try:
+        found = [by_path[path.relative_to(root).as_posix()] for path, _ in images.samples]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{file}: does not name {error}; it must have a row for every image") from None
+    out = {}
+    for name in names:
+        values = sorted({row[name] for row in rows})
+        out[name] = (torch.tensor([values.index(row[name]) for row in found]), values)
+    return out

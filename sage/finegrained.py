@@ -1,0 +1,166 @@
+"""CUB-200-2011, Stanford Cars and FGVC-Aircraft in their publishers' layouts, and mini copies in the same layouts.
+
+CUB_200_2011/{images.txt, image_class_labels.txt, train_test_split.txt, classes.txt, images/CLASS/*.jpg}
+stanford_cars/{devkit/cars_meta.mat, devkit/cars_train_annos.mat, cars_test_annos_withlabels.mat, cars_train/*.jpg,
+               cars_test/*.jpg}
+fgvc-aircraft-2013b/data/{variants.txt, images_variant_trainval.txt, images_variant_test.txt, images/*.jpg}
+"""
+
+import argparse
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from shared_utils import UserError, distributed, mini
+from shared_utils.data import ImageList, image_folder, per_class
+from shared_utils.evaluation import open_splits, prepare_data
+
+
+def _lines(file: Path) -> list[list[str]]:
+    """Words of every line that is not empty; UserError when the file is missing."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; see the layouts at the head of sage/finegrained.py")
+    return [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _pair(file: Path, samples: dict[bool, list[tuple[Path, int]]], classes: list[str]) -> tuple[ImageList, ImageList]:
+    """Training and test images; UserError for a label out of range, an empty split, and an image that is missing."""
+    for split in samples.values():
+        wrong = next((y for _, y in split if not 0 <= y < len(classes)), None)
+        if wrong is not None or not split:
+            what = "an empty split" if wrong is None else f"a label {wrong + 1} for {len(classes)} classes"
+            raise UserError(f"{file}: {what}")
+        absent = next((path for path, _ in split if not path.is_file()), None)
+        if absent is not None:
+            raise UserError(f"{absent}: no such image, but {file} names it")
+    return ImageList(samples[True], classes), ImageList(samples[False], classes)
+
+
+def cub(root: Path) -> tuple[ImageList, ImageList]:
+    """5,994 training and 5,794 test images of 200 birds."""
+    root = root / "CUB_200_2011"
+    classes = [words[1] for words in _lines(root / "classes.txt")]
+    label = {words[0]: int(words[1]) - 1 for words in _lines(root / "image_class_labels.txt")}
+    train = {words[0]: words[1] == "1" for words in _lines(root / "train_test_split.txt")}
+    samples: dict[bool, list[tuple[Path, int]]] = {True: [], False: []}
+    for number, name in _lines(root / "images.txt"):
+        if number not in label or number not in train:
+            raise UserError(f"{root}/images.txt: image {number} has no label or no split in the files beside it")
+        samples[train[number]].append((root / "images" / name, label[number]))
+    return _pair(root / "images.txt", samples, classes)
+
+
+def cars(root: Path) -> tuple[ImageList, ImageList]:
+    """8,144 training and 8,041 test images of 196 cars."""
+    from scipy.io import loadmat
+
+    root = root / "stanford_cars"
+    files = {True: root / "devkit/cars_train_annos.mat", False: root / "cars_test_annos_withlabels.mat"}
+    meta = root / "devkit/cars_meta.mat"
+    for file in (meta, *files.values()):
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; see the layouts at the head of sage/finegrained.py")
+    classes = [str(name) for name in loadmat(meta, squeeze_me=True)["class_names"]]
+    samples = {}
+    for train, file in files.items():
+        rows = np.atleast_1d(loadmat(file, squeeze_me=True)["annotations"])
+        folder = root / ("cars_train" if train else "cars_test")
+        samples[train] = [(folder / str(row["fname"]), int(row["class"]) - 1) for row in rows]
+    return _pair(files[True], samples, classes)
+
+
+def aircraft(root: Path) -> tuple[ImageList, ImageList]:
+    """6,667 training and validation images and 3,333 test images of 100 variants."""
+    root = root / "fgvc-aircraft-2013b/data"
+    classes = [" ".join(words) for words in _lines(root / "variants.txt")]
+    samples: dict[bool, list[tuple[Path, int]]] = {}
+    for train, name in ((True, "trainval"), (False, "test")):
+        file = root / f"images_variant_{name}.txt"
+        samples[train] = []
+        for number, *words in _lines(file):
+            if " ".join(words) not in classes:
+                raise UserError(f"{file}: {' '.join(words)} is not among the variants of variants.txt")
+            samples[train].append((root / "images" / f"{number}.jpg", classes.index(" ".join(words))))
+    return _pair(root / "variants.txt", samples, classes)
+
+
+READERS: dict[str, Callable[[Path], tuple[ImageList, ImageList]]] = {"cub": cub, "cars": cars, "aircraft": aircraft}
+
+
+def open_images(args: argparse.Namespace) -> tuple[ImageList, ImageList]:
+    """Training and test images of the flags: one of these three sets, or what `open_splits` knows; no transforms."""
+    if args.dataset not in READERS:
+        return open_splits(args)
+    prepare_data(args)
+    if args.synthetic:
+        images, args.data_dir = args.data_dir, Path(args.data_dir).with_name("finegrained")
+        if distributed.rank() == 0:
+            write_mini(args.dataset, images, args.data_dir)
+        distributed.barrier()
+    train, val = READERS[args.dataset](Path(args.data_dir))
+    return per_class(train, args.per_class, args.cache), val
+
+
+# --- mini copies -----------------------------------------------------------------------------------------------------
+
+
+def write_mini(kind: str, images: Path, root: Path) -> None:
+    """The mini images in the layout of `kind`, below `root`, once."""
+    stamp = root / f"{kind}.stamp"
+    version = (images / mini.STAMP).read_text()
+    if stamp.is_file() and stamp.read_text() == version:
+        return
+    splits = {True: image_folder(images / "train"), False: image_folder(images / "val")}
+    {"cub": _write_cub, "cars": _write_cars, "aircraft": _write_aircraft}[kind](splits, root)
+    stamp.write_text(version)
+
+
+def _write(file: Path, lines: list[str]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def _write_cub(splits: dict[bool, ImageList], root: Path) -> None:
+    root = root / "CUB_200_2011"
+    rows = [(path, y, train) for train, part in splits.items() for path, y in part.samples]
+    names = [f"{y + 1:03d}.{name}" for y, name in enumerate(splits[True].classes)]
+    for path, y, _ in rows:
+        _copy(path, root / "images" / names[y] / path.name)
+    _write(root / "classes.txt", [f"{y} {name}" for y, name in enumerate(names, 1)])
+    _write(root / "images.txt", [f"{i} {names[y]}/{path.name}" for i, (path, y, _) in enumerate(rows, 1)])
+    _write(root / "image_class_labels.txt", [f"{i} {y + 1}" for i, (_, y, _) in enumerate(rows, 1)])
+    _write(root / "train_test_split.txt", [f"{i} {int(train)}" for i, (*_, train) in enumerate(rows, 1)])
+
+
+def _write_cars(splits: dict[bool, ImageList], root: Path) -> None:
+    from scipy.io import savemat
+
+    root = root / "stanford_cars"
+    (root / "devkit").mkdir(parents=True, exist_ok=True)
+    savemat(root / "devkit/cars_meta.mat", {"class_names": np.array(splits[True].classes, dtype=object)})
+    files = {True: "devkit/cars_train_annos.mat", False: "cars_test_annos_withlabels.mat"}
+    for train, part in splits.items():
+        kind = [("class", object), ("fname", object)]
+        rows = np.empty(len(part), dtype=kind)
+        for i, (path, y) in enumerate(part.samples):
+            rows[i] = (y + 1, path.name)
+            _copy(path, root / ("cars_train" if train else "cars_test") / path.name)
+        savemat(root / files[train], {"annotations": rows})
+
+
+def _write_aircraft(splits: dict[bool, ImageList], root: Path) -> None:
+    root = root / "fgvc-aircraft-2013b/data"
+    classes = splits[True].classes
+    _write(root / "variants.txt", classes)
+    for train, part in splits.items():
+        name = "trainval" if train else "test"
+        _write(root / f"images_variant_{name}.txt", [f"{path.stem} {classes[y]}" for path, y in part.samples])
+        for path, _ in part.samples:
+            _copy(path, root / "images" / path.name)

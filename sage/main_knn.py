@@ -1,0 +1,65 @@
+"""Nearest-neighbour test of a backbone's pooled features, without any training.
+
+    python -m sage.main_knn --pretrained runs/sage/pretrain/small/checkpoint.pth --data_dir DATA_DIR
+
+`knn1` the nearest training image's label; `knn20` and `knn200` weighted votes, exp(cosine / .07). In per cent.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sage.data import plain
+from sage.finegrained import open_images
+from sage.options import add_flags, backbone
+from shared_utils import UserError, distributed
+from shared_utils.data import ImageList
+from shared_utils.evaluation import freeze, write_result
+from shared_utils.neighbours import features, knn_accuracy
+from shared_utils.run import Parser, cli, runs_root, set_threads
+
+
+def get_parser() -> Parser:
+    p = Parser(prog="sage.main_knn", description=(__doc__ or "").splitlines()[0])
+    a = p.add_argument
+    add_flags(p)
+    a("--feature_dir", type=Path, help="keep features in .npy files there (mapped, not in memory: for ImageNet)")
+    a("--batch_size", type=int, default=256, help="images a process")
+    a("--output-dir", type=Path, default=runs_root() / "sage/knn/default", help="folder of result.json")
+    a("--workers", "--num_workers", type=int, default=2)
+    a("--device", default="auto")
+    a("--amp", choices=["none", "bf16"], default="none")
+    a("--threads", type=int, default=0, help="0: cores - workers on a CPU")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size {args.batch_size}: must be at least 1")
+    device = distributed.init(args.device)
+    set_threads(args.threads, args.workers, device)
+    train, val = open_images(args)
+    train.transform = val.transform = plain(args.img_size)
+    encoder, report = backbone(args)
+    freeze(encoder)
+    encoder = encoder.to(device).to(memory_format=torch.channels_last)
+    if distributed.rank() == 0:
+        print(f"sage/knn: {report}; {len(train)} train / {len(val)} val images", flush=True)
+
+    def embed(name: str, images: ImageList) -> Tensor:
+        out = args.feature_dir / f"{name}.npy" if args.feature_dir else None
+        return features(encoder.pooled, images, device, args.batch_size, args.workers, args.amp == "bf16", out)
+
+    bank, queries = embed("train", train), embed("val", val)
+    result: dict[str, object] = {
+        f"knn{k}": knn_accuracy(bank, train.labels, queries, val.labels, k, 0.07, device) for k in (1, 20, 200)
+    }
+    result |= {"pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256, "data_dir": str(args.data_dir)}
+    write_result(args.output_dir, result)
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)

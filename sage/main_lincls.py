@@ -1,0 +1,189 @@
+"""Linear evaluation of the frozen backbone's pooled feature (release configs r50_last_byol and r50_last).
+
+    python -m sage.main_lincls --pretrained runs/sage/pretrain/paper/checkpoint.pth --data_dir imagenet
+
+Also of fine-grained sets (--dataset cub, cars, aircraft). Images are scaled to -1..1, as in pretraining.
+"""
+
+import argparse
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sage.data import linear_train, plain
+from sage.finegrained import open_images
+from sage.options import add_flags, backbone
+from shared_utils import UserError, distributed
+from shared_utils.data import EpochSampler, Keyed
+from shared_utils.evaluation import check_cache, collect, freeze, topk, unchanged, write_result
+from shared_utils.run import Parser, Run, add_run_flags, cli
+
+
+def get_parser() -> Parser:
+    p = Parser(prog="sage.main_lincls", description=(__doc__ or "").splitlines()[0])
+    a = p.add_argument
+    add_flags(p)
+    a("--lr", type=float, default=0.2, help="learning rate of the first epoch")
+    a("--momentum", type=float, default=0.9)
+    a("--weight_decay", type=float, default=0.0)
+    a("--batch_size", type=int, default=256, help="images a step, all processes together")
+    a("--total_epochs", type=int, default=80)
+    a("--lr_policy", choices=["cosine", "step"], default="cosine", help="by epoch: to 0, or x .1 at each of --step")
+    a("--step", type=_ints, default="60,80", help="epochs of --lr_policy step (release r50_last: lr 30, 100 epochs)")
+    a("--cached_train", action="store_true", help="a cheap probe: train on features of unaugmented images, computed "
+      "once; not equal to the protocol")  # fmt: skip
+    add_run_flags(p, "sage/lincls/default")
+    return p
+
+
+def _ints(text: str) -> list[int]:
+    return [int(x) for x in text.split(",")]
+
+
+def check_flags(args: argparse.Namespace, world: int) -> None:
+    """UserError for flags out of range, before anything is loaded."""
+    for name in ("batch_size", "total_epochs", "log_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if not args.lr > 0:
+        raise UserError(f"--lr {args.lr}: must be above 0")
+    if args.batch_size % world:
+        raise UserError(f"--batch_size {args.batch_size} does not divide over {world} processes")
+
+
+def learning_rate(args: argparse.Namespace, epoch: int) -> float:
+    """Of a whole epoch."""
+    if args.lr_policy == "cosine":
+        return args.lr * (1 + math.cos(math.pi * epoch / args.total_epochs)) / 2
+    return args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.step)
+
+
+class Scores:
+    """Top-1 and top-5 in per cent after each epoch."""
+
+    def __init__(self) -> None:
+        self.history: list[list[float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.history = [list(pair) for pair in state["history"]]
+
+    def result(self) -> dict[str, Any]:
+        """After the last epoch, and the best epoch beside it."""
+        best = max(range(len(self.history)), key=lambda e: self.history[e][0])
+        last = self.history[-1]
+        return {"linear": last[0], "linear_top5": last[1], "linear_best": self.history[best][0], "best_epoch": best}
+
+
+class FeatureBatches:
+    """Batches of features that are in memory, in the order of a sampler."""
+
+    def __init__(self, feats: Tensor, labels: Tensor, sampler: EpochSampler):
+        self.feats, self.labels, self.sampler = feats, labels, sampler
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for keys in self.sampler:
+            rows = torch.tensor([index for _, index in keys])
+            yield self.feats[rows], self.labels[rows]
+
+
+@torch.no_grad()
+def evaluate(
+    probe: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], count: int, device: torch.device
+) -> list[float]:
+    """[top-1, top-5] in per cent, from this process's share of the features of `count` images."""
+    hits = torch.zeros(2, dtype=torch.float64)
+    for feats, labels in batches:
+        hits += topk(probe(feats.to(device)), labels)
+    return (100 * distributed.all_sum(hits.to(device)).cpu() / count).tolist()
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
+    run = Run(args, "sage", "lincls")
+    check_flags(args, run.world)
+    train, val = open_images(args)
+    train.transform, val.transform = linear_train(args.img_size), plain(args.img_size)
+
+    # Frozen backbone, in eval mode throughout
+    encoder, report = backbone(args)
+    before = freeze(encoder)
+    encoder = encoder.to(run.device).to(memory_format=torch.channels_last)
+
+    def embed(x: Tensor) -> list[Tensor]:
+        with torch.no_grad(), run.autocast():
+            return [encoder.pooled(x)]
+
+    size = encoder.num_features
+    wanted = {"lower --per_class": (len(val), size)}
+    if args.cached_train:
+        wanted["leave --cached_train away"] = (len(train), size)
+    check_cache(wanted)
+
+    # Classifier, N(0, .01) and 0
+    probe = nn.Linear(size, len(train.classes))
+    nn.init.normal_(probe.weight, 0, 0.01)
+    nn.init.zeros_(probe.bias)
+    probe.to(run.device)
+    net: nn.Module = nn.parallel.DistributedDataParallel(probe) if run.world > 1 else probe
+    optimizer = torch.optim.SGD(probe.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    scores = Scores()
+    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world)
+    run.track(state_dict=probe, optimizer=optimizer, scores=scores)
+    run.preflight(
+        {
+            "data": f"{args.data_dir}: {len(train)} train / {len(val)} val images, {len(train.classes)} classes",
+            "backbone": report,
+            "batch": f"{args.batch_size} x {sampler.steps_per_epoch} steps an epoch, {args.total_epochs} epochs",
+            "protocol": "features of unaugmented images (cheap probe, not equal)" if args.cached_train else "augmented",
+            "expected initial loss": f"about {math.log(len(train.classes)):.2f}, log of the classes",
+        }
+    )
+    # Validation images are not augmented and the backbone is frozen: their features are computed once.
+    val_feats: tuple[list[Tensor], Tensor] | None = None
+    batches: Any = None
+    if args.cached_train and run.epoch < args.total_epochs:
+        train.transform = plain(args.img_size)
+        feats, labels = collect(embed, train, run.device, args.batch_size, args.workers, everything=True)
+        batches = FeatureBatches(feats[0], labels, sampler)
+    elif not args.cached_train:
+        batches = run.loader(Keyed(train, args.seed), sampler)
+
+    for epoch, batch in run.batches(batches, sampler, args.total_epochs):
+        lr = learning_rate(args, epoch)
+        optimizer.param_groups[0]["lr"] = lr
+        x = batch[0].to(run.device, non_blocking=True)
+        if not args.cached_train:
+            x = embed(x.contiguous(memory_format=torch.channels_last))[0].float()
+        target = batch[1].to(run.device, non_blocking=True)
+        logits = net(x)  # [B, classes]
+        loss = F.cross_entropy(logits, target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        watched: dict[str, float] = {}
+        if run.log_due():
+            watched["acc1"] = 100 * float(topk(logits.detach(), target, (1,))[0]) / len(target)
+        if run.step_in_epoch + 1 == sampler.steps_per_epoch:
+            if val_feats is None:
+                val_feats = collect(embed, val, run.device, args.batch_size, args.workers)
+            pieces = zip(val_feats[0][0].split(args.batch_size), val_feats[1].split(args.batch_size))
+            scores.history.append(evaluate(probe, pieces, len(val), run.device))
+            watched |= {"val/top1": scores.history[-1][0], "val/top5": scores.history[-1][1]}
+        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
+
+    unchanged(encoder, before)
+    facts = {"epochs": args.total_epochs, "cached_train": args.cached_train, "pretrained": args.pretrained}
+    write_result(run.dir, scores.result() | facts)
+    run.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)

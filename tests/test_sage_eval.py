@@ -1,0 +1,351 @@
+"""Evaluation of sage: neighbours, linear, attributes and recovery, few labels, fine-grained sets, export."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from sage import export, main_attributes, main_finegrained, main_knn, main_lincls, main_semi
+from sage.arch import build
+from sage.builder import SaGe
+from sage.data import attribute_labels, plain
+from sage.finegrained import READERS, write_mini
+from sage.finetune import Classifier, learning_rate
+from shared_utils import UserError, checkpoint, mini
+from shared_utils.data import ImageList, image_folder
+from shared_utils.run import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = "--img_size 16 --workers 0 --threads 1".split()
+SMALL_TRAIN = [*SMALL, *"--batch_size 16 --log-every 1".split()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """The mini images, fewer of them, with their attributes."""
+    root, full = tmp_path_factory.mktemp("images"), mini.ensure("images")
+    for split, count in (("train", 12), ("val", 6)):
+        for folder in sorted((full / split).iterdir())[:5]:
+            (root / split / folder.name).mkdir(parents=True)
+            for file in sorted(folder.iterdir())[:count]:
+                shutil.copy(file, root / split / folder.name)
+    for name in ("attributes.csv", mini.STAMP):
+        shutil.copy(full / name, root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A checkpoint as `sage.train` writes it."""
+    torch.manual_seed(3)
+    model = SaGe(build("resnet10", 8, "cifar_pool"), 16, 8).train()
+    with torch.no_grad():
+        for _ in range(30):
+            model(*torch.randn(2, 16, 3, 16, 16))
+        for value in model.target_net.parameters():
+            value.add_(1)
+    path = tmp_path_factory.mktemp("pretrained") / "checkpoint.pth"
+    flags = {"arch": "resnet10", "width": 8, "stem": "cifar_pool", "img_size": 16}
+    checkpoint.save(path, {"state_dict": model.state_dict(), "args": flags})
+    return path
+
+
+def network(weights: Path):
+    """The online backbone of the checkpoint, in eval mode."""
+    net = build("resnet10", 8, "cifar_pool")
+    checkpoint.load_strict(net, checkpoint.read_weights(weights, "byol"))
+    return net.eval()
+
+
+def call(module, data: Path, weights: object, out: Path, *extra: str) -> dict:
+    common = SMALL_TRAIN if hasattr(module, "Run") or module in (main_semi, main_finegrained) else SMALL
+    flags = [*common, "--data_dir", str(data), "--pretrained", str(weights), "--output-dir", str(out), *extra]
+    assert module.main(flags) == 0
+    return json.loads((out / "result.json").read_text())
+
+
+def stacked(images: ImageList) -> torch.Tensor:
+    return torch.stack([images[i][0] for i in range(len(images))])
+
+
+def stop_at(step: int, monkeypatch, folder: str = "") -> None:
+    log = Run.log
+
+    def patched(self, *args, **kwargs):
+        log(self, *args, **kwargs)
+        if self.step == step and folder in str(self.dir):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "log", patched)
+
+
+def pooled(weights: Path, images: ImageList) -> torch.Tensor:
+    with torch.no_grad():
+        return network(weights)(stacked(images))[-1].mean((2, 3))
+
+
+# ------------------------------------------------------------------------------------------------- neighbours, linear
+def test_neighbours_of_the_online_backbone(data, weights, tmp_path):
+    found = call(main_knn, data, weights, tmp_path, "--feature_dir", str(tmp_path / "features"))
+    train, val = (image_folder(data / split, plain(16)) for split in ("train", "val"))
+    bank, queries = (F.normalize(pooled(weights, x), dim=1) for x in (train, val))
+    s = queries @ bank.T
+    for k in (1, 20):
+        sim, index = s.topk(k, dim=1)
+        votes = torch.zeros(len(val), 5).scatter_add_(1, train.labels[index], (sim / 0.07).exp())
+        assert found[f"knn{k}"] == pytest.approx(100 * float((votes.argmax(1) == val.labels).double().mean()))
+    assert {"knn200", "backbone_sha256"} <= set(found) and (tmp_path / "features/train.npy").is_file()
+    assert call(main_knn, data, "none", tmp_path / "b", *"--arch resnet10 --width 4 --stem cifar".split())["knn1"] >= 0
+
+
+def test_linear_protocol_of_the_release():
+    args = main_lincls.get_parser().parse_args(["--pretrained", "x"])
+    assert (args.lr, args.total_epochs, args.batch_size, args.weight_decay, args.momentum) == (0.2, 80, 256, 0, 0.9)
+    assert [main_lincls.learning_rate(args, e) for e in (0, 40)] == pytest.approx([0.2, 0.1])
+    args = main_lincls.get_parser().parse_args("--pretrained x --lr 30 --lr_policy step --total_epochs 100".split())
+    assert [main_lincls.learning_rate(args, e) for e in (0, 59, 60, 80)] == pytest.approx([30, 30, 3, 0.3])
+
+
+@pytest.mark.parametrize("cached", [["--cached_train"], []])
+def test_linear_stopped_and_resumed_is_bit_identical(cached, data, weights, tmp_path, monkeypatch):
+    flags = ["--total_epochs", "3", "--lr", "1", *cached]
+    whole = call(main_lincls, data, weights, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        stop_at(4, patch)
+        with pytest.raises(SystemExit):
+            call(main_lincls, data, weights, tmp_path / "cut", *flags)
+    assert call(main_lincls, data, weights, tmp_path / "cut", *flags) == whole
+    a, b = (checkpoint.load(tmp_path / x / "checkpoint.pth")["state_dict"] for x in ("whole", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    val = image_folder(data / "val", plain(16))
+    right = (pooled(weights, val) @ a["weight"].T + a["bias"]).argmax(1) == val.labels
+    assert whole["linear"] == pytest.approx(100 * float(right.double().mean()))
+
+
+# ------------------------------------------------------------------------------------------------ attributes, recovery
+def test_attributes_are_those_of_the_images(data):
+    train = image_folder(data / "train")
+    labels = attribute_labels(data, train)
+    assert list(labels) == ["class", "hue", "texture", "background"]
+    assert torch.equal(labels["class"][0], train.labels)
+    assert [len(values) for _, values in labels.values()] == [10, 8, 4, 6]
+    listed = dict(line.split(",", 1) for line in (data / "attributes.csv").read_text().splitlines())
+    for i in (0, 17, 40):
+        path = train.samples[i][0].relative_to(data).as_posix()
+        got = [values[int(y[i])] for y, values in labels.values()]
+        assert ",".join(got) == listed[path]
+
+
+def test_bad_attribute_files(data, tmp_path):
+    train = image_folder(data / "train")
+    with pytest.raises(UserError, match="attributes.csv: no such file"):
+        attribute_labels(tmp_path, train)
+    shutil.copytree(data, tmp_path / "copy")
+    copy = image_folder(tmp_path / "copy/train")
+    lines = (data / "attributes.csv").read_text().splitlines()
+    file = tmp_path / "copy/attributes.csv"
+    file.write_text("\n".join(lines[:1] + lines[2:]))
+    with pytest.raises(UserError, match="does not name .*must have a row for every image"):
+        attribute_labels(tmp_path / "copy", copy)
+    file.write_text("path\n")
+    with pytest.raises(UserError, match="at least one attribute"):
+        attribute_labels(tmp_path / "copy", copy)
+
+
+def test_linear_accuracy_is_that_of_the_minimum():
+    torch.manual_seed(0)
+    y = torch.arange(300) % 3
+    train = torch.randn(300, 5) + F.one_hot(y, 3).float() @ torch.randn(3, 5) * 4
+    assert main_attributes.linear_accuracy(train, y, train, y, 1e-3) > 90
+    # scale and shift of a feature play no part, and another start would end the same
+    moved = train * torch.tensor([1, 10, 0.1, 1, 1]) + 3
+    first = main_attributes.linear_accuracy(train, y, train[::2], y[::2], 1e-2)
+    assert main_attributes.linear_accuracy(moved, y, moved[::2], y[::2], 1e-2) == pytest.approx(first, abs=1)
+    from sklearn.linear_model import LogisticRegression
+
+    standard = (train - train.mean(0)) / train.std(0)
+    other = LogisticRegression(C=1 / (300 * 1e-2), max_iter=1000).fit(standard.numpy(), y.numpy())
+    assert first == pytest.approx(100 * other.score(standard[::2].numpy(), y[::2].numpy()), abs=1)
+
+
+def test_attribute_evaluation(data, weights, tmp_path):
+    found = call(main_attributes, data, weights, tmp_path, "--recon_updates", "40", "--recon_lr", "0.003")
+    for kind in ("knn20", "linear"):
+        parts = [found[f"{kind}_{name}"] for name in ("class", "hue", "texture", "background")]
+        assert found[f"{kind}_mean"] == pytest.approx(sum(parts) / 4)
+    train, val = (image_folder(data / split, plain(16)) for split in ("train", "val"))
+    x, y = stacked(train), stacked(val)
+    assert found["recon_mean_image"] == pytest.approx(float((y - x.mean(0)).square().mean()), rel=1e-5)
+    assert 0 < found["recon"] < 2 * found["recon_mean_image"]
+    again = call(main_attributes, data, weights, tmp_path / "b", "--recon_updates", "40", "--recon_lr", "0.003")
+    assert again["recon"] == found["recon"]
+    only = call(main_attributes, data, weights, tmp_path / "c", "--no_attributes", "--recon_updates", "2")
+    assert set(only) & {"linear_mean", "knn20_hue"} == set() and only["recon"] > found["recon"]
+
+
+# ------------------------------------------------------------------------------------- few labels, fine-grained sets
+def test_grid_of_the_semi_supervised_protocol(data, weights, tmp_path):
+    args = main_semi.get_parser().parse_args(["--pretrained", "x"])
+    assert (args.lr, args.head_lr_mult) == ([0.001, 0.01, 0.1], [1, 10, 100])
+    assert (args.batch_size, args.weight_decay, args.total_epochs, args.momentum) == (256, 5e-4, 20, 0.9)
+    assert [learning_rate(args, 1.0, step, 10) for step in (0, 119, 120, 160)] == pytest.approx([1, 1, 0.2, 0.04])
+    flags = "--fraction 0.34 --total_epochs 3 --lr 0.001,0.05 --head_lr_mult 10".split()
+    found = call(main_semi, data, weights, tmp_path, *flags)
+    assert found["labelled"] == 20 and found["of"] == 60 and len(found["cells"]) == 2
+    assert found["top1"] == max(cell["top1"] for cell in found["cells"]) == found["best"]["top1"]
+    net = Classifier(build("resnet10", 8, "cifar_pool"), 5)
+    val = image_folder(data / "val", plain(16))
+    for cell in found["cells"]:
+        saved = checkpoint.load(tmp_path / f"lr{cell['lr']:g}-head10" / "checkpoint.pth")["state_dict"]
+        checkpoint.load_strict(net, saved)
+        with torch.no_grad():
+            right = net.eval()(stacked(val)).argmax(1) == val.labels
+        assert cell["top1"] == pytest.approx(100 * float(right.double().mean()))
+    assert not torch.equal(saved["backbone.conv1.weight"], network(weights).conv1.weight)  # all of it is trained
+
+
+def test_a_grid_stopped_and_resumed_is_bit_identical(data, weights, tmp_path, monkeypatch):
+    flags = "--fraction 0.34 --total_epochs 3 --lr 0.001,0.05 --head_lr_mult 1".split()
+    whole = call(main_semi, data, weights, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        stop_at(1, patch, "lr0.05")
+        with pytest.raises(SystemExit):
+            call(main_semi, data, weights, tmp_path / "cut", *flags)
+    assert not (tmp_path / "cut/result.json").exists()
+    assert call(main_semi, data, weights, tmp_path / "cut", *flags) == whole
+
+
+@pytest.mark.parametrize("kind", list(READERS))
+def test_layouts_of_the_fine_grained_sets(kind, data, tmp_path):
+    write_mini(kind, data, tmp_path)
+    train, val = READERS[kind](tmp_path)
+    source = {split: image_folder(data / split) for split in ("train", "val")}
+    for found, wanted in ((train, source["train"]), (val, source["val"])):
+        assert len(found) == len(wanted) and len(found.classes) == 5
+        assert sorted((path.name, y) for path, y in found.samples) == sorted((p.name, y) for p, y in wanted.samples)
+    before = sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.jpg"))
+    write_mini(kind, data, tmp_path)
+    assert before == sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.jpg"))
+    missing = train.samples[3][0]
+    missing.unlink()
+    with pytest.raises(UserError, match=f"{missing.name}: no such image, but .* names it"):
+        READERS[kind](tmp_path)
+    with pytest.raises(UserError, match="no such file; see the layouts"):
+        READERS[kind](tmp_path / "nowhere")
+
+
+def test_wrong_labels_of_the_fine_grained_sets(data, tmp_path):
+    write_mini("cub", data, tmp_path)
+    labels = tmp_path / "CUB_200_2011/image_class_labels.txt"
+    text = labels.read_text()
+    labels.write_text(text.replace("1 1\n", "1 9\n", 1))
+    with pytest.raises(UserError, match="images.txt: a label 9 for 5 classes"):
+        READERS["cub"](tmp_path)
+    labels.write_text(text.split("\n", 1)[1])
+    with pytest.raises(UserError, match="image 1 has no label or no split"):
+        READERS["cub"](tmp_path)
+    write_mini("aircraft", data, tmp_path)
+    variants = tmp_path / "fgvc-aircraft-2013b/data/variants.txt"
+    variants.write_text(variants.read_text().replace("digit_0\n", ""))
+    with pytest.raises(UserError, match="digit_0 is not among the variants"):
+        READERS["aircraft"](tmp_path)
+
+
+def test_fine_tuning_and_linear_of_a_fine_grained_set(data, weights, tmp_path):
+    write_mini("aircraft", data, tmp_path)
+    args = main_finegrained.get_parser().parse_args(["--pretrained", "x"])
+    assert (args.lr, args.batch_size, args.weight_decay, args.total_epochs) == ([0.01], 64, 1e-4, 100)
+    assert (args.dataset, args.lr_policy) == ("cub", "cosine")
+    flags = ["--dataset", "aircraft", "--total_epochs", "1"]
+    found = call(main_finegrained, tmp_path, weights, tmp_path / "a", *flags)
+    assert found["dataset"] == "aircraft" and 0 <= found["top1"] <= found["top5"] <= 100
+    assert call(main_lincls, tmp_path, weights, tmp_path / "b", *flags, "--cached_train")["linear_top5"] <= 100
+    with pytest.raises(UserError, match="--dataset cifar10: choose from cub, cars, aircraft"):
+        call(main_finegrained, tmp_path, weights, tmp_path / "c", "--dataset", "cifar10")
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "message"),
+    [
+        (main_lincls, "--data_dir {tmp}/nowhere", "nowhere/train: no such folder"),
+        (main_knn, "--pretrained {tmp}/none.pth", "none.pth: no such checkpoint"),
+        (main_lincls, "--pretrained {tmp}/foreign.pth", "foreign.pth, taken as resnet50, width 64.*missing"),
+        (main_semi, "--arch resnet18 --fraction 0.5", "taken as resnet18, width 8.*missing"),
+        (main_lincls, "--total_epochs 0", "--total_epochs 0: must be at least 1"),
+        (main_attributes, "--penalty -1", "--penalty -1.0: must not be negative"),
+        (main_semi, "--lr 0 --fraction 0.5", "--lr and --head_lr_mult must be above 0"),
+        (main_semi, "--fraction 0", "--fraction 0.0: must lie above 0"),
+    ],
+)
+def test_bad_input(module, flags, message, data, weights, tmp_path):
+    torch.save({"state_dict": {"patch_embed.proj.weight": torch.zeros(2)}}, tmp_path / "foreign.pth")
+    with pytest.raises(UserError, match=message):
+        call(module, data, weights, tmp_path / "out", *flags.format(tmp=tmp_path).split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_line_error_is_one_line_and_exit_code_2(tmp_path):
+    flags = ["--pretrained", str(tmp_path / "no.pth"), "--synthetic", "--device", "cpu", *SMALL]
+    command = [sys.executable, "-m", "sage.main_semi", *flags, "--output-dir", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [f"error: {tmp_path}/no.pth: no such checkpoint file"]
+
+
+# -------------------------------------------------------------------------------------------------------------- export
+def test_export_for_detection_and_segmentation(tmp_path, capsys):
+    model = SaGe(build("resnet50"), 16, 8)
+    path = tmp_path / "w.pth"
+    flags = {"arch": "resnet50", "width": 64, "stem": "imagenet"}
+    checkpoint.save(path, {"state_dict": model.state_dict(), "args": flags})
+    source = model.online_net[0].state_dict()
+    for kind in ("torchvision", "detectron2", "release"):
+        assert export.main(["--pretrained", str(path), "--format", kind, "--out", str(tmp_path / f"{kind}.pth")]) == 0
+    said = capsys.readouterr().out
+    assert "MODEL.RESNETS.DEPTH 50" in said and "MODEL.PIXEL_MEAN [127.5,127.5,127.5]" in said and "RGB" in said
+    state = checkpoint.load(tmp_path / "torchvision.pth")
+    assert state.keys() == source.keys() and all(torch.equal(state[k], source[k]) for k in source)
+    net = torchvision.models.resnet50()
+    net.load_state_dict(state | {k: v for k, v in net.state_dict().items() if k.startswith("fc.")})
+    d2 = checkpoint.load(tmp_path / "detectron2.pth")
+    assert d2["matching_heuristics"] is True and len(d2["model"]) == len(source)
+    pairs = {
+        "stem.conv1.weight": "conv1.weight",
+        "stem.conv1.norm.bias": "bn1.bias",
+        "res2.0.shortcut.weight": "layer1.0.downsample.0.weight",
+        "res4.5.conv3.norm.running_var": "layer3.5.bn3.running_var",
+    }
+    assert all(torch.equal(d2["model"][a], source[b]) for a, b in pairs.items())
+    named = checkpoint.load(tmp_path / "release.pth")["state_dict"]
+    assert all(torch.equal(named[f"backbone.{k}"], v) for k, v in source.items())
+    assert set(model.state_dict()) <= set(named)
+
+
+def test_export_refuses_what_is_not_there(weights, tmp_path):
+    with pytest.raises(UserError, match="detectron2 has no resnet10 of width 8"):
+        export.main(["--pretrained", str(weights), "--format", "detectron2", "--out", str(tmp_path / "a.pth")])
+    checkpoint.save(tmp_path / "plain.pth", network(weights).state_dict())
+    with pytest.raises(UserError, match="--format release takes a checkpoint of sage.train"):
+        export.main(
+            ["--pretrained", str(tmp_path / "plain.pth"), "--format", "release", "--out", str(tmp_path / "a.pth")]
+        )
+    with pytest.raises(UserError, match="must end in .pth"):
+        export.main(["--pretrained", str(weights), "--out", str(tmp_path / "a.pkl")])
+    assert not list(tmp_path.glob("a.*"))
+
+
+def test_average_pooling_is_what_the_evaluations_take(weights):
+    net, x = network(weights), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(net.pooled(x), nn.AdaptiveAvgPool2d(1)(net(x)[-1]).flatten(1))
+    assert math.isclose(float(net.pooled(x).detach().std()), float(net(x)[-1].detach().mean((2, 3)).std()))
