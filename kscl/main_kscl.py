@@ -46,8 +46,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--sim", choices=SIMILARITIES, default="proj_len", help="match of a query with a subspace: length of its "
       "projection, the square, or the length with the sign of the first direction (one shot: the cosine)")  # fmt: skip
     a("--subspace_grad", choices=["none", "pos"], default="none", help="none: keys of the momentum encoder, constants; "
-      "pos: the positive subspace is spanned by the query encoder's keys, with gradient (collapsed in the small "
-      "tier)")  # fmt: skip
+      "pos: the positive subspace is of the query encoder's keys, with gradient (collapses: README.md)")  # fmt: skip
     a("--center", type=int, choices=[0, 1], default=0, help="1: take the mean of the K keys away before (a control)")
     a("--pretrained", type=Path, help="start from this checkpoint of MoCo v2 (encoders and queue) or of a run of ours")
     a("--moco_dim", type=int, default=128, help="D, length of an embedding")

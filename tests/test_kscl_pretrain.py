@@ -251,7 +251,7 @@ def test_a_step_in_its_order(data, tmp_path, monkeypatch):  # l, n, o, traps 8, 
         assert all(not torch.equal(u, column) for u in U.mT for column in queue.permute(2, 0, 1))
 
 
-def test_gradient_through_the_subspace_leaves_the_memory_to_the_momentum_encoder(data, tmp_path, monkeypatch):
+def test_gradient_through_the_subspace_leaves_the_memory_to_the_momentum_encoder(data, tmp_path, monkeypatch, capsys):
     runs: dict[str, dict[str, torch.Tensor]] = {}
     enqueue = KSCL.enqueue
 
@@ -264,6 +264,7 @@ def test_gradient_through_the_subspace_leaves_the_memory_to_the_momentum_encoder
         log = train(data, tmp_path / mode, "--per_class", "3", "--moco_k", "8", "--subspace_grad", mode)
         assert len(log) == 1
         runs[mode] = checkpoint.load(tmp_path / mode / "checkpoint.pth")["state_dict"]
+        assert ("watch feat/std, which falls to 0 then" in capsys.readouterr().out) == (mode == "pos")
     assert torch.equal(runs["none"]["module.queue"], runs["pos"]["module.queue"])
     assert not torch.equal(runs["none"]["module.encoder_q.conv1.weight"], runs["pos"]["module.encoder_q.conv1.weight"])
     assert int(runs["pos"]["module.encoder_q.bn1.num_batches_tracked"]) == 4
