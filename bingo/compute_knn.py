@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from bingo.arch import ARCHS, STEMS
-from bingo.data import save_bags
-from bingo.options import add_data_flags, check_positive, prepare_data, train_images
-from bingo.teachers import ALGS, load_teacher
+from bingo.data import check_writable, save_bags
+from bingo.options import add_data_flags, check_not_negative, check_positive, prepare_data, train_images
+from bingo.teachers import ALGS, fingerprint, load_teacher
 from shared_utils import UserError, distributed
 from shared_utils.augment import plain
 from shared_utils.neighbours import features, neighbours, purity
@@ -49,22 +49,32 @@ def get_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    check_positive(args, "clus_pos_num", "batch_size")
+    check_positive(args, "clus_pos_num", "batch_size", "img_size", "t_width")
+    check_not_negative(args, "per_class", "clusters")
     device = distributed.init(args.device)
     set_threads(args.threads, args.workers, device)
     prepare_data(args)
     images = train_images(args)
     labels = images.labels
+    out, made_by = args.corr_dir / args.corr_name, None
+    if distributed.rank() == 0:
+        check_writable(out)
+    clusters = args.clusters or max(2, len(images) // 10)
+    if args.bags == "kmeans" and clusters > len(images):
+        raise UserError(f"--clusters {clusters}: there are only {len(images)} images")
     rng = np.random.Generator(np.random.PCG64(args.seed))
     if args.bags == "label":
         array = labels.numpy()
     elif args.bags == "random":
+        if len(images) < 2:
+            raise UserError("--bags random needs two images at least, there is one")
         others = rng.integers(len(images) - 1, size=(len(images), args.clus_pos_num))
         array = others + (others >= np.arange(len(images))[:, None])  # never the image itself
     else:
         if args.ckpt_name is None:
             raise UserError("--ckpt_name: the weights of the teacher are needed for these bags")
         teacher, _ = load_teacher(args.arch, args.ckpt_name, args.pretrain_alg, args.t_width, args.t_stem)
+        made_by = {"sha256": fingerprint(teacher), "name": f"{args.arch} of {args.ckpt_name} ({args.pretrain_alg})"}
         teacher = teacher.to(device).to(memory_format=torch.channels_last).eval()
         images.transform = plain(args.img_size)
         bank = features(
@@ -83,11 +93,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             from sklearn.cluster import MiniBatchKMeans
 
-            clusters = args.clusters or max(2, len(images) // 10)
             array = MiniBatchKMeans(clusters, random_state=args.seed, n_init=1).fit_predict(bank.numpy())
     if distributed.rank() == 0:
-        out = args.corr_dir / args.corr_name
-        save_bags(out, array, images, args.bags)
+        save_bags(out, array, images, args.bags, made_by)
         line = f"{args.bags} bags of {len(images)} images -> {out}"
         if array.ndim == 2:
             line += f"; {purity(torch.from_numpy(array), labels):.1f} % of the members have their anchor's label"

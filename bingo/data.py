@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -25,10 +27,11 @@ class Bags:
     Args:
         array: [N, K] neighbour indices (kNN, random), or [N] group numbers (labels, k-means clusters): the bag is
             then everything else in the group, or the image itself where it is alone.
+        teacher: what the file says of the network whose features they are of (None: nothing).
     """
 
-    def __init__(self, array: np.ndarray):
-        self.array = array
+    def __init__(self, array: np.ndarray, teacher: Mapping[str, Any] | None = None):
+        self.array, self.teacher = array, teacher
         if array.ndim == 1:
             order = np.argsort(array, kind="stable")
             bounds = np.flatnonzero(np.diff(array[order])) + 1
@@ -53,20 +56,54 @@ class Bags:
         return int(members[place + (place >= self._place[index])])
 
 
-def save_bags(path: Path, array: np.ndarray, images: ImageList, kind: str) -> None:
-    """The release's file (int64 .npy), and beside it a .json with the kind and the hash of the image order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as handle:
-        np.save(handle, array.astype(np.int64))
-    facts = {"kind": kind, "images": len(images), "order_sha256": order_hash(images)}
-    path.with_suffix(".json").write_text(json.dumps(facts) + "\n")
+def sha256(array: np.ndarray) -> str:
+    """Of an array's shape and numbers, 16 digits; a run that is resumed must have the bags that it began with."""
+    array = np.ascontiguousarray(array, np.int64)
+    return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()[:16]
+
+
+def check_writable(path: Path) -> None:
+    """UserError unless a file can be written beside `path`: to be known before the features are computed."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another --corr_dir") from None
+
+
+def save_bags(
+    path: Path, array: np.ndarray, images: ImageList, kind: str, teacher: Mapping[str, Any] | None = None
+) -> None:
+    """The release's file (int64 .npy), and beside it a .json: the kind, the teacher, hashes of array and image order.
+
+    Both are written beside their names and then moved there. UserError: the folder cannot be written, or is full.
+    """
+    array = array.astype(np.int64)
+    facts = {"kind": kind, "images": len(images), "order_sha256": order_hash(images), "sha256": sha256(array)}
+    facts |= {"k": array.shape[1] if array.ndim == 2 else 0, "teacher": teacher}
+    names = [path, path.with_suffix(".json")]
+    parts = [name.with_name(f".{name.name}.{os.getpid()}.tmp") for name in names]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(parts[0], "wb") as handle:
+            np.save(handle, array)
+        parts[1].write_text(json.dumps(facts) + "\n")
+        for part, name in zip(parts, names):
+            os.replace(part, name)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or give another folder") from None
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
 
 
 def load_bags(path: Path, images: ImageList, clus_pos_num: int) -> tuple[Bags, str]:
     """Bags of a correlation file for these images, and a line that says what they are.
 
     Only the first `clus_pos_num` columns are used. A file without its .json (the release's own) is checked by shape
-    and range alone. UserError: unreadable, of other images, or in another order.
+    and range alone. UserError: unreadable, of other images, in another order, or not the array of its .json.
     """
     if not path.is_file() and (Path("imgs_corr") / path).is_file():  # where the release looks
         path = Path("imgs_corr") / path
@@ -81,13 +118,21 @@ def load_bags(path: Path, images: ImageList, clus_pos_num: int) -> tuple[Bags, s
             f"{path}: holds {array.dtype} {list(array.shape)}, expected integers [{len(images)}, K] for these images; "
             "make it anew with bingo/run_knn.sh"
         )
-    kind, note = "bags", "without its .json: the order of the images was not checked"
+    kind, note, teacher = "bags", "without its .json: order of the images and teacher not checked", None
     sidecar = path.with_suffix(".json")
     if sidecar.is_file():
-        facts = json.loads(sidecar.read_text())
-        kind, note = facts["kind"], "order of the images checked"
-        if facts["order_sha256"] != order_hash(images):
+        try:
+            facts = json.loads(sidecar.read_text())
+            kind, order, own, teacher = facts["kind"], facts["order_sha256"], facts.get("sha256"), facts.get("teacher")
+            if teacher is not None:
+                teacher = {"sha256": str(teacher["sha256"]), "name": str(teacher["name"])}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{sidecar}: not readable as what compute_knn writes; make the bags anew") from None
+        note = "order of the images checked"
+        if order != order_hash(images):
             raise UserError(f"{path}: made for other images, or another order of them; make it anew")
+        if own is not None and own != sha256(array):
+            raise UserError(f"{path}: not the array that {sidecar.name} describes; remove the .json, or make both anew")
     if array.ndim == 2:
         if array.shape[1] < clus_pos_num:
             raise UserError(f"{path}: {array.shape[1]} neighbours an image, --clus_pos_num asks for {clus_pos_num}")
@@ -95,7 +140,7 @@ def load_bags(path: Path, images: ImageList, clus_pos_num: int) -> tuple[Bags, s
         if array.min() < 0 or array.max() >= len(images):
             raise UserError(f"{path}: indices {array.min()}..{array.max()} for {len(images)} images; make it anew")
     size = f"{array.shape[1]} an image" if array.ndim == 2 else f"{len(np.unique(array))} groups"
-    return Bags(array.astype(np.int64)), f"{path} ({kind}, {size}; {note})"
+    return Bags(array.astype(np.int64), teacher), f"{path} ({kind}, {size}; {note})"
 
 
 class Views(Dataset):

@@ -6,6 +6,7 @@ do not compete with each other. The sum over the queue is the same for all posit
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK = 4096  # columns of the queue at a time: their logits stay in the cache
 
@@ -28,6 +29,7 @@ class _NegativesLSE(torch.autograd.Function):
         return (peak + total.log()).squeeze(1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (slope,) = ctx.saved_tensors
         return grad[:, None] * slope, None, None

@@ -6,6 +6,7 @@
 Also torchrun --nproc-per-node 8 -m bingo.main_moco ...; the arms of the small tier are flags.
 """
 
+import argparse
 import math
 import time
 from collections.abc import Callable
@@ -19,18 +20,20 @@ from torch import Tensor, nn
 from bingo import cutmix, losses
 from bingo.arch import ARCHS, STEMS, Encoder, build, mlp_head
 from bingo.builder import BINGO, ReleaseKeys
-from bingo.data import Views, load_bags
+from bingo.data import Bags, Views, load_bags, order_hash, sha256
 from bingo.options import (
     add_data_flags,
     add_schedule_flags,
     check_batch,
+    check_not_negative,
     check_positive,
     floats,
     learning_rate,
+    next_command,
     prepare_data,
     train_images,
 )
-from bingo.teachers import ALGS, load_teacher
+from bingo.teachers import ALGS, fingerprint, load_teacher
 from bingo.visualize import views_picture
 from shared_utils import UserError, distributed
 from shared_utils.augment import moco_v1, moco_v2, plain
@@ -61,7 +64,13 @@ def get_parser() -> Parser:
     a("--clus_pos_num", type=int, default=5, help="K, members of a bag")
     a("--loss", choices=["release", "paper", "intra"], default="release", help="release: three groups with CutMix and "
       "symmetric targets; paper: L_intra + L_inter; intra: plain distillation, no bags")  # fmt: skip
-    a("--lam", type=floats, default="0.5,0.5", help="alpha,beta: weights of the own and the cross target (release)")
+    a(
+        "--lam",
+        type=floats,
+        default="0.5,0.5",
+        help="alpha,beta: weights of the own and the cross target; of "
+        "--loss release alone, as are --warmup_epochs, --mix and --alpha",
+    )
     a("--warmup_epochs", type=int, default=11, help="first epochs without cross terms (the release's 0 to 10)")
     a("--mix", choices=["cutmix", "none"], default="cutmix", help="third group of the release's loss, or two groups")
     a("--alpha", type=float, default=2.0, help="lambda ~ Beta(alpha, alpha) of CutMix")
@@ -78,7 +87,35 @@ def get_parser() -> Parser:
     add_schedule_flags(p, 0.03, 200, "120,160")
     a("--image_every", type=int, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "bingo/pretrain/default")
+    p.set_defaults(images_sha256="", bags_sha256="")  # of the data: a run is not resumed on others
     return p
+
+
+def check_flags(args: argparse.Namespace, world: int) -> None:
+    """UserError for flags out of range, before anything is loaded."""
+    check_positive(
+        args, "img_size", "s_width", "t_width", "hidden", "batch_size", "moco_k", "end_epoch", "bn_splits",
+        "clus_pos_num", "log_every", "image_every",
+    )  # fmt: skip
+    check_not_negative(args, "per_class", "warmup_epochs", "moco_dim", "check_teacher")
+    check_batch(args.batch_size, world, args.bn_splits)
+    if len(args.lam) != 2 or min(args.lam) < 0:
+        raise UserError(f"--lam {args.lam}: two weights, own and cross, for instance 0.5,0.5")
+    if not args.moco_t > 0 or not args.init_lr > 0 or not args.alpha > 0:
+        raise UserError("--moco_t, --init_lr and --alpha must be above 0")
+
+
+def cautions(args: argparse.Namespace, world: int, bags: Bags | None, teacher: Encoder) -> dict[str, str]:
+    """Lines of the preflight about what trains without an error and yet may not be what was meant."""
+    out = {}
+    if bags is not None and bags.teacher is not None and bags.teacher["sha256"] != fingerprint(teacher):
+        out["CAUTION, bags"] = f"made with another teacher, {bags.teacher['name']}, than the one that is distilled"
+    if args.teacher_bn == "train" and world * args.bn_splits == 1:
+        out["CAUTION, batch norm"] = (
+            "--teacher_bn train in one share: the teacher's targets bear their batch's statistics, which the student "
+            "can match; take --teacher_bn eval, or --bn_splits 8 for the release's eight GPUs"
+        )
+    return out
 
 
 def sample_classes(images: ImageList, count: int, each: int = 32) -> ImageList:
@@ -128,19 +165,16 @@ def estimated_minutes(run: Run, model: BINGO, embed: Embed, views: int, teacher_
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     run = Run(args, "bingo", "pretrain")
-    check_positive(args, "batch_size", "moco_k", "end_epoch", "bn_splits", "clus_pos_num", "log_every", "image_every")
-    check_batch(args.batch_size, run.world, args.bn_splits)
-    if len(args.lam) != 2 or min(args.lam) < 0:
-        raise UserError(f"--lam {args.lam}: two weights, own and cross, for instance 0.5,0.5")
-    if not args.moco_t > 0 or not args.alpha > 0:
-        raise UserError("--moco_t and --alpha must be above 0")
+    check_flags(args, run.world)
     prepare_data(args)
 
     # Data: anchors and members of their bags.
     images = train_images(args)
+    args.images_sha256 = order_hash(images)[:16]
     bags, bags_are = None, "none"
     if args.loss != "intra":
         bags, bags_are = load_bags(args.corr_npy, images, args.clus_pos_num)
+        args.bags_sha256 = sha256(bags.array)
     augment = (moco_v2 if args.aug_plus == "true" else moco_v1)(args.img_size)
     sampler = EpochSampler(len(images), args.batch_size // run.world, args.seed, run.rank, run.world)
     loader = run.loader(Keyed(Views(images, augment, bags), args.seed), sampler)
@@ -149,6 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     mixes = args.loss == "release" and args.mix == "cutmix"
     count = {"intra": 1, "paper": 2, "release": 2 + mixes}[args.loss]  # student views a step
     teacher, dim = load_teacher(args.t_arch, args.pretrain_path, args.pretrain_alg, args.t_width, args.t_stem)
+    caution = cautions(args, run.world, bags, teacher)
     if args.moco_dim not in (0, dim):
         raise UserError(f"--moco_dim {args.moco_dim}: the embedding of this teacher has {dim} dimensions")
     student = build(args.s_arch, args.s_width, args.s_stem)
@@ -193,6 +228,7 @@ def main(argv: list[str] | None = None) -> int:
             "estimated time": estimated_minutes(
                 run, model, embed, count, 2 if args.loss == "release" else 1, steps * args.end_epoch
             ),
+            **caution,
         }
     )
 
@@ -253,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
             run.image("views", views_picture({**views, **more}))
         model.enqueue(k)  # T_a alone, and only now: the graph above needed the queue as it was
         run.log(loss=distributed.all_sum(loss) / run.world, lr=optimizer.param_groups[0]["lr"], **watched)
-    run.finish()
+    run.finish(next_command(args, run.dir))
     return 0
 
 

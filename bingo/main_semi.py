@@ -62,7 +62,7 @@ def get_parser() -> Parser:
 
 
 def resolve(args: argparse.Namespace, labelled: int, total: int, world: int) -> None:
-    """Fill in the defaults that depend on the share of labels; UserError for flags out of range."""
+    """Fill in what depends on the labelled images, a batch at most; UserError for flags out of range."""
     epochs, lr, mult = DEFAULTS["1%" if labelled < 0.05 * total else "10%"]
     args.end_epoch = epochs if args.end_epoch is None else args.end_epoch
     args.init_lr = lr if args.init_lr is None else args.init_lr
@@ -74,6 +74,12 @@ def resolve(args: argparse.Namespace, labelled: int, total: int, world: int) -> 
         raise UserError("--init_lr and --head_lr_mult must be above 0")
     if args.batch_size % world or args.batch_size // world < 2:
         raise UserError(f"--batch_size {args.batch_size} does not give each of {world} processes the same 2 or more")
+    if labelled // world < 2:
+        raise UserError(
+            f"{labelled} labelled images are fewer than two for each of {world} processes: raise --fraction, or give a "
+            "longer list as --labels"
+        )
+    args.batch_size = min(args.batch_size, labelled // world * world)
 
 
 def classifier(encoder: Any, classes: int) -> Any:
@@ -155,7 +161,6 @@ def main(argv: list[str] | None = None) -> int:
     train, val = open_splits(args)
     chosen = labelled_indices(train, args.labels, args.fraction, Path(args.data_dir) / "train", args.seed)
     resolve(args, len(chosen), len(train), run.world)
-    args.batch_size = min(args.batch_size, len(chosen) // run.world * run.world)
     encoder, report = load_backbone(build, args, "resnet18", stored_as=STORED)
     network = classifier(encoder, len(train.classes)).to(run.device).to(memory_format=torch.channels_last)
     labelled = subset(train, chosen)

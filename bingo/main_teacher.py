@@ -11,19 +11,21 @@ from torch import nn
 
 from bingo.arch import ARCHS, STEMS, build, mlp_head
 from bingo.builder import MoCo, ReleaseKeys
-from bingo.data import Views
+from bingo.data import Views, order_hash
 from bingo.losses import contrast_rank, info_nce
 from bingo.options import (
     add_data_flags,
     add_schedule_flags,
     check_batch,
+    check_not_negative,
     check_positive,
     learning_rate,
+    next_command,
     prepare_data,
     train_images,
 )
 from bingo.visualize import views_picture
-from shared_utils import distributed
+from shared_utils import UserError, distributed
 from shared_utils.augment import moco_v1, moco_v2
 from shared_utils.data import EpochSampler, Keyed, mix_key
 from shared_utils.run import Parser, Run, add_run_flags, cli
@@ -48,16 +50,24 @@ def get_parser() -> Parser:
     add_schedule_flags(p, 0.03, 200, "120,160")
     a("--image_every", type=int, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "bingo/teacher/default")
+    p.set_defaults(images_sha256="")  # of the data: a run is not resumed on other images
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     run = Run(args, "bingo", "teacher")
-    check_positive(args, "batch_size", "moco_k", "end_epoch", "bn_splits", "log_every", "image_every", "img_size")
+    check_positive(
+        args, "img_size", "width", "moco_dim", "batch_size", "moco_k", "end_epoch", "bn_splits", "log_every",
+        "image_every",
+    )  # fmt: skip
+    check_not_negative(args, "per_class")
     check_batch(args.batch_size, run.world, args.bn_splits)
+    if not args.moco_t > 0 or not args.init_lr > 0 or not 0 <= args.moco_m <= 1:
+        raise UserError("--moco_t and --init_lr must be above 0, and --moco_m in 0..1")
     prepare_data(args)
     images = train_images(args)
+    args.images_sha256 = order_hash(images)[:16]
     augment = (moco_v2 if args.aug_plus == "true" else moco_v1)(args.img_size)
     sampler = EpochSampler(len(images), args.batch_size // run.world, args.seed, run.rank, run.world)
     loader = run.loader(Keyed(Views(images, augment), args.seed), sampler)
@@ -83,6 +93,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     run.track(state_dict=ReleaseKeys(model), optimizer=optimizer)
     steps = sampler.steps_per_epoch
+    caution = {}
+    if run.world * args.bn_splits == 1:
+        caution["CAUTION, batch norm"] = (
+            "one batch norm over query and key batches lets MoCo cheat: --bn_splits 8, or several processes"
+        )
     run.preflight(
         {
             "data": f"{args.data_dir}/train: {len(images)} images, {len(images.classes)} classes",
@@ -90,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
             "learning rate": f"{args.init_lr}, {args.decay_method} by epoch over {args.end_epoch}",
             "parameters": f"{sum(x.numel() for x in model.encoder_q.parameters()) / 1e6:.2f} M trained",
             "expected initial loss": f"about log(1 + {args.moco_k}) = {math.log1p(args.moco_k):.2f}",
+            **caution,
         }
     )
 
@@ -119,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
             run.image("views", views_picture({"query": im_q, "key": im_k}))
         model.enqueue(k)
         run.log(loss=distributed.all_sum(loss) / run.world, lr=optimizer.param_groups[0]["lr"], **watched)
-    run.finish()
+    run.finish(next_command(args, run.dir))
     return 0
 
 

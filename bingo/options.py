@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 from pathlib import Path
+from shlex import quote
 
 from shared_utils import UserError, distributed, mini
 from shared_utils.data import ImageList, image_folder, per_class
@@ -60,11 +61,24 @@ def train_images(args: argparse.Namespace) -> ImageList:
     return per_class(images, args.per_class, args.cache) if args.per_class or args.cache else images
 
 
+def next_command(args: argparse.Namespace, folder: Path) -> str:
+    """The evaluation of what a run wrote into `folder`; network and image size are in the checkpoint."""
+    images = f"--data_dir {quote(str(args.data_dir))}" + (f" --per_class {args.per_class}" if args.per_class else "")
+    return f"evaluate: python -m bingo.main_knn --pretrained {quote(f'{folder}/checkpoint.pth')} {images}"
+
+
 def check_positive(args: argparse.Namespace, *names: str) -> None:
     """UserError for a flag below 1, before anything is loaded."""
     for name in names:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+
+
+def check_not_negative(args: argparse.Namespace, *names: str) -> None:
+    """UserError for a flag below 0, before anything is loaded."""
+    for name in names:
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
 
 
 def check_batch(batch_size: int, world: int, splits: int) -> None:

@@ -42,6 +42,7 @@ case "$tier" in
     # Table of the paper: R18 <- SwAV R50x2, 200 epochs, 8 GPUs x 32; linear top-1 65.5. --s_arch resnet34: 68.9.
     # R18 <- MoCo R50: --t_arch resnet50 --pretrain_alg moco, 800 epochs of MoCo: 64.0. EfficientNet-B0:
     # --s_arch efficientnet-b0 --moco_t 0.12 --wd 4e-5, 69.3. --teacher_bn train is what the release does.
+    # One GPU: --bn_splits 8, or else --teacher_bn eval.
     flags=(
       --data_dir "${DATA_ROOT:-data}" --s_arch resnet18 --t_arch resnet50w2 --pretrain_alg swav
       --pretrain_path "${TEACHER:-swav_RN50w2_400ep_pretrain.pth.tar}" --corr_npy imgs_corr/imgs_corr_swav_epoch400.npy
@@ -53,4 +54,4 @@ esac
 launch=("$PYTHON")
 if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m bingo.main_moco --output-dir "$out" "${flags[@]}" "$@"
-echo "next: bash bingo/run_lincls.sh $tier"
+echo "next: ${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${SET:+SET=$SET }bash bingo/run_lincls.sh $tier"

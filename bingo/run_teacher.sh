@@ -40,6 +40,7 @@ case "$tier" in
     ;;
   paper)
     # MoCo v2 on ImageNet, 200 epochs, 8 GPUs x 32: 67.4 % linear top-1. The paper takes published weights instead.
+    # One GPU: --bn_splits 8, or the keys know their queries by one batch norm.
     flags=(--data_dir "${DATA_ROOT:-data}" --arch resnet50 --end_epoch 200 --workers 4 --save-every 1000 --log-every 100)
     ;;
 esac
@@ -47,4 +48,4 @@ esac
 launch=("$PYTHON")
 if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m bingo.main_teacher --output-dir "$out" "${flags[@]}" "$@"
-echo "next: bash bingo/run_knn.sh $tier"
+echo "next: ${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${SET:+SET=$SET }bash bingo/run_knn.sh $tier"

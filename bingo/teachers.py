@@ -7,6 +7,7 @@ a random teacher, without a word, when it is given a full MoCo checkpoint (its `
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -67,3 +68,12 @@ def load_teacher(name: str, path: str | Path, alg: str, width: int = 64, stem: s
     except UserError as error:
         raise UserError(f"{path}, taken as {alg} {name} (width {width}, stem {stem}): {error}") from None
     return encoder.requires_grad_(False).eval(), dim
+
+
+def fingerprint(teacher: nn.Module) -> str:
+    """Of the tensors that bags depend on, those below the head; 16 digits."""
+    digest = hashlib.sha256()
+    for key, value in sorted(teacher.state_dict().items()):
+        if not key.startswith("fc."):
+            digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -121,7 +121,10 @@ class Views(Dataset):
         anchor, views = self.images.image(index), {}
         if self.nearby is not None:
             row = self.nearby.index[index]
-            other = self.images.image(int(row[torch.randint(len(row), ())]))
+            member = int(row[torch.randint(len(row), ())])
+            if member < 0:
+                raise RuntimeError("views are drawn before the neighbours were searched for the first time")
+            other = self.images.image(member)
             views["add_posq"], views["add_posk"] = self.augmentation(other), self.augmentation(other)
         views["key"], views["query"] = self.augmentation(anchor), self.augmentation(anchor)
         if self.small_augmentation is not None:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--lr_decay", type=float, default=0.1, help="factor of --decay_method step")
     a("--momentum", type=float, default=0.9)
     a("--wd", type=float, default=1e-4)
-    a("--image-every", type=int, default=500, help="steps between pictures in tensorboard")
+    a("--image_every", type=int, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "hsa/pretrain/default")
     return p
 
@@ -292,7 +293,10 @@ def main(argv: list[str] | None = None) -> int:
             shown = [x[name] for name in names] + ([mix] if mixing else [])
             run.image("views/" + "_".join(names) + "_mix" * mixing, picture(shown))
 
-    run.finish(f"evaluate: python -m hsa.main_knn --pretrained {run.dir}/checkpoint.pth --data_dir {args.data_dir}")
+    images_are = f"--data_dir {quote(str(args.data_dir))}" + (
+        f" --per_class {args.per_class}" if args.per_class else ""
+    )
+    run.finish(f"evaluate: python -m hsa.main_knn --pretrained {quote(f'{run.dir}/checkpoint.pth')} {images_are}")
     return 0
 
 
@@ -301,7 +305,7 @@ def facts(run: Run, images: ImageList, model: CsMl, steps: int) -> dict[str, str
     args = run.args
     share = args.batch_size // (run.world * args.bn_splits)
     top = math.log(1 + args.moco_k)
-    low = math.log(args.moco_k) + 1 / (2 * args.moco_dim * args.moco_t**2) - 1 / args.moco_t
+    low = initial_loss(args.moco_k, args.moco_dim, args.moco_t)
     scale = 1 + args.inter_weight
     out = {
         "data": f"{args.data_dir}/train: {len(images)} images of {len(images.classes)} classes",
@@ -311,8 +315,8 @@ def facts(run: Run, images: ImageList, model: CsMl, steps: int) -> dict[str, str
         f"{0.03 * args.batch_size / 256:.3g} for this batch",
         "parameters": f"{sum(p.numel() for p in model.encoder_q.parameters()) / 1e6:.2f} M trained",
         "queue": f"{args.moco_k} = {args.moco_k / len(images):.2f} epochs of keys, {len(model.queues)} level(s)",
-        "expected initial loss": f"{scale * low:.2f} (all images alike, random queue), then about {scale * top:.2f} = "
-        "log(1 + K) once the queue is full of keys, then falling",
+        "expected initial loss": f"about {scale * low:.2f} (all images alike, random queue), then about "
+        f"{scale * top:.2f} = log(1 + K) once the queue is full of keys, then falling",
         "estimated time": estimate(run, model, len(images), steps),
     }
     if args.mode != "moco":
@@ -325,6 +329,11 @@ def facts(run: Run, images: ImageList, model: CsMl, steps: int) -> dict[str, str
             "one batch norm over query and key batches lets MoCo cheat: --bn_splits 8, or several processes"
         )
     return out
+
+
+def initial_loss(k: int, dim: int, tau: float) -> float:
+    """l(z, z) against k random unit negatives of `dim` numbers, whose z.n has about the variance 1 / dim."""
+    return float(np.logaddexp(1 / tau, math.log(k) + 1 / (2 * dim * tau**2)) - 1 / tau)
 
 
 def forwards(args: argparse.Namespace) -> int:

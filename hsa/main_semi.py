@@ -72,7 +72,7 @@ def get_parser() -> Parser:
 
 
 def resolve(args: argparse.Namespace, labelled: int, total: int, world: int) -> None:
-    """Fill in the defaults that depend on the share of labels; UserError for flags out of range."""
+    """Fill in what depends on the labelled images, a batch at most; UserError for flags out of range."""
     epochs, lr, mult = DEFAULTS["1%" if labelled < 0.05 * total else "10%"]
     args.end_epoch = epochs if args.end_epoch is None else args.end_epoch
     args.init_lr = lr if args.init_lr is None else args.init_lr
@@ -84,6 +84,12 @@ def resolve(args: argparse.Namespace, labelled: int, total: int, world: int) -> 
         raise UserError("--init_lr and --head_lr_mult must be above 0")
     if args.batch_size % world or args.batch_size // world < 2:
         raise UserError(f"--batch_size {args.batch_size} does not give each of {world} processes the same 2 or more")
+    if labelled // world < 2:
+        raise UserError(
+            f"{labelled} labelled images are fewer than two for each of {world} processes: raise --fraction, or give a "
+            "longer list as --labels"
+        )
+    args.batch_size = min(args.batch_size, labelled // world * world)
 
 
 def classifier(encoder: Any, classes: int) -> Any:
@@ -188,22 +194,28 @@ def label(run: Run, network: Any, train: ImageList, rest: list[int], file: Path)
     """Pseudo-labels, (index in `train`, class) each, of the images `rest`; `train`'s own labels are not looked at.
 
     Written to `file` (JSON), and read from it where it is of the same fine-tuned network: a run that is resumed goes on
-    with the very labels it began with, also on GPUs, which may round otherwise the next time.
+    with the very labels it began with, also on GPUs, which may round otherwise the next time. Process 0 alone reads
+    and decides: another one may look only when the new file is there.
     """
     same_buffers(network)
     digest = hashlib.sha256(repr((run.args.threshold, rest)).encode())
     for key, value in sorted(network.state_dict().items()):
         digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
     source = digest.hexdigest()[:16]
-    if file.is_file() and not run.args.overwrite:
+    kept: list[Any] = [None]
+    if run.rank == 0 and file.is_file() and not run.args.overwrite:
         try:
             stored = json.loads(file.read_text())
             if stored["source"] == source:
-                return [(int(i), int(y)) for i, y in stored["labels"]]
+                kept = [[(int(i), int(y)) for i, y in stored["labels"]]]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
                 f"{file}: not a readable file of pseudo-labels; remove it, they are predicted anew"
             ) from None
+    if run.world > 1:
+        torch.distributed.broadcast_object_list(kept, 0)
+    if kept[0] is not None:
+        return kept[0]
     found: list[tuple[int, int]] = []
     if rest:
         sure = sureness(run, network, subset(train, rest, [-1] * len(rest)))
@@ -242,7 +254,6 @@ def main(argv: list[str] | None = None) -> int:
     train, val = open_splits(args)
     chosen = labelled_indices(train, args.labels, args.fraction, Path(args.data_dir) / "train", args.seed)
     resolve(args, len(chosen), len(train), run.world)
-    args.batch_size = min(args.batch_size, len(chosen) // run.world * run.world)
     classes = len(train.classes)
 
     # (i) labels alone

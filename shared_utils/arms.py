@@ -30,15 +30,18 @@ STATUS = {
 Seeds = dict[int, dict[str, Any]]  # seed: what its log holds, {"metrics", "facts", "curve"}
 
 
-def verdict(ours: Sequence[float], baseline: Sequence[float]) -> str:
+def verdict(ours: Sequence[float], baseline: Sequence[float], paired: bool = False) -> str:
     """The acceptance rule: do the means differ by more than the pooled standard deviation of the seeds?
 
-    Nothing is said unless both sides have two seeds or more.
+    `paired`, where the arms of a seed share what else varies with it (classes, test episodes): by more than the
+    standard deviation of the differences, seed by seed. Nothing is said unless both sides have two seeds or more.
     """
     if min(len(ours), len(baseline)) < 2:
         return "one seed, no verdict"
     gap = statistics.mean(ours) - statistics.mean(baseline)
     pooled = math.sqrt((statistics.variance(ours) + statistics.variance(baseline)) / 2)
+    if paired:
+        pooled = statistics.stdev([a - b for a, b in zip(ours, baseline, strict=True)])
     return "above" if gap > pooled else "below" if gap < -pooled else "no difference"
 
 
@@ -96,6 +99,7 @@ class Arms:
         curve: columns of log.jsonl that are kept.
         command: how a row is made again; {set}, {arms} and {seeds} are filled in.
         read: metrics of the run in a folder, from the results beside it; None while they are not complete.
+        paired: compare arms seed by seed, over the seeds that both have.
     """
 
     paper: str
@@ -110,6 +114,7 @@ class Arms:
     command: str
     read: Callable[[Path], dict[str, float] | None]
     shown: Mapping[str, str] = field(default_factory=dict)
+    paired: bool = False
 
     def collect(self, root: Path) -> dict[str, dict[int, Path]]:
         """{arm: {seed: folder}} of the finished runs below `root`. UserError when there is none."""
@@ -134,6 +139,12 @@ class Arms:
         numbers = [seeds[seed]["metrics"].get(metric) for seed in sorted(seeds)]
         return [] if None in numbers else numbers
 
+    def compared(self, one: Seeds, other: Seeds, metric: str) -> tuple[list[float], list[float]]:
+        """The numbers of two arms that are held against each other; of their common seeds where they are paired."""
+        common = set(one) & set(other) if self.paired else set(one) | set(other)
+        one, other = ({seed: run for seed, run in seeds.items() if seed in common} for seeds in (one, other))
+        return self.values(one, metric), self.values(other, metric)
+
     def table(self, found: Mapping[str, Seeds]) -> str:
         """Markdown: a row an arm, a column a metric, and the verdict of the claim's metric against the baseline."""
         titles = {**self.metrics}
@@ -144,7 +155,8 @@ class Arms:
             numbers = [self.values(found[arm], metric) for metric in titles]
             against = ""
             if arm != self.baseline and self.baseline in found:
-                against = verdict(*(self.values(found[name], self.claim) for name in (arm, self.baseline)))
+                sides = self.compared(found[arm], found[self.baseline], self.claim)
+                against = verdict(*sides, self.paired)
             cells = [*(cell(x) if x else "" for x in numbers), against]
             lines.append(f"| {self.arms[arm]} | {len(found[arm])} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
@@ -185,8 +197,8 @@ class Arms:
             made = [found[arm][seed]["facts"] for seed in sorted(found[arm])]
             minutes = [fact["minutes"] for fact in made]
             for metric, title in self.metrics.items():
-                ours, base = (self.values(found[one], metric) for one in (arm, against))
-                if verdict(ours, base) not in STATUS:
+                ours, base = self.compared(found[arm], found[against], metric)
+                if verdict(ours, base, self.paired) not in STATUS:
                     continue  # one seed claims nothing
                 seeds = sorted(set(found[arm]) | set(found[against]))
                 rows.append(
@@ -202,7 +214,7 @@ class Arms:
                         "n_seeds": str(len(ours)),
                         "baseline_mean": f"{statistics.mean(base):.2f}",
                         "baseline_std": f"{statistics.stdev(base):.2f}",
-                        "status": STATUS[verdict(ours, base)],
+                        "status": STATUS[verdict(ours, base, self.paired)],
                         "command": self.command.format(
                             set=name, arms=f"{against} {arm}", seeds=" ".join(map(str, seeds))
                         ),

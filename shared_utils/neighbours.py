@@ -34,6 +34,7 @@ def features(
         out: an .npy file that the rows are written to, each process its own, instead of memory and an exchange.
 
     Returns: [N, D] float32 on the CPU (mapped from `out` if given). Each process computes a share of the rows.
+    UserError: `out` cannot be written.
     """
     world, rank = distributed.world(), distributed.rank()
     share = -(-len(images) // world)
@@ -63,8 +64,11 @@ def features(
         rows = torch.zeros(share, int(dim))
     else:
         if rank == 0:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(out, "w+", np.float32, (len(images), int(dim))).flush()
+            try:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                np.lib.format.open_memmap(out, "w+", np.float32, (len(images), int(dim))).flush()
+            except OSError as error:
+                raise UserError(f"{out}: features cannot be written there ({error.strerror})") from None
         distributed.barrier()
         distributed.agreed(out.is_file(), f"{out} is not seen by all processes; give a folder that all nodes share")
         mapped = torch.from_numpy(np.lib.format.open_memmap(out, "r+"))

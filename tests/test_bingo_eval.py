@@ -190,6 +190,9 @@ def test_release_pooling_and_schedule():
     assert main_lincls.block_ids(["14", "last", "layer1"], net) == [14, 17, 4]
     assert main_lincls.block_ids(["last"], build("efficientnet-b0")) == [18]
     args = main_lincls.get_parser().parse_args(["--pretrained", "x"])
+    expected = {"init_lr": 30.0, "momentum": 0.9, "wd": 0.0, "batch_size": 256, "end_epoch": 100, "schedule": [60, 80],
+                "lr_decay": 0.1, "decay_method": "step", "min_lr": 0.01, "pool_type": "avg"}  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
     assert [main_lincls.learning_rate(args, e) for e in (0, 59, 60, 80)] == pytest.approx([30, 30, 3, 0.3])
     args.decay_method, args.end_epoch = "cos", 120
     assert [main_lincls.learning_rate(args, e) for e in (0, 60, 120)] == pytest.approx([30, 15.005, 0.01])
@@ -351,6 +354,20 @@ def test_defaults_follow_the_share_of_labels():
     main_semi.resolve(ten, 128116, 1281167, 8)
     assert (one.end_epoch, one.init_lr, one.head_lr_mult) == (60, 0.02, 100)
     assert (ten.end_epoch, ten.init_lr, ten.head_lr_mult) == (3, 0.01, 20)
+
+
+def test_too_few_labels(data, weights, tmp_path):
+    parse = main_semi.get_parser().parse_args
+    args = parse(["--pretrained", "x", "--batch_size", "64"])
+    main_semi.resolve(args, 11, 1000, 4)
+    assert args.batch_size == 8  # two for each process, the rest waits for another epoch
+    for labelled, world in ((1, 1), (3, 4), (7, 4)):
+        with pytest.raises(UserError, match=f"{labelled} labelled images are fewer than two for each of {world} proc"):
+            main_semi.resolve(parse(["--pretrained", "x", "--batch_size", "64"]), labelled, 1000, world)
+    (tmp_path / "one.txt").write_text(next((data / "train").rglob("*.*")).name)
+    with pytest.raises(UserError, match="1 labelled images are fewer than two .*raise --fraction"):
+        semi(data, weights, tmp_path / "out", "--labels", str(tmp_path / "one.txt"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_lists_of_labelled_images(data, weights, tmp_path):

@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 
-from bingo import arms, compute_knn, main_moco, main_teacher
+from bingo import arms, compute_knn, main_knn, main_moco, main_teacher
+from bingo.arch import build
+from bingo.data import save_bags
 from bingo.options import learning_rate
 from shared_utils import UserError, checkpoint, mini
+from shared_utils.augment import plain
+from shared_utils.data import load_image
 from shared_utils.run import Diverged, Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,6 +107,44 @@ def test_bag_files(corr, data):
     assert json.loads((corr / "knn.json").read_text())["kind"] == "knn"
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--corr_dir /dev/null/x",
+            r"/dev/null/x/k.npy: cannot be written \(Not a directory\); give another --corr_dir",
+        ),
+        ("--feature_file /dev/null/f.npy", r"/dev/null/f.npy: features cannot be written there \("),
+        ("--bags kmeans --clusters 51", r"--clusters 51: there are only 50 images"),
+        ("--bags kmeans --clusters -1", r"--clusters -1: must not be negative"),
+        ("--img_size 0", r"--img_size 0: must be at least 1"),
+        ("--clus_pos_num 50", r"50 neighbours need at least 51 images, there are 50"),
+        ("--bags random --data_dir {one}", r"--bags random needs two images at least, there is one"),
+    ],
+)
+def test_bad_flags_of_the_bags_are_one_line(flags, message, data, teacher, tmp_path):
+    """The folder is tried before any feature is computed."""
+    (tmp_path / "one/train/a").mkdir(parents=True)
+    shutil.copy(next((data / "train").rglob("*.*")), tmp_path / "one/train/a")
+    network = ["--arch", "resnet10", "--t_width", "8", "--t_stem", "cifar", "--ckpt_name"]
+    out = ["--corr_dir", str(tmp_path / "corr"), "--corr_name", "k.npy"]
+    with pytest.raises(UserError, match=message) as error:
+        compute_knn.main(
+            [*DATA, "--data_dir", str(data), *network, str(teacher / "checkpoint.pth"), *out]
+            + flags.format(one=tmp_path / "one").split()
+        )
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("corr/*"))
+
+
+def test_the_output_is_tried_before_the_features(data, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(compute_knn, "features", None)
+    flags = ["--corr_dir", "/dev/null/x", "--ckpt_name", str(teacher / "checkpoint.pth")]
+    with pytest.raises(UserError, match="cannot be written"):
+        compute_knn.main(
+            [*DATA, "--data_dir", str(data), *"--arch resnet10 --t_width 8 --t_stem cifar".split(), *flags]
+        )
+
+
 def test_bags_from_mapped_features_are_the_same(corr, data, teacher, tmp_path):
     flags = [
         "--arch",
@@ -163,6 +209,18 @@ def test_teacher_check_sees_neighbours_even_with_more_classes_than_images_to_loo
     assert len(main_moco.sample_classes(images, 512)) == 320
     finer = type(images)([(path, i // 50) for i, (path, _) in enumerate(images.samples)], [str(c) for c in range(20)])
     assert torch.bincount(main_moco.sample_classes(finer, 96).labels).max() == 32
+
+
+def test_a_students_checkpoint_loads_into_torchvision(train, tmp_path):  # property 12
+    """Without `module.encoder_q.` and the head, only the classifier is missing."""
+    train(tmp_path, *"--s_arch resnet18 --s_width 64 --s_stem imagenet --end_epoch 1 --loss intra".split())
+    saved = checkpoint.load(tmp_path / "checkpoint.pth")["state_dict"]
+    own = {k.removeprefix("module.encoder_q."): v for k, v in saved.items() if k.startswith("module.encoder_q.")}
+    net = torchvision.models.resnet18()
+    classifier = {k: v for k, v in net.state_dict().items() if k.startswith("fc.")}
+    net.load_state_dict({k: v for k, v in own.items() if not k.startswith("fc.")} | classifier)  # else an error
+    assert len(classifier) == 2
+    assert all(torch.equal(v, own[k]) for k, v in net.state_dict().items() if k not in classifier)
 
 
 def test_one_pass_is_three_passes(train, tmp_path):
@@ -267,6 +325,117 @@ def test_resume_with_other_flags_is_refused(train, tmp_path):
         train(tmp_path, "--lam", "0.6,0.4", "--moco_t", "0.1")
 
 
+def test_resume_with_other_bags_or_images_is_refused(train, data, corr, teacher, tmp_path, monkeypatch):
+    """The same names, but other things behind them."""
+    images = tmp_path / "data"
+    for folder in sorted((data / "train").iterdir()):
+        (images / "train" / folder.name).mkdir(parents=True)
+        for file in sorted(folder.iterdir())[:6]:
+            shutil.copy(file, images / "train" / folder.name)
+    bags = tmp_path / "bags.npy"
+    for name in ("bags.npy", "bags.json"):
+        shutil.copy(corr / name.replace("bags", "knn"), tmp_path / name)
+    where = ["--data_dir", str(images), "--corr_npy", str(bags)]
+    first = next(file for file in sorted((images / "train").rglob("*")) if file.is_file())
+
+    def refused(out: str, match: str, *flags: str) -> None:
+        before = (tmp_path / out / "checkpoint.pth").read_bytes()
+        with pytest.raises(UserError, match=match):
+            train(tmp_path / out, *where, *flags)
+        assert (tmp_path / out / "checkpoint.pth").read_bytes() == before
+
+    train(tmp_path / "bags", *where, "--end_epoch", "1")
+    train(tmp_path / "intra", *where, "--end_epoch", "1", "--loss", "intra")
+    flags = "--arch resnet10 --width 4 --stem cifar --batch_size 8 --moco_k 32 --end_epoch 1".split()
+    moco = [*DATA, "--data_dir", str(images), *flags, "--output-dir", str(tmp_path / "teacher")]
+    main_teacher.main(moco)
+
+    array = np.load(bags)
+    array[7, 0] = (array[7, 0] + 1) % 50 if (array[7, 0] + 1) % 50 != 7 else 8
+    save_bags(bags, array, main_moco.train_images(main_moco.get_parser().parse_args([*train.flags, *where])), "knn")
+    refused("bags", "--bags-sha256 was .*, is .*--overwrite", "--end_epoch", "1")
+    train(tmp_path / "intra", *where, "--end_epoch", "1", "--loss", "intra")  # needs no bags
+
+    first.rename(first.with_name(f"0-{first.name}"))  # still the first of its class
+    refused("intra", "--images-sha256 was .*, is .*--overwrite", "--end_epoch", "1", "--loss", "intra")
+    with pytest.raises(UserError, match="--images-sha256 was"):
+        main_teacher.main(moco)
+
+
+# --- what the preflight says -----------------------------------------------------------------------------------------
+
+
+def test_bags_of_another_teacher_are_told(train, data, corr, teacher, tmp_path, capsys):
+    facts = json.loads((corr / "knn.json").read_text())
+    assert facts["k"] == 5 and facts["teacher"]["name"] == f"resnet10 of {teacher / 'checkpoint.pth'} (moco)"
+    assert json.loads((corr / "random.json").read_text())["teacher"] is None
+    end = ["--end_epoch", "1"]
+    train(tmp_path / "own", *end)
+    assert "CAUTION" not in capsys.readouterr().out
+    saved = checkpoint.load(teacher / "checkpoint.pth")
+    saved["state_dict"]["module.encoder_q.conv1.weight"].mul_(2)
+    checkpoint.save(tmp_path / "other.pth", saved)
+    train(tmp_path / "a", *end, "--pretrain_path", str(tmp_path / "other.pth"))
+    assert f"CAUTION, bags: made with another teacher, {facts['teacher']['name']}," in capsys.readouterr().out
+    saved["state_dict"]["module.encoder_q.conv1.weight"].div_(2)
+    saved["state_dict"]["module.encoder_q.fc.0.weight"].mul_(2)  # bags are of what lies below the head
+    checkpoint.save(tmp_path / "other.pth", saved)
+    train(tmp_path / "b", *end, "--pretrain_path", str(tmp_path / "other.pth"))
+    assert "CAUTION" not in capsys.readouterr().out
+    shutil.copy(corr / "knn.npy", tmp_path / "release.npy")  # a file of the release's has no .json
+    train(tmp_path / "c", *end, "--corr_npy", str(tmp_path / "release.npy"))
+    said = capsys.readouterr().out
+    assert "order of the images and teacher not checked" in said and "CAUTION" not in said
+
+
+def test_the_printed_evaluation_runs(train, data, tmp_path, capsys):
+    teacher = "--arch resnet10 --width 4 --stem cifar --batch_size 8 --moco_k 32 --end_epoch 1 --output-dir".split()
+    main_teacher.main([*DATA, "--data_dir", str(data), *teacher, str(tmp_path / "teacher")])
+    train(tmp_path / "student", "--end_epoch", "1")
+    commands = re.findall("evaluate: python -m (.*)", capsys.readouterr().out)
+    for command, name in zip(commands, ("teacher", "student"), strict=True):
+        module, *flags = shlex.split(command)
+        assert module == "bingo.main_knn" and flags[-2:] == ["--per_class", "5"]
+        assert main_knn.main([*flags, "--output-dir", str(tmp_path / "knn"), "--workers", "0", "--threads", "1"]) == 0
+        result = json.loads((tmp_path / "knn/result.json").read_text())
+        assert 0 <= result["knn"] <= 100 and result["pretrained"] == str(tmp_path / name / "checkpoint.pth")
+
+
+def test_one_share_of_batch_statistics_is_cautioned_against(train, data, tmp_path, capsys):  # trap 16
+    end, says = ["--end_epoch", "1"], "CAUTION, batch norm: --teacher_bn train in one share"
+    for flags, told in (("", False), ("--teacher_bn train", True), ("--teacher_bn train --bn_splits 2", False)):
+        train(tmp_path / str(len(flags)), *end, *flags.split())
+        assert (says in capsys.readouterr().out) is told
+    moco = [*DATA, "--data_dir", str(data), *"--arch resnet10 --width 4 --stem cifar --batch_size 8".split()]
+    for splits in (1, 2):
+        out = tmp_path / f"moco{splits}"
+        main_teacher.main(
+            [*moco, *"--moco_k 32 --end_epoch 1 --bn_splits".split(), str(splits), "--output-dir", str(out)]
+        )
+        assert ("CAUTION, batch norm: one batch norm over" in capsys.readouterr().out) is (splits == 1)
+
+
+def test_the_preflight_counts_tensors_and_measures_the_teacher(train, data, teacher, tmp_path, capsys):  # trap 2
+    """Two classes of five images: 5-NN purity of the pooled features of the file's q encoder, by brute force."""
+    train(tmp_path, "--end_epoch", "1", "--check_teacher", "50")
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("  teacher: "))
+    found = re.search(r"5-NN purity ([\d.]+) % on 10 images of 2 classes, chance ([\d.]+) %", line)
+    assert found, line
+    saved = checkpoint.load(teacher / "checkpoint.pth")["state_dict"]
+    own = {k.removeprefix("module.encoder_q."): v for k, v in saved.items() if k.startswith("module.encoder_q.")}
+    assert f"loaded {len(own)} tensors, dropped 0, left new 0" in line
+    net = build("resnet10", 8, "cifar")
+    net.load_state_dict({k: v for k, v in own.items() if not k.startswith("fc.")})
+    folders = sorted((data / "train").iterdir())
+    files = [file for folder in (folders[0], folders[5]) for file in sorted(folder.iterdir())[:5]]
+    with torch.no_grad():
+        x = net.eval()(torch.stack([plain(16)(load_image(file)) for file in files]), pre_out=True)
+    cosine = torch.nn.functional.cosine_similarity(x[:, None], x[None], dim=2).fill_diagonal_(-2)
+    same = cosine.topk(5, dim=1).indices // 5 == torch.arange(10)[:, None] // 5
+    assert float(found[1]) == pytest.approx(100 * float(same.double().mean()), abs=0.06)
+    assert float(found[2]) == pytest.approx(100 * 4 / 9, abs=0.06)
+
+
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 
@@ -288,7 +457,13 @@ def test_two_processes_equal_one_with_two_splits(train, data, tmp_path):
             torch.testing.assert_close(value, two[name], rtol=0, atol=2e-3)
 
 
-def test_bags_of_two_processes_are_those_of_one(corr, data, teacher, tmp_path):
+def test_bags_of_two_processes_are_those_of_one(data, teacher, tmp_path):
+    """Of 49 images the second process has a row less."""
+    images = tmp_path / "images"
+    for folder in sorted((data / "train").iterdir()):
+        (images / "train" / folder.name).mkdir(parents=True)
+        for file in sorted(folder.iterdir())[: 4 if not list(images.glob("train/*/*")) else 5]:
+            shutil.copy(file, images / "train" / folder.name)
     flags = [
         "--arch",
         "resnet10",
@@ -301,10 +476,14 @@ def test_bags_of_two_processes_are_those_of_one(corr, data, teacher, tmp_path):
     ]
     flags += ["--corr_dir", str(tmp_path), "--corr_name", "k.npy", "--feature_file", str(tmp_path / "f.npy")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "bingo.compute_knn", *DATA, "--data_dir", str(data), *flags]
+    command = [*launch, "-m", "bingo.compute_knn", *DATA, "--data_dir", str(images), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert np.array_equal(np.load(tmp_path / "k.npy"), np.load(corr / "knn.npy"))
+    one = ["--corr_name", "one.npy", "--feature_file", str(tmp_path / "one-f.npy")]
+    assert compute_knn.main([*DATA, "--data_dir", str(images), *flags, *one]) == 0
+    assert np.load(tmp_path / "k.npy").shape == (49, 5)
+    assert np.array_equal(np.load(tmp_path / "k.npy"), np.load(tmp_path / "one.npy"))
+    np.testing.assert_allclose(np.load(tmp_path / "f.npy"), np.load(tmp_path / "one-f.npy"), atol=1e-5)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -326,14 +505,90 @@ def test_bags_of_two_processes_are_those_of_one(corr, data, teacher, tmp_path):
         ("--batch_size 64 --moco_k 64", r"a global batch of 64 needs as many samples, the data has 50"),
         ("--moco_dim 64", r"--moco_dim 64: the embedding of this teacher has 16 dimensions"),
         ("--lam 0.5", r"--lam \[0.5\]: two weights"),
-        ("--moco_t 0", r"--moco_t and --alpha must be above 0"),
+        ("--moco_t 0", r"--moco_t, --init_lr and --alpha must be above 0"),
+        ("--init_lr 0", r"--moco_t, --init_lr and --alpha must be above 0"),
         ("--end_epoch 0", r"--end_epoch 0: must be at least 1"),
+        ("--img_size 0", r"--img_size 0: must be at least 1"),
+        ("--hidden 0", r"--hidden 0: must be at least 1"),
+        ("--s_width 0", r"--s_width 0: must be at least 1"),
+        ("--per_class -1", r"--per_class -1: must not be negative"),
+        ("--warmup_epochs -1", r"--warmup_epochs -1: must not be negative"),
     ],
 )
 def test_bad_flags_are_one_line(flags, message, train, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         train(tmp_path / "out", *flags.format(tmp=tmp_path).split())
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--img_size 0", r"--img_size 0: must be at least 1"),
+        ("--width 0", r"--width 0: must be at least 1"),
+        ("--per_class -1", r"--per_class -1: must not be negative"),
+        ("--init_lr 0", r"--moco_t and --init_lr must be above 0"),
+        ("--moco_m 1.5", r"--moco_m in 0..1"),
+    ],
+)
+def test_bad_flags_of_the_teacher_are_one_line(flags, message, data, tmp_path):
+    with pytest.raises(UserError, match=message):
+        main_teacher.main([*DATA, "--data_dir", str(data), "--output-dir", str(tmp_path / "out"), *flags.split()])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_class_and_a_broken_file_are_named(train, data, teacher, tmp_path):
+    images = tmp_path / "data"
+    for folder in sorted((data / "train").iterdir()):
+        (images / "train" / folder.name).mkdir(parents=True)
+        for file in sorted(folder.iterdir())[:5]:
+            shutil.copy(file, images / "train" / folder.name)
+    plain_flags = [flag for flag in DATA if flag != "--cache"]
+    network = ["--arch", "resnet10", "--t_width", "8", "--t_stem", "cifar", "--ckpt_name"]
+    bags = [*network, str(teacher / "checkpoint.pth"), "--corr_dir", str(tmp_path / "corr")]
+    moco = "--arch resnet10 --width 4 --stem cifar --batch_size 8 --moco_k 32 --end_epoch 2".split()
+
+    def refused(match: str) -> None:
+        where = ["--data_dir", str(images)]
+        for call in (
+            lambda: train(tmp_path / "out", *where, "--loss", "intra", "--check_teacher", "0"),
+            lambda: compute_knn.main([*plain_flags, *where, *bags]),  # met on the way, not while it is cached
+            lambda: main_teacher.main([*plain_flags, *where, *moco, "--output-dir", str(tmp_path / "out2")]),
+        ):
+            with pytest.raises(UserError, match=match) as error:
+                call()
+            assert "\n" not in str(error.value)
+        assert not list(tmp_path.glob("corr/*"))
+
+    (images / "train/zebra").mkdir()
+    refused("zebra: no image")
+    (images / "train/zebra").rmdir()
+    broken = sorted((images / "train").rglob("*.*"))[7]
+    broken.write_bytes(broken.read_bytes()[:60])
+    refused(f"^{broken}: not a readable image")
+
+
+def test_defaults_are_the_releases():  # trap 14
+    for module, expected in (
+        (main_moco, {
+            "moco_k": 65536, "moco_t": 0.2, "aug_plus": "true", "decay_method": "cos", "init_lr": 0.03, "momentum": 0.9,
+            "wd": 1e-4, "batch_size": 256, "end_epoch": 200, "schedule": [120, 160], "lr_decay": 0.1, "lam": [0.5, 0.5],
+            "clus_pos_num": 5, "s_arch": "resnet18", "t_arch": "resnet50", "pretrain_alg": "moco", "warmup_epochs": 11,
+            "loss": "release", "mix": "cutmix", "alpha": 2.0, "hidden": 2048, "img_size": 224,
+            "corr_npy": Path("imgs_corr/imgs_corr_epoch800_MoCo.npy"),
+            "pretrain_path": Path("moco_v2_800ep_pretrain.pth.tar"),
+        }),
+        (compute_knn, {
+            "arch": "resnet50", "batch_size": 32, "clus_pos_num": 5, "bags": "knn", "corr_dir": Path("imgs_corr"),
+            "corr_name": Path("imgs_corr_moco_epoch800.npy"), "img_size": 224,
+        }),
+        (main_teacher, {
+            "arch": "resnet50", "moco_dim": 128, "moco_k": 65536, "moco_m": 0.999, "moco_t": 0.2, "init_lr": 0.03,
+            "wd": 1e-4, "momentum": 0.9, "batch_size": 256, "end_epoch": 200, "decay_method": "cos",
+        }),
+    ):  # fmt: skip
+        args = vars(module.get_parser().parse_args([]))
+        assert {name: args[name] for name in expected} == expected
 
 
 def test_diverged_run_keeps_the_last_good_checkpoint(train, tmp_path, monkeypatch):
@@ -364,13 +619,14 @@ def test_learning_rate_of_the_release():
 
 def test_a_run_counts_when_both_evaluations_are_there(tmp_path):
     folder = tmp_path / "bingo" / "seed0"
+    folder.mkdir(parents=True)
     for job, result in (
         ("knn", {"knn": 30.0, "few_shot": 20.0, "purity": 25.0, "bag_gap": 0.5, "knn10": 0.0}),
         ("linear", {"linear_last": 40.0, "linear": 41.0}),
     ):
         assert arms.read(folder) is None
         file = folder.with_name(f"seed0-{job}") / "result.json"
-        file.parent.mkdir(parents=True)
+        file.parent.mkdir()
         file.write_text(json.dumps(result))
     metrics = {"few_shot": 20.0, "knn": 30.0, "linear_last": 40.0, "purity": 25.0, "bag_gap": 0.5}
     assert arms.read(folder) == metrics

@@ -99,6 +99,15 @@ def test_views_are_drawn_in_the_order_of_the_release(images):
     assert set(Views(images, spy)[3]) == {"query", "key"}
 
 
+def test_without_a_search_there_are_no_views(images):
+    """Rather than views of the last image, which is what the index -1 would give."""
+    nearby = Neighbours(images, 2, 0)
+    with pytest.raises(RuntimeError, match="before the neighbours were searched"):
+        Views(images, grey, nearby)[3]
+    nearby.set(nearby.random(0), 0)
+    assert set(Views(images, grey, nearby)[3]) == {"add_posq", "add_posk", "key", "query"}
+
+
 def test_a_neighbour_is_drawn_at_each_access_uniformly(images):
     nearby = Neighbours(images, 3, 0)
     nearby.set(torch.tensor([[1, 5, 9]] * 12), 0)

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -350,6 +352,37 @@ def test_pseudo_labels_of_another_network_are_not_taken(data, weights, tmp_path)
     file.write_text(file.read_text()[:-5])
     with pytest.raises(UserError, match="pseudo.json: not a readable file of pseudo-labels; remove it"):
         call(main_semi, data, weights, tmp_path, *flags)
+
+
+def test_process_0_decides_whether_there_are_pseudo_labels(tmp_path, monkeypatch):
+    """Another process that looks when the new file is already there does what process 0 did, collectives included."""
+    file, calls = tmp_path / "pseudo.json", []
+    args = SimpleNamespace(threshold=1.0, overwrite=False)
+    run: Any = SimpleNamespace(args=args, rank=0, world=1, device=torch.device("cpu"))
+    network, images = nn.Linear(2, 2), ImageList([], [])
+    assert main_semi.label(run, network, images, [], file) == []  # nothing is unlabelled: no other collective
+    own = json.loads(file.read_text())
+    file.write_text(json.dumps(own | {"labels": [[1, 2]]}))
+    assert main_semi.label(run, network, images, [], file) == [(1, 2)]
+
+    run.rank, run.world, sent = 1, 2, None
+    monkeypatch.setattr(main_semi, "same_buffers", lambda network: None)
+    monkeypatch.setattr(main_semi.distributed, "barrier", lambda: calls.append("barrier"))
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box, source: box.__setitem__(0, sent))
+    assert main_semi.label(run, network, images, [], file) == [] and calls == ["barrier"]
+    sent = [(3, 4)]
+    file.unlink()  # not seen here
+    assert main_semi.label(run, network, images, [], file) == [(3, 4)] and calls == ["barrier"]
+
+
+def test_too_few_labels(data, weights, tmp_path):
+    args = main_semi.get_parser().parse_args(["--pretrained", "x", "--batch_size", "64"])
+    main_semi.resolve(args, 11, 1000, 4)
+    assert args.batch_size == 8
+    (tmp_path / "one.txt").write_text(next((data / "train").rglob("*.*")).name)
+    with pytest.raises(UserError, match="1 labelled images are fewer than two for each of 1 proc.*raise --fraction"):
+        call(main_semi, data, weights, tmp_path / "out", "--labels", str(tmp_path / "one.txt"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_self_training_and_from_scratch(data, tmp_path):

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from hsa import arch, losses
+from hsa import arch, losses, main_knn
 from hsa.builder import CsMl
 from hsa.data import training_images
-from hsa.main_moco import forwards, get_parser, learning_rate, main
+from hsa.main_moco import forwards, get_parser, initial_loss, learning_rate, main
 from shared_utils import UserError, augment, checkpoint
 from shared_utils.run import Diverged, Run
 
@@ -119,7 +120,7 @@ def test_without_weight_level_3_is_the_single_level_model_to_the_bit(data, tmp_p
 
 
 def test_telemetry_and_pictures(data, tmp_path):
-    log = train(data, tmp_path, "--image-every", "2", "--inter_weight", "1")
+    log = train(data, tmp_path, "--image_every", "2", "--inter_weight", "1")
     names = {"acc/contrast_top1", "acc/contrast_top5", "feat/std", "sim/positive", "sim/negative", "sim/neighbour"}
     names |= {"loss/query", "loss/neighbour", "loss/mix", "loss/level3", "loss/level4", "neighbours/purity"}
     assert log[-1].keys() >= names
@@ -166,6 +167,14 @@ def test_defaults_are_the_release_s():
     assert forwards(get_parser().parse_args(["--mode", "moco"])) == 4
     args.mix = "cutmix"
     assert forwards(args) == 11
+
+
+@pytest.mark.parametrize("k", [512, 65536])
+def test_expected_initial_loss(k):
+    generator = torch.Generator().manual_seed(0)
+    z, queue = (F.normalize(torch.randn(n, 128, generator=generator), dim=1) for n in (32, k))
+    found = float(losses.info_nce(z, z[:, None], queue.T, 0.2).mean())
+    assert initial_loss(k, 128, 0.2) == pytest.approx(found, abs=0.01)
 
 
 # --- what a step does ------------------------------------------------------------------------------------------------
@@ -243,6 +252,32 @@ def test_neighbours_are_those_of_the_momentum_encoder_at_the_refresh(data, tmp_p
     saved = checkpoint.load(tmp_path / "checkpoint.pth")["neighbours"]
     assert saved["epoch"] == 1 and torch.equal(saved["index"], found["k"])
     assert not torch.equal(saved["index"], found["q"])
+
+
+def relabelled(data: Path, root: Path, sizes: tuple[int, ...]) -> Path:
+    """The images of `data` in the same order, in classes of other sizes."""
+    files = sorted((data / "train").rglob("*.png"))
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    for i, file in enumerate(files):
+        folder = root / "train" / f"class{next(c for c, end in enumerate(ends) if i < end)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder / file.name)
+    return root
+
+
+def test_labels_have_no_influence(data, tmp_path):  # trap 9
+    """Other classes of the same images in the same order: the same neighbours and the same training, to the bit."""
+    flags = ["--end_epoch", "2", "--cluster_freq", "1"]
+    own = train(data, tmp_path / "own", *flags)
+    other = train(relabelled(data, tmp_path / "data", (2, 17, 5)), tmp_path / "other", *flags)
+    assert differing(tmp_path / "own", tmp_path / "other") == []
+    assert "/neighbours/index" in tensors(tmp_path / "own")
+    assert [r["loss"] for r in own] == [r["loss"] for r in other]
+    assert own[-1]["neighbours/purity"] != other[-1]["neighbours/purity"]  # the number that labels are for
+    label = ["--neighbours", "label"]  # the arm that looks at them
+    train(data, tmp_path / "a", *label)
+    train(tmp_path / "data", tmp_path / "b", *label)
+    assert "/neighbours/index" in differing(tmp_path / "a", tmp_path / "b")
 
 
 def test_neighbours_are_renewed_exactly_when_due(data, tmp_path, capsys):
@@ -354,18 +389,24 @@ def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(data, tmp_path,
 # --- processes and bad input -----------------------------------------------------------------------------------------
 
 
-def test_two_processes_equal_one_with_two_splits(data, tmp_path):
-    flags = [*SMALL, "--data_dir", str(data), "--init_lr", "0.002", "--mode", "paper", "--crops", "1"]
+def test_two_processes_of_two_splits_equal_one_with_four(data, tmp_path):  # trap 10
+    """Of 25 images one process has a row of features more than the other."""
+    images = tmp_path / "images"
+    shutil.copytree(data, images)
+    extra = Image.fromarray(np.random.default_rng(1).integers(0, 255, (20, 20, 3)).astype(np.uint8))
+    extra.save(images / "train/class2/99.png")
+    flags = [*SMALL, "--data_dir", str(images), "--init_lr", "0.002", "--mode", "paper", "--crops", "1"]
     flags += ["--img_size", "32", "--end_epoch", "2"]
-    assert main([*flags, "--output-dir", str(tmp_path / "one")]) == 0
+    assert main([*flags, "--bn_splits", "4", "--output-dir", str(tmp_path / "one")]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "hsa.main_moco", *flags, "--bn_splits", "1", "--output-dir", str(tmp_path / "two")]
+    command += ["-m", "hsa.main_moco", *flags, "--bn_splits", "2", "--output-dir", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (checkpoint.load(tmp_path / name / "checkpoint.pth") for name in ("one", "two"))
     assert two["progress"]["world"] == 2 and len(two["rng"]) == 2
     assert torch.equal(one["neighbours"]["index"], two["neighbours"]["index"])
+    assert one["neighbours"]["index"].shape == (25, 3)
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
     for key, value in one["state_dict"].items():
@@ -420,8 +461,14 @@ def test_the_command_line_on_mini_data_and_without_data(tmp_path):
     command = [sys.executable, "-m", "hsa.main_moco", *SMALL, "--output-dir", str(tmp_path / "out")]
     done = subprocess.run([*command, "--synthetic", "--per-class", "4"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    for line in ("40 images of 10 classes", "expected initial loss", "estimated time", "python -m hsa.main_knn"):
+    for line in ("40 images of 10 classes", "expected initial loss", "estimated time"):
         assert line in done.stdout
+    (command,) = re.findall("evaluate: python -m (.*)", done.stdout)  # as it is printed, for this run's network
+    module, *flags = shlex.split(command)
+    assert module == "hsa.main_knn"
+    assert main_knn.main([*flags, "--output-dir", str(tmp_path / "knn"), "--workers", "0", "--threads", "1"]) == 0
+    result = json.loads((tmp_path / "knn/result.json").read_text())
+    assert 0 <= result["knn"] <= 100 and result["pretrained"] == str(tmp_path / "out/checkpoint.pth")
     command = [sys.executable, "-m", "hsa.main_moco", "--data_dir", str(tmp_path / "nowhere")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2

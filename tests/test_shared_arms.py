@@ -1,5 +1,6 @@
 """Arms of the small tier: what is collected, the acceptance rule, the logs that stay and the rows they make."""
 
+import dataclasses
 import importlib
 import json
 import shutil
@@ -72,6 +73,17 @@ def test_the_rule_needs_more_than_the_pooled_deviation() -> None:
     assert verdict([11.5, 11.5, 11.5], base) == "no difference"
     assert verdict([9.0, 9.5, 8.5], base) == "below"
     assert verdict([50.0], base) == verdict(base, [1.0]) == "one seed, no verdict"
+
+
+def test_paired_arms_are_compared_over_their_common_seeds(arms: Arms) -> None:
+    """A small gain in every seed shows below large differences between the seeds; an uneven one does not."""
+    base, gain, uneven = [30.0, 40.0, 35.0], [31.0, 41.5, 36.2], [31.0, 38.0, 35.5]
+    assert verdict(gain, base) == "no difference" and verdict(gain, base, paired=True) == "above"
+    assert verdict(base, gain, paired=True) == "below" and verdict(uneven, base, paired=True) == "no difference"
+    one = {seed: {"metrics": {"m": float(seed)}} for seed in (0, 1, 2)}
+    other = {seed: {"metrics": {"m": 10.0 * seed}} for seed in (1, 2, 3)}
+    assert dataclasses.replace(arms, paired=True).compared(one, other, "m") == ([1.0, 2.0], [10.0, 20.0])
+    assert arms.compared(one, other, "m") == ([0.0, 1.0, 2.0], [10.0, 20.0, 30.0])
 
 
 def test_the_table_holds_every_finished_seed(arms: Arms, runs: Path) -> None:

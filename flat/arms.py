@@ -1,0 +1,100 @@
+"""Table of the arms that `run_arms.sh` trained: python -m flat.arms runs/flat/arms/small/cifarfs5 [--record]
+
+Mean and sample standard deviation over the seeds; the arms of a seed have the same base classes, start, batches and
+test episodes, so they are compared seed by seed. `gain`: the mean difference to the baseline over the common episodes.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from flat.test import compare
+from shared_utils import checkpoint
+from shared_utils.arms import Arms
+from shared_utils.run import cli
+
+HEAD = "proto_l2"  # no hyper-parameters: what the table is about
+SHOTS = {"one_shot": f"1shot-{HEAD}", "five_shot": f"5shot-{HEAD}"}
+
+
+def read(folder: Path) -> dict[str, float] | None:
+    """Metrics of the run in `folder` from its evaluation; None while that is not there.
+
+    Of a decoder: the share of the target's variance that it explains, in per cent (0: what a constant does). That of
+    the quarter turns alone is another target, and left out.
+    """
+    file = folder.with_name(f"{folder.name}-test") / "result.json"
+    if not file.is_file():
+        return None
+    result = json.loads(file.read_text())
+    out = {name: result[key] for name, key in SHOTS.items()}
+    out["base"] = result["held_base_accuracy"]
+    for name, split in (("skill_held", "held"), ("skill", "novel")):
+        if f"{split}_decoder_relative" in result and folder.parent.name != "rotation":
+            out[name] = 100 * (1 - result[f"{split}_decoder_relative"])
+    other = folder.parent.with_name("base") / f"{folder.name}-test" / "episodes.pt"
+    if folder.parent.name != "base" and other.is_file():
+        mine = checkpoint.load(file.with_name("episodes.pt"))
+        paired = compare(mine, checkpoint.load(other), str(other))
+        for name, key in SHOTS.items():
+            out[f"{name}_gain"] = paired[f"{key}_difference"]
+            out[f"{name}_gain_ci"] = paired[f"{key}_difference_ci"]
+    return out
+
+
+ARMS = Arms(
+    paper="flat",
+    home=Path(__file__).resolve().parent,
+    arms={
+        "base": "baseline (cosine classifier)",
+        "flat": "FLAT, aet, lambda 1",
+        "shuffled": "FLAT with shuffled targets (control)",
+        "aug": "transformed copies classified too (augmentation control)",
+        "rotation": "FLAT with quarter turns alone",
+        "avt": "FLAT, avt, lambda 1/8",
+        "lambda0.1": "FLAT, aet, lambda 0.1",
+        "lambda0.3": "FLAT, aet, lambda 0.3",
+        "lambda3": "FLAT, aet, lambda 3",
+    },
+    metrics={
+        "one_shot": "5-way 1-shot accuracy",
+        "five_shot": "5-way 5-shot accuracy",
+        "base": "accuracy on held-out images of the base classes",
+        "skill_held": "variance of theta explained, base classes (%)",
+        "skill": "variance of theta explained, novel classes (%)",
+    },
+    shown={
+        "one_shot_gain": "1-shot gain on the same episodes",
+        "one_shot_gain_ci": "its 95 % half interval, one seed",
+        "five_shot_gain": "5-shot gain on the same episodes",
+        "five_shot_gain_ci": "its 95 % half interval, one seed ",
+    },
+    sets={
+        "cifarfs5": "CIFAR-FS, 5 base classes (others for each seed), 600 training images, 32 px",
+        "cifarfs": "CIFAR-FS, 64 base classes, 7,680 training images, 32 px",
+    },
+    claim="one_shot",
+    baseline="base",
+    pairs=[
+        ("flat", "base"), ("flat", "shuffled"), ("shuffled", "base"), ("flat", "aug"), ("aug", "base"),
+        ("flat", "rotation"), ("rotation", "base"), ("avt", "base"),
+        ("lambda0.1", "base"), ("lambda0.3", "base"), ("lambda3", "base"),
+    ],
+    curve=("step", "loss", "loss/cls", "loss/at", "at/abde", "at/cf", "at/gh", "acc/rotation", "acc/base_train",
+           "held/base_accuracy", "held/decoder_relative"),
+    command="export DATA_ROOT=/path/to/data SET={set} && ARMS='{arms}' SEEDS='{seeds}' bash flat/run_arms.sh small",
+    read=read,
+    paired=True,
+)  # fmt: skip
+
+
+def get_parser() -> argparse.ArgumentParser:
+    return ARMS.parser(__doc__ or "")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return ARMS.main(get_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    cli(main)

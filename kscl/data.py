@@ -1,0 +1,41 @@
+"""What the method sees of an image: a query view and K key views, all drawn alike and independently."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from shared_utils import UserError
+from shared_utils.data import ImageList, image_folder, per_class
+
+
+def training_images(data_dir: Path, count: int = 0, cache: bool = False) -> ImageList:
+    """`data_dir`/train/CLASS/*, classes and files sorted, the first `count` of each class (0: all).
+
+    UserError for a missing or empty folder.
+    """
+    if not data_dir.is_dir():
+        raise UserError(f"--data_dir {data_dir} does not exist; expected {data_dir}/train/CLASS/*.jpg")
+    return per_class(image_folder(data_dir / "train"), count, cache)
+
+
+class Views(Dataset):
+    """Item i: the query view [3, H, W] and the key views [K, 3, H, W] of image i.
+
+    The query is drawn first, so that it and the first keys are the same whatever K is; it is never among the keys: a
+    query that spans its own subspace would match it perfectly. All draws come from the global generators (see
+    `shared_utils.data.Keyed`).
+    """
+
+    def __init__(self, images: ImageList, augmentation: Callable, shots: int):
+        self.images, self.augmentation, self.shots = images, augmentation, shots
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = self.images.image(index)
+        query = self.augmentation(image)
+        return query, torch.stack([self.augmentation(image) for _ in range(self.shots)])

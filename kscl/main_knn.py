@@ -1,0 +1,95 @@
+"""Nearest-neighbour evaluation of the pooled features (or of the projected ones), without any training.
+
+    python -m kscl.main_knn --pretrained runs/kscl/pretrain/small/checkpoint.pth --data_dir DATA_DIR
+
+`knn200` k = 200, weights exp(cosine / .1), the monitor of MoCo's CIFAR demo (--k, --tau); `knn` k = 20, weights
+exp(cosine / .07); `few_shot` with 10 labelled images a class; `purity` share of an image's 5 nearest training images
+that have its label. All in per cent.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kscl import arch
+from kscl.export_detection import DROP
+from shared_utils import UserError, checkpoint, distributed
+from shared_utils.augment import plain
+from shared_utils.data import ImageList
+from shared_utils.evaluation import add_data_flags, add_network_flags, freeze, load_backbone, open_splits, write_result
+from shared_utils.neighbours import features, few_shot, knn_accuracy, neighbours, purity
+from shared_utils.run import Parser, cli, runs_root, set_threads
+
+
+def get_parser() -> Parser:
+    p = Parser(prog="kscl.main_knn", description=__doc__.splitlines()[0])
+    a = p.add_argument
+    add_network_flags(p, list(arch.DEPTHS), arch.STEMS, "resnet50")
+    add_data_flags(p)
+    a("--features", choices=["backbone", "projected"], default="backbone", help="pooled, or after the projection head")
+    a("--k", type=int, default=200, help="neighbours of knn200")
+    a("--tau", type=float, default=0.1, help="temperature of knn200's weights")
+    a("--feature_dir", type=Path, help="keep features in .npy files there (mapped, not in memory: for ImageNet)")
+    a("--batch_size", type=int, default=256, help="images a process")
+    a("--output-dir", type=Path, default=runs_root() / "kscl/knn/default", help="folder of result.json")
+    a("--workers", "--num_workers", type=int, default=2)
+    a("--device", default="auto")
+    a("--amp", choices=["none", "bf16"], default="none")
+    a("--threads", type=int, default=0, help="0: cores - workers on a CPU")
+    return p
+
+
+def with_head(pretrained: str) -> Callable[[str, int, str], arch.Encoder]:
+    """`arch.build` with a projection head of the checkpoint's size. UserError: it has none."""
+    last = checkpoint.read_weights(pretrained).get("fc.2.weight") if pretrained != "none" else None
+    if last is None:
+        raise UserError(f"--features projected: {pretrained} has no projection head (fc.0, fc.2)")
+
+    def build(name: str, width: int, stem: str) -> arch.Encoder:
+        encoder = arch.build(name, width, stem)
+        encoder.fc = arch.mlp_head(encoder.num_features, len(last))
+        return encoder
+
+    return build
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
+    if args.batch_size < 1 or args.k < 1 or not args.tau > 0:
+        raise UserError("--batch_size and --k must be at least 1, and --tau above 0")
+    device = distributed.init(args.device)
+    set_threads(args.threads, args.workers, device)
+    train, val = open_splits(args)
+    train.transform = val.transform = plain(args.img_size)
+    pooled = args.features == "backbone"
+    build, drop = (arch.build, DROP) if pooled else (with_head(args.pretrained), ())
+    encoder, report = load_backbone(build, args, "resnet50", drop)
+    freeze(encoder)
+    encoder = encoder.to(device).to(memory_format=torch.channels_last)
+    if distributed.rank() == 0:
+        print(f"kscl/knn, {args.features} features: {report}; {len(train)} train / {len(val)} val images", flush=True)
+
+    def embed(name: str, images: ImageList) -> Tensor:
+        out = args.feature_dir / f"{name}.npy" if args.feature_dir else None
+        return features(
+            lambda x: encoder(x, pre_out=pooled), images, device, args.batch_size, args.workers, args.amp == "bf16", out
+        )
+
+    bank, queries = embed("train", train), embed("val", val)
+    labels, truth = train.labels, val.labels
+    nearest = neighbours(bank, min(5, len(train) - 1), device)
+    result: dict[str, object] = {
+        "knn200": knn_accuracy(bank, labels, queries, truth, args.k, args.tau, device),
+        "knn": knn_accuracy(bank, labels, queries, truth, 20, 0.07, device),
+        "few_shot": few_shot(bank, labels, queries, truth, 10, device=device),
+        "purity": purity(nearest, labels),
+    }
+    result |= {"features": args.features, "pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256}
+    write_result(args.output_dir, result | {"data_dir": str(args.data_dir)})
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,271 @@
+"""The data sets of flat in their public layouts, the frozen splits, the pipelines; and the backbones."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flat import data
+from flat.backbone import MODELS, build, drop_block
+from flat.methods.baselinetrain import CosineHead, DistLinear, make_head
+from flat.methods.protonet import ProtoNet
+from shared_utils import UserError
+
+
+def image(path: Path, value: int = 100) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((6, 6, 3), value, np.uint8)).save(path)
+
+
+def frozen(monkeypatch: pytest.MonkeyPatch, name: str, classes: dict[str, list[str]]) -> None:
+    """Let the split that a test writes be the published one."""
+    sizes = tuple(len(classes[split]) for split in data.SPLITS)
+    monkeypatch.setitem(data.FROZEN, name, (data.split_hash(classes), sizes))
+
+
+MINI = {"base": ["n01", "n02"], "val": ["n03"], "novel": ["n04"]}
+
+
+def write_mini(root: Path) -> Path:
+    for split, name in data.SPLITS.items():
+        (root / "miniImagenet").mkdir(parents=True, exist_ok=True)
+        with open(root / "miniImagenet" / f"{name}.csv", "w", newline="") as handle:
+            writer = csv.writer(handle)
+            writer.writerow(["filename", "label"])
+            for label in MINI[split]:
+                for i in range(3):
+                    writer.writerow([f"{label}{i:08d}.jpg", label])
+                    image(root / "miniImagenet/images" / f"{label}{i:08d}.jpg")
+    return root
+
+
+def write_cub(root: Path) -> Path:
+    for i in range(8):
+        for j in range(2):
+            image(root / "CUB_200_2011/images" / f"{i + 1:03d}.Bird{i}" / f"{j}.jpg")
+    return root
+
+
+CUB = {
+    "base": ["001.Bird0", "003.Bird2", "005.Bird4", "007.Bird6"],
+    "val": ["002.Bird1", "006.Bird5"],
+    "novel": ["004.Bird3", "008.Bird7"],
+}
+
+
+def test_mini_imagenet_by_its_csv_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen(monkeypatch, "miniImagenet", MINI)
+    found = data.read_dataset("miniImagenet", write_mini(tmp_path))
+    assert {split: sorted(classes) for split, classes in found.items()} == MINI
+    assert [path.name for path in found["val"]["n03"]] == [f"n03{i:08d}.jpg" for i in range(3)]
+    assert data.read_dataset("miniImagenet", tmp_path / "miniImagenet").keys() == found.keys()  # or the folder itself
+    missing = tmp_path / "miniImagenet/images/n0300000001.jpg"
+    missing.unlink()
+    with pytest.raises(UserError, match=rf"val.csv, line 3: {missing} does not exist") as error:
+        data.read_dataset("miniImagenet", tmp_path)
+    assert "\n" not in str(error.value)
+    (tmp_path / "miniImagenet/val.csv").write_text("name,class\n")
+    with pytest.raises(UserError, match="val.csv: its first line must be filename,label"):
+        data.read_dataset("miniImagenet", tmp_path)
+    (tmp_path / "miniImagenet/val.csv").unlink()
+    with pytest.raises(UserError, match="val.csv: no such file; expected the lists of Ravi"):
+        data.read_dataset("miniImagenet", tmp_path)
+
+
+def test_cub_by_the_order_of_its_folders_and_cross(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen(monkeypatch, "CUB", CUB)
+    found = data.read_dataset("CUB", write_cub(tmp_path))
+    assert {split: sorted(classes) for split, classes in found.items()} == CUB
+    frozen(monkeypatch, "miniImagenet", MINI)
+    cross = data.read_dataset("cross", write_mini(tmp_path))
+    assert sorted(cross["base"]) == ["n01", "n02", "n03", "n04"]  # all of mini-ImageNet
+    assert sorted(cross["val"]) == CUB["val"] and sorted(cross["novel"]) == CUB["novel"]
+    with pytest.raises(UserError, match="no such folder; expected CUB_200_2011 with images/001.Name"):
+        data.read_dataset("CUB", tmp_path / "nowhere")
+
+
+def write_folders(root: Path, classes: dict[str, list[str]]) -> Path:
+    for split, names in classes.items():
+        for name in names:
+            image(root / data.SPLITS[split] / name / "0.png")
+    return root
+
+
+@pytest.mark.parametrize("name", ["tiered", "cifarfs", "fc100"])
+def test_class_folders(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = {"base": ["a", "b"], "val": ["c"], "novel": ["d", "e"]}
+    write_folders(tmp_path / data.FOLDERS[name], classes)
+    with pytest.raises(UserError, match=r"not the published class split of .* found 2/1/2, .*--dataset folder"):
+        data.read_dataset(name, tmp_path)
+    frozen(monkeypatch, name, classes)
+    found = data.read_dataset(name, tmp_path)
+    assert {split: sorted(c) for split, c in found.items()} == classes
+    assert data.read_dataset("folder", tmp_path / data.FOLDERS[name]).keys() == found.keys()
+
+
+def test_cifarfs_as_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = {"base": ["a", "b"], "val": ["c"], "novel": ["d"]}
+    root = tmp_path / "cifarfs"
+    for split, names in classes.items():
+        (root / "splits/bertinetto").mkdir(parents=True, exist_ok=True)
+        (root / "splits/bertinetto" / f"{data.SPLITS[split]}.txt").write_text("\n".join(names) + "\n")
+        for name in names:
+            image(root / "data" / name / "0.png")
+    frozen(monkeypatch, "cifarfs", classes)
+    assert {k: sorted(v) for k, v in data.read_dataset("cifarfs", tmp_path).items()} == classes
+    (root / "splits/bertinetto/val.txt").unlink()
+    with pytest.raises(UserError, match="val.txt: no such list of classes"):
+        data.read_dataset("cifarfs", tmp_path)
+
+
+def test_overlapping_splits_are_refused(tmp_path: Path) -> None:
+    root = write_folders(tmp_path, {"base": ["a", "b"], "val": ["c"], "novel": ["b"]})
+    with pytest.raises(UserError, match="class b is in train and in test; splits of classes must not overlap"):
+        data.read_dataset("folder", root)
+    with pytest.raises(UserError, match="--dataset imagenet: unknown; choose from miniImagenet, tiered, cifarfs"):
+        data.read_dataset("imagenet", root)
+
+
+def test_the_published_splits_are_frozen() -> None:
+    assert {name: sizes for name, (_, sizes) in data.FROZEN.items()} == {
+        "miniImagenet": (64, 16, 20), "tiered": (351, 97, 160), "cifarfs": (64, 16, 20), "fc100": (60, 20, 20),
+        "CUB": (100, 50, 50),
+    }  # fmt: skip
+    one = {"base": ["a", "b"], "val": ["c"], "novel": ["d"]}
+    moved = {"base": ["a"], "val": ["b", "c"], "novel": ["d"]}
+    assert data.split_hash(one) == data.split_hash({**one, "base": ["b", "a"]}) != data.split_hash(moved)
+
+
+def test_subsets_of_classes_and_images(tmp_path: Path) -> None:
+    names = [f"c{i:02d}" for i in range(20)]
+    picked = data.pick_classes(names, 5, 0)
+    assert picked == data.pick_classes(names, 5, 0) == sorted(picked) != data.pick_classes(names, 5, 1)
+    assert data.pick_classes(names, 0, 3) == names
+    with pytest.raises(UserError, match="--base_classes 21: the data has 20 base classes"):
+        data.pick_classes(names, 21, 0)
+    files = {"x": [tmp_path / f"x{i}" for i in range(5)], "y": [tmp_path / f"y{i}" for i in range(3)]}
+    held, rest = data.as_list(files, 0, 2), data.as_list(files, 2)
+    assert not {p for p, _ in held.samples} & {p for p, _ in rest.samples} and len(held) + len(rest) == 8
+    with pytest.raises(UserError, match="class y has no image left of 3"):
+        data.as_list(files, 3)
+
+
+def test_pipelines() -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8))
+    out = data.evaluation_pipeline(32)(picture)
+    assert out.shape == (3, 32, 32) and out.dtype == torch.uint8
+    resized = np.array(picture.resize((36, 36), Image.Resampling.BILINEAR))[2:34, 2:34]
+    assert torch.equal(out, torch.from_numpy(resized).permute(2, 0, 1))  # int(1.15 x 32) = 36, centre
+    small = Image.fromarray(np.array(picture)[:32, :32])
+    assert torch.equal(data.evaluation_pipeline(32)(small), data.pixels(small))
+    for crop in ("resized", "padded"):
+        pipeline = data.training_pipeline(32, True, crop)
+        one, two = pipeline(small), pipeline(small)
+        assert one.shape == (3, 32, 32) and not torch.equal(one, two)
+    assert torch.equal(data.training_pipeline(32, False, "resized")(small), data.pixels(small))
+    jittered = data.ImageJitter(0.4)(Image.new("RGB", (4, 4), (100, 100, 100)))
+    assert 0.6 * 100 - 1 <= jittered.getpixel((0, 0))[0] <= 1.4 * 100 + 1
+    x = data.normalise(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), "imagenet")
+    torch.testing.assert_close(
+        x[0, :, 0, 0], (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    )
+
+
+# --- backbones -------------------------------------------------------------------------------------------------------
+
+SHAPES = {  # width 0: the published one; parameters in millions
+    "Conv4": (84, 1600, 0.113), "ResNet10": (84, 512, 4.90), "ResNet12": (84, 640, 12.42),
+    "ResNet18": (84, 512, 11.17), "WRN28": (32, 640, 36.48),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_backbones(model: str) -> None:
+    size, features, millions = SHAPES[model]
+    encoder = build(model, size)
+    assert encoder.num_features == features
+    assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+    narrow = build(model, 32, 8).eval()
+    x = torch.randn(2, 3, 32, 32)
+    maps = narrow.penultimate(x)
+    final, f = narrow.finish(maps)
+    torch.testing.assert_close(narrow(x), f)
+    assert f.shape == (2, narrow.num_features) and final.shape[1] == narrow.channels
+    torch.testing.assert_close(narrow.trunk(x), f)  # the parts are the trunk
+    stage = narrow.new_last_stage()
+    assert stage(maps).shape == final.shape and not torch.equal(stage.eval()(maps), final)
+    keys = narrow.state_dict()
+    assert all(key.startswith("trunk.") for key in keys)
+    if model == "Conv4":
+        assert {"trunk.0.C.weight", "trunk.3.BN.running_var"} <= set(keys)
+    if model == "ResNet18":
+        assert {"trunk.0.weight", "trunk.1.weight", "trunk.4.C1.weight", "trunk.6.BNshortcut.weight"} <= set(keys)
+        assert "trunk.5.shortcut.weight" not in keys
+        first = build("ResNet18", 224).trunk[0].weight.detach()
+        assert float(first.std()) == pytest.approx((2 / (7 * 7 * 64)) ** 0.5, rel=0.05)
+
+
+def test_stochastic_representation_is_off_at_test_time_unless_asked() -> None:
+    torch.manual_seed(0)
+    encoder, x = build("Conv4", 32, 8), torch.randn(4, 3, 32, 32)
+    plain = encoder.eval()(x)
+    encoder.add_noise(in_eval=False)
+    assert torch.equal(encoder.eval()(x), plain)
+    encoder.noise_in_eval = True
+    once, twice = encoder(x), encoder(x)
+    assert not torch.equal(once, twice) and (once - plain).abs().max() < 0.05
+    assert "noise.0.weight" in encoder.state_dict()
+
+
+def test_unknown_sizes_are_one_line() -> None:
+    for words, message in (
+        (("Conv7", 84), "--model Conv7: unknown backbone; choose from Conv4"),
+        (("Conv4", 12), "--image_size 12: Conv4 halves its maps down to nothing below 16"),
+        (("ResNet18", 84, -1), "--width -1: must be 0"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            build(*words)
+        assert "\n" not in str(error.value)
+
+
+def test_drop_block_drops_squares_and_keeps_the_scale() -> None:
+    torch.manual_seed(0)
+    out = drop_block(torch.ones(64, 8, 12, 12), 0.1, 5)
+    share = float((out == 0).float().mean())
+    assert 0.05 < share < 0.15 and float(out.mean()) == pytest.approx(1, abs=1e-5)
+    assert out[out > 0].unique().numel() == 1
+    gone = (out == 0).float()
+    square = torch.nn.functional.avg_pool2d(gone, 5, 1) == 1  # every hole is made of whole squares
+    filled = torch.nn.functional.max_pool2d(torch.nn.functional.pad(square.float(), (4,) * 4), 5, 1)
+    interior = slice(4, 8)
+    assert torch.equal(filled[..., interior, interior], gone[..., interior, interior])
+
+
+def test_heads() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 7)
+    linear = make_head("baseline", 7, 3)
+    assert linear.bias.abs().sum() == 0
+    dist = DistLinear(7, 3)
+    assert dist.scale == 2 and DistLinear(7, 201).scale == 10
+    torch.testing.assert_close(dist(x), dist(5 * x), rtol=1e-4, atol=1e-5)  # cosine: no scale of the features
+    expected = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(7, 3, bias=False))
+    expected.weight = dist.L.weight_v.detach()
+    torch.testing.assert_close(dist(x), 2 * expected(x / x.norm(dim=1, keepdim=True)), rtol=1e-4, atol=1e-5)
+    cosine = CosineHead(7, 3)
+    assert cosine(x).abs().max() <= 10 + 1e-4 and cosine.scale.requires_grad
+    torch.testing.assert_close(cosine(x), cosine(0.1 * x))
+
+
+def test_protonet_logits_are_distances_to_the_means() -> None:
+    torch.manual_seed(0)
+    model = ProtoNet(build("Conv4", 16, 4), None, "concat", "flat", n_way=3, n_shot=2).eval()
+    x = torch.randn(3 * 5, 3, 16, 16)
+    logits = model(x)[0]
+    f = model.feature(x).detach().view(3, 5, -1)
+    slow = [[-(f[i, 2 + j] - f[k, :2].mean(0)).square().sum() for k in range(3)] for i in range(3) for j in range(3)]
+    torch.testing.assert_close(logits, torch.tensor(slow), rtol=1e-4, atol=1e-4)
+    assert model.targets(15).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
