@@ -29,10 +29,10 @@ case "$tier" in
     arms=${ARMS:-base flat shuffled aug}
     ;;
   paper)
-    # The same arms in CloserLookFewShot's protocol on mini-ImageNet, 10,000 episodes; GPUS processes each. Every tenth
-    # image of a class (60) is held out. Never run here, so no time is given.
+    # The same arms in CloserLookFewShot's protocol on mini-ImageNet, 10,000 episodes; GPUS processes each. The first 60
+    # of a class's 600 images are held out. Never run here, so no time is given.
     arms=${ARMS:-base flat shuffled aug rotation avt lambda0.1 lambda0.3 lambda3}
-    episodes=(--episodes 10000)
+    episodes=(--episodes 10000 --eval_head proto_l2,proto,finetune_cosine)
     ;;
 esac
 mkdir -p "$out"
@@ -69,4 +69,12 @@ for seed in ${SEEDS:-0}; do
   done
 done
 while [ -n "$(jobs -rp)" ]; do wait -n || exit; done
+for seed in ${SEEDS:-0}; do # a job may have failed between two looks at them
+  for arm in $arms; do
+    if [ ! -f "$out/$arm/seed$seed-test/result.json" ]; then
+      echo "error: arm $arm, seed $seed did not finish; see $out/$arm-seed$seed.log" >&2
+      exit 1
+    fi
+  done
+done
 "$PYTHON" -m flat.arms "$out"

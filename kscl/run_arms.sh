@@ -84,4 +84,12 @@ for seed in ${SEEDS:-0}; do
   done
 done
 while [ -n "$(jobs -rp)" ]; do wait -n || exit; done
+for seed in ${SEEDS:-0}; do # a job may have failed between two looks at them
+  for arm in ${ARMS:-moco k5 mean moco_eq5 k3 moco_eq3}; do
+    if [ ! -f "$out/$arm/seed$seed-linear/result.json" ]; then
+      echo "error: arm $arm, seed $seed did not finish; see $out/$arm-seed$seed.log" >&2
+      exit 1
+    fi
+  done
+done
 "$PYTHON" -m kscl.arms "$out"

@@ -79,4 +79,12 @@ for seed in ${SEEDS:-0}; do
   done
 done
 while [ -n "$(jobs -rp)" ]; do wait -n || exit; done
+for seed in ${SEEDS:-0}; do # a job may have failed between two looks at them
+  for arm in ${ARMS:-scratch multihead p2p single multi mix csc}; do
+    if ! compgen -G "$out/$arm/seed$seed-*/result.json" >/dev/null; then
+      echo "error: arm $arm, seed $seed did not finish; see $out/$arm-seed$seed.log" >&2
+      exit 1
+    fi
+  done
+done
 "$PYTHON" -m mdp.arms "$out"

@@ -51,7 +51,12 @@ run_one() { # arm seed [flags]
     byol) bash sage/run_evaluator.sh "$tier" "${common[@]}" "$@" ;;
     byol_sum) bash sage/run_evaluator.sh "$tier" --total_epochs "$summed" "${common[@]}" "$@" ;;
     pixel) EVALUATOR= bash sage/run_pretrain.sh "$tier" --mode pixel "${common[@]}" "$@" ;;
-    sage) EVALUATOR=$evaluator bash sage/run_pretrain.sh "$tier" "${common[@]}" "$@" ;;
+    sage) # its evaluator first, where arm byol of this seed is not finished
+      if [ ! -f "$out/byol/seed$seed-$last/result.json" ]; then
+        bash sage/run_evaluator.sh "$tier" --seed "$seed" --output-dir "$out/byol/seed$seed" "$@"
+      fi
+      EVALUATOR=$evaluator bash sage/run_pretrain.sh "$tier" "${common[@]}" "$@"
+      ;;
     random) EVALUATOR=random bash sage/run_pretrain.sh "$tier" "${common[@]}" "$@" ;;
     *)
       echo "error: unknown arm '$arm'; choose byol pixel sage random byol_sum" >&2

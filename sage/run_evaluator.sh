@@ -27,7 +27,7 @@ case "$tier" in
   small)
     # bf16 is fast on CPUs with AMX or AVX512-BF16 only; elsewhere --amp none.
     # SET=cifar10: 4,000 images at 32 pixels, 310 updates. SET=mini_attributes: the 1,000 generated images, 225 updates.
-    # About a minute of one core each. Rate, m and blur were tuned on this arm alone (CIFAR-10, 20-NN, 2,000 images).
+    # Two to six minutes each on two cores shared with other jobs. Rate, m and blur were tuned on this arm alone (CIFAR-10, 20-NN, 2,000 images).
     set_name=${SET:-cifar10} where=small/${SET:-cifar10}
     data=(--data_dir "${DATA_ROOT:-data}/$set_name" --per_class 400 --total_epochs 5)
     if [ "$set_name" = mini_attributes ]; then data=(--synthetic --total_epochs 15); fi

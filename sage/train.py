@@ -121,7 +121,10 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
             "--evaluator random, or --mode pixel"
         )
     if args.evaluator and not needs:
-        raise UserError(f"--evaluator {args.evaluator}: no term of the loss uses it; leave it away or give --w_f1")
+        raise UserError(
+            f"--evaluator {args.evaluator}: no term of the loss uses it; leave it away (run_pretrain.sh: EVALUATOR= "
+            "before the command) or give --w_f1"
+        )
 
 
 def make_evaluator(args: argparse.Namespace) -> tuple[Evaluator, str]:

@@ -434,3 +434,14 @@ def test_workflow_forgets_no_folder(tmp_path: Path) -> None:
     assert listed_by_workflow(ROOT, tmp_path / "here") == sorted(folders(ROOT))
     small = small_tree(tmp_path / "small", {"fame/README.md": "", "fame/results.csv": "", "hsa/README.md": ""})
     assert listed_by_workflow(small, tmp_path / "there") == ["fame", "mdp"]
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent.name for path in ROOT.glob("*/run_arms.sh")))
+def test_an_arm_that_fails_is_not_lost(folder: str, tmp_path: Path) -> None:
+    """Two jobs at once, which both fail at once: the script must not go on to the table and exit 0."""
+    env = {**os.environ, "SKIP_ENV": "1", "PYTHON": "true", "RUNS": str(tmp_path), "JOBS": "2", "SEEDS": "0 1"}
+    env["ARMS"] = "nonsense"
+    done = subprocess.run(["bash", f"{folder}/run_arms.sh", "mini"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    logs = [file.read_text() for file in tmp_path.rglob("nonsense-seed0.log")]
+    assert len(logs) == 1 and "unknown arm 'nonsense'" in logs[0]
