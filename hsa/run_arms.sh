@@ -82,21 +82,21 @@ run_one() { # arm seed [flags]
   fi
 }
 
+rm -f "$out/failed" # a job may fail between two looks at the jobs: it leaves its name there
 for seed in ${SEEDS:-0}; do
   for arm in ${ARMS:-moco moco_eq cross full level random}; do
     while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n || exit; done
     if [ -f "$out/$arm/seed$seed-linear/result.json" ]; then continue; fi
     echo "arm $arm, seed $seed -> $out/$arm-seed$seed.log"
-    run_one "$arm" "$seed" "$@" >"$out/$arm-seed$seed.log" 2>&1 &
+    (
+      trap '[ $? = 0 ] || echo "$arm, seed $seed" >>"$out/failed"' EXIT
+      run_one "$arm" "$seed" "$@"
+    ) >"$out/$arm-seed$seed.log" 2>&1 &
   done
 done
 while [ -n "$(jobs -rp)" ]; do wait -n || exit; done
-for seed in ${SEEDS:-0}; do # a job may have failed between two looks at them
-  for arm in ${ARMS:-moco moco_eq cross full level random}; do
-    if [ ! -f "$out/$arm/seed$seed-linear/result.json" ]; then
-      echo "error: arm $arm, seed $seed did not finish; see $out/$arm-seed$seed.log" >&2
-      exit 1
-    fi
-  done
-done
+if [ -f "$out/failed" ]; then
+  echo "error: did not finish: $(paste -sd ';' "$out/failed"); see the logs in $out" >&2
+  exit 1
+fi
 "$PYTHON" -m hsa.arms "$out"
