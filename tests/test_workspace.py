@@ -438,9 +438,15 @@ def test_workflow_forgets_no_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", sorted(path.parent.name for path in ROOT.glob("*/run_arms.sh")))
 def test_an_arm_that_fails_is_not_lost(folder: str, tmp_path: Path) -> None:
-    """Two jobs at once, which both fail at once: the script must not go on to the table and exit 0."""
-    env = {**os.environ, "SKIP_ENV": "1", "PYTHON": "true", "RUNS": str(tmp_path), "JOBS": "2", "SEEDS": "0 1"}
-    env["ARMS"] = "nonsense"
+    """It fails while the script looks through 150 seeds that are finished, so that no job is left to wait for."""
+    seeds = range(151)
+    for seed in seeds[1:]:
+        for job in ("linear", "test", "attributes"):  # the last evaluation of an arm, by folder
+            result = tmp_path / folder / "arms" / "mini" / "nonsense" / f"seed{seed}-{job}" / "result.json"
+            result.parent.mkdir(parents=True)
+            result.touch()
+    env = {**os.environ, "SKIP_ENV": "1", "PYTHON": "true", "RUNS": str(tmp_path), "JOBS": "2", "ARMS": "nonsense"}
+    env["SEEDS"] = " ".join(map(str, seeds))
     done = subprocess.run(["bash", f"{folder}/run_arms.sh", "mini"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode != 0
     logs = [file.read_text() for file in tmp_path.rglob("nonsense-seed0.log")]
