@@ -44,7 +44,7 @@ def get_parser() -> argparse.ArgumentParser:
     a(
         "--eval_calibrated",
         action="store_true",
-        help="also top-1 of the calibrated prediction (an extra, not the result)",
+        help="also top-1 of the calibrated prediction (an extra)",
     )
     a("--output-dir", type=Path, default=Path("runs/sscl/cls/default"))
     a("--batch_size", type=int, default=256)

@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
             result["knn"] = knn_accuracy(bank, labels, queries, truth, 20, 0.07, device)
             result["purity"] = purity(neighbours(bank, min(5, len(bank) - 1), device), labels)
         if "linear" in chosen:
-            result["linear"] = linear_accuracy(*(part.to(device) for part in (bank, labels, queries, truth)), args.l2)
+            on_device = [part.to(device) for part in (bank, labels, queries, truth)]
+            result["linear"] = linear_accuracy(on_device[0], on_device[1], on_device[2], on_device[3], args.l2)
         for k in shots if "fewshot" in chosen else []:
             for name, (mean, std) in k_shot(bank, labels, queries, truth, k, args.draws).items():
                 result |= {f"{k}shot_{name}": mean, f"{k}shot_{name}_std": std}

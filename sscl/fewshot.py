@@ -71,8 +71,8 @@ def episodes(
     smallest = min(len(rows) for rows in members)
     if len(members) < way or smallest < shots + queries:
         raise UserError(
-            f"{way}-way {shots}-shot episodes with {queries} queries: there are {len(members)} classes, the smallest of "
-            f"{smallest} images"
+            f"{way}-way {shots}-shot episodes with {queries} queries: there are {len(members)} classes, the smallest "
+            f"of {smallest} images"
         )
     rng = np.random.Generator(np.random.PCG64(mix_key(seed, way, shots)))
     scores = np.empty(count)
