@@ -61,7 +61,7 @@ def check_flags(args: argparse.Namespace, labelled: int, world: int) -> list[int
     args.batch_size = min(args.batch_size, labelled) // world * world
     if args.batch_size // world < 2:
         raise UserError(
-            f"--batch_size gives fewer than two of the {labelled} labelled images to each of {world} processes; raise it"
+            f"--batch_size gives each of {world} processes fewer than two of the {labelled} labelled images; raise it"
         )
     return drops
 
@@ -80,14 +80,15 @@ def main(argv: list[str] | None = None) -> int:
     loader = run.loader(Keyed(labelled, args.seed), sampler)
 
     encoder, report = load_encoder(args, None)
-    network = nn.Sequential(encoder.backbone, nn.Linear(encoder.backbone.num_features, classes))
-    nn.init.normal_(network[1].weight, 0, 0.01)
-    nn.init.zeros_(network[1].bias)
+    head = nn.Linear(encoder.backbone.num_features, classes)
+    nn.init.normal_(head.weight, 0, 0.01)
+    nn.init.zeros_(head.bias)
+    network = nn.Sequential(encoder.backbone, head)
     network.to(run.device).to(memory_format=torch.channels_last).train()
     net: nn.Module = nn.parallel.DistributedDataParallel(network) if run.world > 1 else network
     groups: list[dict[str, Any]] = [
-        {"params": list(network[0].parameters()), "peak": args.lr},
-        {"params": list(network[1].parameters()), "peak": args.lr_head},
+        {"params": list(encoder.backbone.parameters()), "peak": args.lr},
+        {"params": list(head.parameters()), "peak": args.lr_head},
     ]
     optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.wd)
     run.track(state_dict=network, optimizer=optimizer)
