@@ -134,10 +134,13 @@ class SsCL(nn.Module):
 
     @torch.no_grad()
     def share(self) -> None:
-        """Process 0's key encoder statistics on every process, before features are taken; prototypes likewise."""
+        """The mean over processes of the key encoder's batch-norm statistics, before features are taken; process 0's
+        prototypes on every process."""
         if distributed.world() > 1:
-            for buffer in [*self.encoder_k.buffers(), self.prototypes]:
-                torch.distributed.broadcast(buffer, 0)
+            for buffer in self.encoder_k.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(distributed.all_sum(buffer) / distributed.world())
+            torch.distributed.broadcast(self.prototypes, 0)
 
 
 class Whole:
