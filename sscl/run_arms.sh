@@ -55,9 +55,9 @@ run_one() { # arm seed [flags]
   shift 2
   case "$arm" in
     supervised) flags=(--lambda_u 0 --lambda_c 0) ;;
-    fixmatch) flags=(--lambda_c 0 --calib none --da off) ;;
-    joint) flags=(--calib none --neighbours off) ;;
-    neighbours) flags=(--calib none) ;;
+    fixmatch) flags=(--lambda_c 0 --calib none --da off --theta 0.7) ;;
+    joint) flags=(--calib none --neighbours off --theta 0.7) ;;
+    neighbours) flags=(--calib none --theta 0.7) ;;
     calibration) flags=(--neighbours off) ;;
     full) ;;
     labelled) flags=(--proto labelled) ;;
