@@ -23,7 +23,7 @@ case "$tier" in
     data=(--synthetic --cache --img_size 32)
     ;;
   small)
-    # 1,000 steps on 8,000 images of CIFAR-10; about 3 minutes on one core for an arm.
+    # 875 steps on 8,000 images of CIFAR-10; about 3 minutes on one core for an arm.
     # Acceptance, written before the runs, on at least 3 seeds, which share split, start and batches: the claim holds if
     # both exchanges (full) beat joint training without them (joint) in top-1 of the class head by more than the
     # standard deviation of the differences seed by seed, with 4 and with 25 labels a class; 400 stands beside them. The

@@ -24,7 +24,7 @@ case "$tier" in
     )
     ;;
   small)
-    # MoCo v2 for 1,000 steps on 8,000 images of CIFAR-10, then 50 epochs of the labelled ones; 2 minutes on one core.
+    # MoCo v2 for 875 steps on 8,000 images of CIFAR-10, then 50 epochs of the labelled ones; 2 minutes on one core.
     labels=${LABELS:-25}
     where=small/cifar10-$labels
     flags=(
