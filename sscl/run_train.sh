@@ -22,7 +22,7 @@ case "$tier" in
     flags=(
       --synthetic --cache --img_size 32 --no_flip --weak shift --key_view weak --labels_per_class 4
       --arch resnet10 --width 16 --stem cifar_pool --bn_splits 2 --batch_labelled 16 --mu 4 --epochs 10 --pl_start 2
-      --moco_k 256 --moco_m 0.99 --lambda_u 1 --da window --theta 0.7 --theta_on raw --proto_every 4 --num_nn 10
+      --moco_k 256 --moco_m 0.99 --lambda_u 1 --lambda_c 0.2 --da window --theta 0.8 --theta_on raw --proto_every 4 --num_nn 10
       --lr 0.06 --lr_batch 0 --warmup_epochs 0.5 --wd 5e-4 --workers 1 --log-every 5
     )
     ;;
