@@ -27,9 +27,11 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     cuda = device.type == "cuda"
     part = 1 if cuda else 4
-    layout = {"device": device, "memory_format": torch.channels_last}
-    x, weak, strong, key = (torch.randn(n, 3, S, S).to(**layout) for n in (B, U, U, U))
-    model = SsCL(Encoder(build("resnet50"), C, D), Alignment(C), K).to(**layout).train()
+    x, weak, strong, key = (
+        torch.randn(n, 3, S, S, device=device).contiguous(memory_format=torch.channels_last) for n in (B, U, U, U)
+    )
+    model = SsCL(Encoder(build("resnet50"), C, D), Alignment(C), K)
+    model.to(device).to(memory_format=torch.channels_last).train()
     model.queue_label.random_(C)
     model.queue_conf.fill_(True)
     model.queue_prob.uniform_().div_(C / 2)
