@@ -17,8 +17,8 @@ out=${RUNS:-runs}/sscl/train/$tier
 case "$tier" in
   mini)
     # Both exchanges at toy size: 1,000 generated images of coloured digits (so no mirror images), 4 labels a class,
-    # ResNet-10 of a quarter of the width, 150 steps, prototypes renewed 4 times. With a queue of 256 places the
-    # contrastive loss starts near 8 and falls once pseudo-labels start (epoch 2). About a minute on two CPU cores.
+    # ResNet-10 of a quarter of the width, 150 steps, prototypes renewed 4 times; L_x falls from 2.3 to 0.1. lambda_c
+    # 0.2, so that the sum falls too: L_c grows with the number of neighbours. About a minute on two CPU cores.
     flags=(
       --synthetic --cache --img_size 32 --no_flip --weak shift --key_view weak --labels_per_class 4
       --arch resnet10 --width 16 --stem cifar_pool --bn_splits 2 --batch_labelled 16 --mu 4 --epochs 10 --pl_start 2
