@@ -1,5 +1,6 @@
 """Who is chosen, and the two losses of sscl, against loops over samples in float64."""
 
+import argparse
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from shared_utils import UserError
 from sscl import losses
 from sscl.losses import UNKNOWN, Chosen, Memory, all_negatives, choose, contrast, masked_ce
+from sscl.watch import Telemetry
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -188,6 +190,28 @@ def test_masked_ce() -> None:  # property 8
     assert float(some.detach()) == pytest.approx(by_hand, rel=1e-6)
     soft = masked_ce(logits, F.one_hot(label, 4).float(), torch.ones(6, dtype=torch.bool))
     torch.testing.assert_close(soft, everyone)
+
+
+def test_diagnostics_of_neighbours_and_pseudo_labels() -> None:  # property 11
+    """Pseudo-labels that are the truth give purity 1; shifted truths give 0; without labels nothing is told."""
+    truth = torch.arange(40) % 4
+    one_hot = F.one_hot(truth, 4).float()
+    who = Memory(truth, torch.ones(40, dtype=torch.bool), one_hot, torch.arange(40))
+    chosen = choose(who, who, 3)
+    args = argparse.Namespace(calib="product", calib_weight=0.5)
+    right = Telemetry(args, truth)
+    assert {k: float(v) for k, v in right.neighbours(chosen, who.image, who.image).items()} == {
+        "nbr/num_pos": 3.0, "nbr/purity": 1.0,
+    }  # fmt: skip
+    mixed = Telemetry(args, torch.arange(40))  # every image a class of its own
+    assert float(mixed.neighbours(chosen, who.image, who.image)["nbr/purity"]) == 0
+    blind = Telemetry(args, None)
+    assert set(blind.neighbours(chosen, who.image, who.image)) == {"nbr/num_pos"}
+    wrong = one_hot.roll(1, 1) * 0.5 + one_hot * 0.3 + 0.05  # the true class is second
+    told = right.pseudo_labels(wrong, wrong, (one_hot * 0.9 + 0.025).log(), who.image)
+    assert float(told["pl/acc_raw"]) == float(told["pl/acc_aligned_half"]) == 0
+    assert float(told["pl/acc_calib"]) == float(told["pl/acc_calib_half"]) == 1
+    assert blind.pseudo_labels(wrong, wrong, None, who.image) == {}
 
 
 def test_unknown_form() -> None:

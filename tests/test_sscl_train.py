@@ -153,25 +153,39 @@ def test_without_labels_it_is_moco(data, tmp_path, monkeypatch):  # property 3
         torch.testing.assert_close(step["loss"], moco)
 
 
-def test_the_loss_sees_the_queue_as_it_was_and_choices_follow_the_pseudo_labels(data, tmp_path, monkeypatch):
-    spy, queues = Spy(monkeypatch), []
-    enqueue = SsCL.enqueue
+def test_a_step_in_its_order(data, tmp_path, monkeypatch):  # traps 2, 4, 6, 7
+    """The loss sees the queue as it was; z is the momentum copy's key; alignment, product, threshold, Sharpen."""
+    spy, queues, seen = Spy(monkeypatch), [], []
+    enqueue, similarity = SsCL.enqueue, main.log_similarity
 
     def enqueued(model, keys, entries, labelled):
-        queues.append((model.queue.clone(), entries, labelled))
+        queues.append((model.queue.clone(), keys, entries, labelled, model.alignment.pbar.clone()))
         enqueue(model, keys, entries, labelled)
 
+    def similar(z, mu, tau_s):
+        seen.append((z, mu.clone(), tau_s))
+        return similarity(z, mu, tau_s)
+
     monkeypatch.setattr(SsCL, "enqueue", enqueued)
+    monkeypatch.setattr(main, "log_similarity", similar)
     train(data, tmp_path)
     positives = 0
     for number, step in enumerate(spy.steps[:-1]):
-        ((_, _, seen, chosen),) = step["contrast"]
-        before, entries, labelled = queues[2 * number]
-        assert torch.equal(seen, before) and not labelled and queues[2 * number + 1][2]
-        assert set(queues[2 * number + 1][1].label.tolist()) <= {0, 1, 2}  # true labels
+        ((_, key, queue, chosen),) = step["contrast"]
+        before, keys, entries, labelled, pbar = queues[2 * number]
+        z, mu, tau_s = seen[number]
+        assert torch.equal(queue, before) and torch.equal(key, keys) and torch.equal(z, keys) and tau_s == 0.1
+        assert not labelled and queues[2 * number + 1][3]
+        assert set(queues[2 * number + 1][2].label.tolist()) <= {0, 1, 2}  # true labels
+        product = step["p"] / pbar / 3 * (z @ mu.T / 0.1).softmax(1)
+        product = product / product.sum(1, keepdim=True)
+        tilde = product**2 / (product**2).sum(1, keepdim=True)
+        torch.testing.assert_close(entries.prob, tilde, atol=1e-5, rtol=1e-4)
         if number < 6:  # before --pl_start
             assert set(entries.label.tolist()) == {-1} and not bool(entries.conf.any())
-        elif bool(entries.conf.any()):
+        else:
+            assert torch.equal(entries.label, tilde.argmax(1))
+            assert torch.equal(entries.conf, product.max(1).values >= 0.34)  # --theta_on raw
             positives += int(chosen.valid.sum())
     assert positives > 10
 
@@ -179,23 +193,31 @@ def test_the_loss_sees_the_queue_as_it_was_and_choices_follow_the_pseudo_labels(
 # --- labels of unlabelled images -------------------------------------------------------------------------------------
 
 
+class Secret:
+    """A label that raises when anything is done with it."""
+
+    def _raise(self, *_):
+        raise AssertionError("the label of an unlabelled image was read")
+
+    __int__ = __index__ = __float__ = __eq__ = __hash__ = __bool__ = __repr__ = __lt__ = _raise  # type: ignore[assignment]
+
+
 class Guarded(ImageList):
     """Images of which only those in `allowed` tell their label."""
 
-    allowed: set[int] = set()
-
     class Samples(list):
         def __init__(self, samples, allowed):
-            super().__init__(samples)
-            self.allowed = allowed
-
-        def __getitem__(self, i):
-            path, label = super().__getitem__(i)
-            return path, (label if i in self.allowed else None)
+            super().__init__((path, label if i in allowed else Secret()) for i, (path, label) in enumerate(samples))
 
     @property
     def labels(self):
         raise AssertionError("the labels of all images were asked for")
+
+
+def test_a_secret_label_raises():
+    for use in (int, float, bool, hash, repr, lambda label: label == 1, lambda label: torch.tensor(label)):
+        with pytest.raises(AssertionError, match="the label of an unlabelled image was read"):
+            use(Secret())
 
 
 def test_training_reads_no_label_of_an_unlabelled_image(data, tmp_path, monkeypatch):  # property 14, trap 12
