@@ -69,11 +69,11 @@ def accuracy(logits: Tensor, truth: Tensor) -> tuple[float, float]:
     return top1, top5
 
 
-def pseudo_scores(p: Tensor, aligned: Tensor, calibrated: Tensor, truth: Tensor) -> dict[str, float]:
+def pseudo_scores(kinds: Mapping[str, Tensor], truth: Tensor) -> dict[str, float]:
     """Accuracy in per cent of argmax of each distribution [N, C] among its own most confident share, as NAME@SHARE."""
     return {
         f"{name}@{round(100 * share)}": 100 * float(equal_coverage(d, truth, share))
-        for name, d in (("raw", p), ("aligned", aligned), ("calib", calibrated))
+        for name, d in kinds.items()
         for share in COVERAGES
     }
 
@@ -124,21 +124,26 @@ def main(argv: list[str] | None = None) -> int:
         log_q = log_similarity(z, state["prototypes"], how["tau_s"])
         return calibrate(p, log_q, kind, None, how["calib_weight"])
 
+    calibrates = int(state["proto_epoch"]) >= 0
+    if args.eval_calibrated and not calibrates:
+        raise UserError(f"--eval_calibrated: {args.pretrained} was trained without prototypes")
     if args.eval_calibrated:
         result["calibrated_top1"] = accuracy(calibrated(logits.softmax(1), z), truth)[0]
     if args.pseudo:
         own = argparse.Namespace(**{**flags, "data": Path(args.data_dir)})
         own.split_file = Path(own.split_file) if own.split_file else None
         images = training_images(own.data, own.per_class, args.cache, own.imbalance)
-        labelled = torch.tensor(labelled_images(own, images))
+        labelled = torch.tensor(labelled_images(own, images), dtype=torch.long)
         (logits, _, z), truth = networks(images)
         rest = torch.ones(len(images), dtype=torch.bool)
         rest[labelled] = False
         p, z, truth = logits.softmax(1)[rest], z[rest], truth[rest]
         alignment = Alignment(classes, flags["da"])
         alignment.pbar.copy_(state["alignment.pbar"])
-        aligned = alignment(p)
-        result |= pseudo_scores(p, aligned, calibrated(aligned, z), truth)
+        kinds = {"raw": p, "aligned": alignment(p)}
+        if calibrates:
+            kinds["calib"] = calibrated(kinds["aligned"], z)
+        result |= pseudo_scores(kinds, truth)
         result["unlabelled"] = int(rest.sum())
     saved = checkpoint.load(args.pretrained)
     result["minutes"] = round(saved["progress"]["seconds"] / 60, 2)

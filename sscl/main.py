@@ -207,6 +207,7 @@ def main(argv: list[str] | None = None) -> int:
                 watched |= watch.neighbours(picked, model.queue_index, index)
             if log_q is not None:
                 watched["proto/mean_offdiag_cos"] = spread(model.prototypes)
+                watched["proto/min_count"] = model.proto_least[0]
         if keyed:
             model.enqueue(keys[0], entries, labelled=False)
             if known is not None:
@@ -249,7 +250,7 @@ def renew_prototypes(run: Run, model: SsCL, unlabelled: Unlabelled, transform: A
     )  # fmt: skip
     model.encoder_k.train()
     model.prototypes.copy_(mu)
-    model.proto_epoch[0] = run.epoch
+    model.proto_epoch[0], model.proto_least[0] = run.epoch, least
     model.share()
     run.say(
         f"  epoch {run.epoch}: prototypes ({kind}) renewed in {time.perf_counter() - clock:.1f} s, the smallest mean "

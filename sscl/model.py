@@ -45,6 +45,7 @@ class SsCL(nn.Module):
     queue_ptr: Tensor
     prototypes: Tensor
     proto_epoch: Tensor
+    proto_least: Tensor
 
     def __init__(
         self, encoder: Encoder, alignment: Alignment, k: int = 65536, m: float = 0.999, keep_probs: bool = True,
@@ -64,6 +65,7 @@ class SsCL(nn.Module):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self.register_buffer("prototypes", F.normalize(torch.randn(classes, dim), dim=1))  # mu [C, D]
         self.register_buffer("proto_epoch", torch.full((1,), -1))  # of the last refresh
+        self.register_buffer("proto_least", torch.zeros(1, dtype=torch.long))  # images of the smallest class's mean
         self.alignment = alignment
         self.encoder_q = encoder
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)

@@ -75,9 +75,18 @@ def test_class_head_and_pseudo_labels(run, data, tmp_path):
     assert result["calibrated_top1"] == pytest.approx(100 * float(right.double().mean()), abs=1e-4)
 
 
+def test_a_run_without_labels_has_no_calibration(data, tmp_path):
+    train(data, tmp_path / "moco", "--no_labels", "--lambda_u", "0", "--calib", "none", "--epochs", "1")
+    flags = ["--pretrained", str(tmp_path / "moco/checkpoint.pth"), "--data_dir", str(data)]
+    result = evaluated(eval_cls, tmp_path / "cls", *flags, "--pseudo")
+    assert result["unlabelled"] == 48 and "raw@50" in result and "calib@50" not in result
+    with pytest.raises(UserError, match="--eval_calibrated: .* was trained without prototypes"):
+        evaluated(eval_cls, tmp_path / "extra", *flags, "--eval_calibrated")
+
+
 def test_scores_at_equal_coverage():
     p = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4], [0.5, 0.5]])
-    scores = pseudo_scores(p, p, p.flip(1), torch.tensor([0, 1, 1, 0, 0]))
+    scores = pseudo_scores({"raw": p, "calib": p.flip(1)}, torch.tensor([0, 1, 1, 0, 0]))
     assert (scores["raw@20"], scores["raw@100"], scores["calib@20"]) == pytest.approx((100, 80, 0))
 
 
