@@ -1,5 +1,6 @@
 """Which images are labelled, what the method sees of each image, and the two streams of a step, labelled and not."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -165,6 +166,7 @@ class LabelledStream(Sampler[list[tuple[int, int]]]):
         self.batch_size, self.steps_per_epoch, self.seed = batch_size, steps_per_epoch, seed
         self.rank, self.world, self.balanced = rank, world, balanced
         self.epoch, self.start = 0, 0
+        self._permutation = functools.lru_cache(4096)(self._drawn)  # a permutation serves many places
 
     def __len__(self) -> int:
         return self.steps_per_epoch - self.start
@@ -173,7 +175,7 @@ class LabelledStream(Sampler[list[tuple[int, int]]]):
         self.epoch, self.start = epoch, step
         return self
 
-    def _permutation(self, size: int, *key: int) -> np.ndarray:
+    def _drawn(self, size: int, *key: int) -> np.ndarray:
         return np.random.Generator(np.random.PCG64(mix_key(self.seed, *key))).permutation(size)
 
     def place(self, n: int) -> tuple[int, int]:

@@ -43,17 +43,28 @@ def ema_step(mu: Tensor, z: Tensor, labels: Tensor, mask: Tensor, m: float = 0.9
     return torch.where(counts > 0, moved, mu)
 
 
-def nearest_to_classes(log_q: Tensor, labelled: Tensor, count: int) -> Tensor:
+def nearest_to_classes(z: Tensor, mu: Tensor, tau_s: float, labelled: Tensor, count: int, chunk: int = 65536) -> Tensor:
     """For each class the `count` unlabelled images with the largest q(c) (fewer where there are fewer).
 
-    Args:
-        log_q: [N, C] of all images; labelled: [L] numbers of the images to leave out.
+    `chunk` rows at a time go to the device of mu, with the best so far kept: q of ImageNet at once would be 5 GB.
 
-    Returns: image numbers [C, count].
+    Args:
+        z: unit embeddings [N, D] of all images; mu: [C, D]; labelled: [L] numbers of the images to leave out.
+
+    Returns: image numbers [C, count], int64 on the CPU.
     """
-    score = log_q.clone()
-    score[labelled] = -torch.inf
-    return score.topk(min(count, len(score) - len(labelled)), dim=0).indices.T
+    hidden = torch.zeros(len(z), dtype=torch.bool)
+    hidden[labelled] = True
+    count = min(count, len(z) - int(hidden.sum()))
+    best = torch.full((len(mu), count), -torch.inf, device=mu.device)
+    where = torch.zeros(best.shape, dtype=torch.long, device=mu.device)
+    for start in range(0, len(z), chunk):
+        log_q = log_similarity(z[start : start + chunk].to(mu.device), mu, tau_s).T  # [C, n]
+        log_q = log_q.masked_fill(hidden[start : start + chunk].to(mu.device), -torch.inf)
+        numbers = torch.arange(start, start + log_q.shape[1], device=mu.device).expand_as(log_q)
+        best, order = torch.cat([best, log_q], 1).topk(count, dim=1)
+        where = torch.cat([where, numbers], 1).gather(1, order)
+    return where.cpu()
 
 
 class Mixed(ImageList):
@@ -113,7 +124,7 @@ def refresh(
         own = features(embed, few, **loading)  # [L, D]
     mu = class_means(own.to(device), labels.to(device), mu)
     if kind == "mixture":
-        chosen = nearest_to_classes(log_similarity(z.to(device), mu, tau_s).cpu(), labelled, num_nn)  # [C, num_nn]
+        chosen = nearest_to_classes(z, mu, tau_s, labelled, num_nn)  # [C, num_nn]
         mixed = Mixed(images, transform, chosen, labelled, labels, *key)
         blends = features(embed, mixed, **loading)  # [J, D]
         labels = torch.cat([labels, mixed.classes_of])

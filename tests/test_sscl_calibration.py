@@ -167,15 +167,16 @@ def test_ema_prototypes() -> None:
     torch.testing.assert_close(ema_step(mu, z, labels, mask, 1.0), mu)
 
 
-def test_nearest_unlabelled_images_of_each_class() -> None:
-    log_q = dist(12, 3, 0).log()
-    labelled = torch.tensor([0, 5])
-    chosen = nearest_to_classes(log_q, labelled, 4)
-    assert chosen.shape == (3, 4) and not set(chosen.flatten().tolist()) & {0, 5}
+@pytest.mark.parametrize("chunk", [100, 5])
+def test_nearest_unlabelled_images_of_each_class(chunk: int) -> None:
+    z, mu, labelled = unit(12, 8, 0), unit(3, 8, 1), torch.tensor([0, 5])
+    log_q = log_similarity(z, mu, 0.1)
+    chosen = nearest_to_classes(z, mu, 0.1, labelled, 4, chunk)
     for c in range(3):
         by_hand = sorted((i for i in range(12) if i not in (0, 5)), key=lambda i: -float(log_q[i, c]))[:4]
-        assert set(chosen[c].tolist()) == set(by_hand)
-    assert nearest_to_classes(log_q, labelled, 50).shape == (3, 10)
+        assert chosen[c].tolist() == by_hand
+    every = nearest_to_classes(z, mu, 0.1, labelled, 50, chunk)
+    assert every.shape == (3, 10) and not set(every.flatten().tolist()) & {0, 5}
 
 
 def test_perfect_embeddings_correct_a_wrong_prediction() -> None:  # property 11

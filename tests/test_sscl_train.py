@@ -292,8 +292,8 @@ def test_a_crash_between_checkpoints_and_the_same_command_again_is_bit_identical
         with pytest.raises(RuntimeError, match="power cut"):
             train(data, tmp_path, *FULL)
     assert checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["step"] == 8
-    log = train(data, tmp_path, *FULL)
-    assert differing(whole, tmp_path) == [] and [r["step"] for r in log] == list(range(1, 19))
+    again = train(data, tmp_path, *FULL)
+    assert differing(whole, tmp_path) == [] and [r["step"] for r in again] == list(range(1, 19))
 
 
 @pytest.mark.parametrize("part", ["queue_label", "prototypes", "alignment.recent", "optimizer", "labelled"])
