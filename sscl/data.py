@@ -124,6 +124,8 @@ class Unlabelled(Dataset):
     labels = targets
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if not self.views:
+            return {"index": index}
         image, out = self.images.image(index), {}
         for name in self.views:
             if name != "key":

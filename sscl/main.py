@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
                 watched |= {"pl/coverage": conf.float().mean(), "da/entropy": entropy(model.alignment.pbar[None])}
             if picked is not None and p is not None:
                 if args.neighbours == "off":  # those that the exchange would have chosen
-                    picked = losses.choose(entries, model.memory, args.num_pos)
+                    picked = nearest(args, model, entries, keys[0])
                 watched |= watch.neighbours(picked, model.queue_index, index)
             if log_q is not None:
                 watched["proto/mean_offdiag_cos"] = spread(model.prototypes)
@@ -223,11 +223,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def pick(args: argparse.Namespace, model: SsCL, who: losses.Memory, key: Tensor) -> losses.Chosen:
-    """The positives and negatives of the anchors `who` [N] with own keys [N, D]."""
-    if args.neighbours == "off":
-        return losses.all_negatives(who, model.memory)
+def nearest(args: argparse.Namespace, model: SsCL, who: losses.Memory, key: Tensor) -> losses.Chosen:
+    """Positives and negatives by pseudo-label of the anchors `who` [N] with own keys [N, D]."""
     return losses.choose(who, model.memory, args.num_pos, None if args.sim == "prob" else key @ model.queue)
+
+
+def pick(args: argparse.Namespace, model: SsCL, who: losses.Memory, key: Tensor) -> losses.Chosen:
+    """The positives and negatives that this arm trains with."""
+    return losses.all_negatives(who, model.memory) if args.neighbours == "off" else nearest(args, model, who, key)
 
 
 def refresh_due(args: argparse.Namespace, model: SsCL, epoch: int) -> bool:

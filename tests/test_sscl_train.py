@@ -70,7 +70,7 @@ def differing(a: Path, b: Path, only: str = "") -> list[str]:
         (FIXMATCH, "pl/acc_raw pl/coverage", "pl/acc_calib nbr/num_pos proto/mean_offdiag_cos"),
         (JOINT, "pl/acc_calib nbr/num_pos", ""),
         ("--calib none --ctr per_positive --sim embed", "nbr/num_pos", ""),
-        ("--neighbours off --proto ema --calib average --labelled_anchors", "pl/acc_calib", ""),
+        ("--neighbours off --sim embed --proto ema --calib average --labelled_anchors", "nbr/num_pos pl/acc_calib", ""),
         ("--calib prior --proto labelled --theta_ramp --soft_targets --da ema", "pl/acc_calib", ""),
         ("--calib geomean --strong randaug --key_view strong --balanced off --schedule cos7_16", "pl/acc_calib", ""),
         (MOCO, "", "pl/acc_raw nbr/num_pos proto/mean_offdiag_cos"),
@@ -88,6 +88,14 @@ def test_every_arm_trains(arm, present, absent, data, tmp_path):
     assert used == [arm != MOCO, arm not in (SUPERVISED, MOCO), arm not in (SUPERVISED, FIXMATCH)]
     assert all(row["loss/u"] == 0 for row in log[:6])  # --pl_start 1
     assert bool((state["queue_index"] >= 0).any()) == (arm not in (SUPERVISED, FIXMATCH))
+
+
+@pytest.mark.parametrize(("theta", "coverage"), [("1.01", 0), ("1e-9", 1)])
+def test_thresholds_at_both_ends(theta, coverage, data, tmp_path):  # property 8
+    log = train(data, tmp_path, "--theta", theta)
+    assert all(row["pl/coverage"] == coverage for row in log[6:])
+    assert all((row["loss/u"] > 0) == (coverage == 1) for row in log[6:])
+    assert (log[-1]["nbr/num_pos"] > 1) == (coverage == 1)
 
 
 class Spy:
