@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from shared_utils import UserError, checkpoint
-from sscl import eval_cls, eval_features, finetune
+from sscl import eval_cls, eval_features, export, finetune
 from sscl.arch import Encoder, build
 from sscl.data import label_split, training_images
 from sscl.eval_cls import pseudo_scores
@@ -202,3 +202,21 @@ def test_a_checkpoint_without_a_momentum_copy_is_refused(data, tmp_path):
     checkpoint.save(tmp_path / "other.pth", {"state_dict": state, "args": flags})
     with pytest.raises(UserError, match="holds no momentum copy with a class head"):
         evaluated(eval_cls, tmp_path / "a", "--pretrained", str(tmp_path / "other.pth"), "--data_dir", str(data))
+
+
+@pytest.mark.parametrize("copy", ["query", "momentum"])
+def test_export(copy, run, tmp_path):
+    from safetensors.torch import load_file
+
+    flags = ["--pretrained", str(run), "--copy", copy]
+    assert export.main([*flags, "--out", str(tmp_path / "a.safetensors")]) == 0
+    assert export.main([*flags, "--format", "torchvision", "--out", str(tmp_path / "a.pth")]) == 0
+    source = checkpoint.load(run)["state_dict"]
+    for state in (load_file(tmp_path / "a.safetensors"), checkpoint.load(tmp_path / "a.pth")):
+        network = build("resnet10", 4, "cifar_pool")
+        network.load_state_dict(state)
+        assert torch.equal(state["conv1.weight"], source[f"encoder_{copy[0].replace('m', 'k')}.backbone.conv1.weight"])
+    card = (tmp_path / "a.md").read_text()
+    assert "sscl.arch.build('resnet10', 4, 'cifar_pool')" in card and "`--labels-per-class 4`" in card
+    with pytest.raises(UserError, match="there is nothing to export"):
+        export.main(["--pretrained", "none", "--out", str(tmp_path / "b.safetensors")])
