@@ -454,3 +454,25 @@ def test_the_command_line_on_mini_data_and_without_data(tmp_path):
     command = [sys.executable, "-m", "sscl.main", "--data", str(tmp_path / "nowhere")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: --data") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("arm", ["", FIXMATCH, JOINT, "--proto ema --sim embed --labelled_anchors"])
+def test_on_a_gpu(arm, data, tmp_path):
+    """The same arms in bf16: finite, close to the CPU's first loss, and evaluated there."""
+    flags = [*arm.split(), "--device", "cuda"]
+    log = train(data, tmp_path / "gpu", *flags)
+    cpu = train(data, tmp_path / "cpu", *arm.split(), "--epochs", "1")
+    assert len(log) == 12 and log[0]["loss"] == pytest.approx(cpu[0]["loss"], rel=0.05)
+    words = [
+        "--pretrained",
+        str(tmp_path / "gpu/checkpoint.pth"),
+        "--data_dir",
+        str(data),
+        "--pseudo",
+        "--device",
+        "cuda",
+    ]
+    assert eval_cls.main([*words, "--output-dir", str(tmp_path / "cls"), "--workers", "0"]) == 0
+    assert "top1" in json.loads((tmp_path / "cls/result.json").read_text())
