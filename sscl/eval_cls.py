@@ -26,7 +26,7 @@ from shared_utils.evaluation import (
     topk,
     write_result,
 )
-from shared_utils.run import Parser, cli, set_threads
+from shared_utils.run import Parser, cli, runs_root, set_threads
 from sscl.calibration import Alignment, calibrate, equal_coverage, log_similarity
 from sscl.data import training_images
 from sscl.main import labelled_images
@@ -46,7 +46,7 @@ def get_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also top-1 of the calibrated prediction (an extra)",
     )
-    a("--output-dir", type=Path, default=Path("runs/sscl/cls/default"))
+    a("--output-dir", type=Path, default=runs_root() / "sscl/cls/default")
     a("--batch_size", type=int, default=256)
     a("--workers", type=int, default=2)
     a("--threads", type=int, default=0, help="0: cores - workers on a CPU")

@@ -18,7 +18,7 @@ from shared_utils.augment import plain
 from shared_utils.data import ImageList, image_folder
 from shared_utils.evaluation import add_data_flags, check_cache, freeze, open_splits, write_result
 from shared_utils.neighbours import features, knn_accuracy, neighbours, purity
-from shared_utils.run import Parser, cli, set_threads
+from shared_utils.run import Parser, cli, runs_root, set_threads
 from sscl.fewshot import episodes, k_shot, logistic
 from sscl.weights import add_network_flags, load_encoder
 
@@ -37,7 +37,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--draws", type=int, default=5, help="random subsets of fewshot")
     a("--episodes", type=int, default=600)
     a("--l2", type=float, default=1e-4, help="weight decay of the linear probe's logistic regression")
-    a("--output-dir", type=Path, default=Path("runs/sscl/features/default"))
+    a("--output-dir", type=Path, default=runs_root() / "sscl/features/default")
     a("--batch_size", type=int, default=256)
     a("--workers", type=int, default=2)
     a("--threads", type=int, default=0, help="0: cores - workers on a CPU")
