@@ -138,3 +138,11 @@ _env_main() {
 }
 
 _env_main "$@" || return $?
+
+# How a script starts Python: one process, or GPUS of them by torchrun. PET_NNODES and the other PET_ variables of
+# torchrun name several nodes; without them a free port is taken, so that two runs on a machine do not meet.
+launch=("$PYTHON")
+if [ "${GPUS:-1}" -gt 1 ] || [ -n "${PET_NNODES:-}" ]; then
+  launch+=(-m torch.distributed.run --nproc-per-node "${GPUS:-1}")
+  if [ -z "${PET_NNODES:-}" ]; then launch+=(--standalone); fi
+fi

@@ -48,6 +48,4 @@ if [ -z "${CHECKPOINT:-}" ]; then
   bash sscl/run_train.sh "$tier" --no_labels --lambda_u 0 --calib none --output-dir "$runs/sscl/moco/$where"
 fi
 
-launch=("$PYTHON")
-if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m sscl.finetune --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"

@@ -56,7 +56,5 @@ case "$tier" in
     ;;
 esac
 
-launch=("$PYTHON")
-if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m sscl.main --output-dir "$out" "${flags[@]}" "$@"
 echo "next: ${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${LABELS:+LABELS=$LABELS }bash sscl/run_eval.sh $tier"
