@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +227,11 @@ class VideoSet:
 
     def __len__(self) -> int:
         return len(self.videos)
+
+    def subset(self, indices: list[int]) -> "VideoSet":
+        """The videos of these numbers, decoded frames kept."""
+        videos, labels = [self.videos[i] for i in indices], [self.labels[i] for i in indices]
+        return replace(self, videos=videos, labels=labels, frames=[self.frames[i] for i in indices if self.frames])
 
     def windows(self, index: int) -> int:
         """How many starts video `index` has."""

@@ -6,7 +6,6 @@ torchrun --nproc-per-node 4 -m fame.eval ...
 
 import argparse
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from fame.network import add_network_flags, load, outputs, resolve, trunk
 from fame.train import keyed, learning_rate
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, Keyed
-from shared_utils.evaluation import check_cache, freeze, same_buffers, topk, unchanged, write_result
+from shared_utils.evaluation import freeze, same_buffers, topk, unchanged, write_result
 from shared_utils.run import Parser, Run, add_run_flags, cli
 
 
@@ -33,10 +32,8 @@ def get_parser() -> argparse.ArgumentParser:
     a("--finetune", action="store_true", help="train the whole network")
     a("--freeze", action="store_true", help="train a linear classifier on the frozen network")
     a("-e", "--evaluate", action="store_true", help="only test; --pretrained holds a classifier too")
-    a("--cached_train", action="store_true", help="with --freeze, a cheap probe: train on features of test clips of "
-      "the training videos, computed once; not equal to the protocol")  # fmt: skip
-    a("--normalise", choices=["none", "l2", "batch"], default="none", help="features before the linear classifier: as "
-      "they are, unit vectors, or batch norm without parameters (--freeze)")  # fmt: skip
+    a("--normalise", choices=["none", "l2"], default="none", help="features before the linear classifier: as "
+      "they are, or unit vectors (--freeze)")  # fmt: skip
     a("--num_class", type=int, default=0, help="checked against the data; 0: whatever they are")
     a("--dropout", type=float, default=0.7, help="before the classifier (--finetune)")
     a("--jitter", choices=["torchvision", "kornia_old"], default="torchvision", help="formulas of the colour jitter")
@@ -61,8 +58,8 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
         raise UserError("give one of --finetune, --freeze and --evaluate")
     if args.evaluate and args.pretrained == "none":
         raise UserError("--evaluate tests the classifier of a checkpoint; give --pretrained")
-    if not args.freeze and (args.cached_train or args.normalise != "none"):
-        raise UserError("--cached_train and --normalise belong to --freeze")
+    if not args.freeze and args.normalise != "none":
+        raise UserError("--normalise belongs to --freeze")
     for name in ("batch_size", "epochs", "eval_every", "log_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
@@ -80,30 +77,12 @@ class Classifier(nn.Module):
     def __init__(self, features: int, classes: int, normalise: str):
         super().__init__()
         self.kind = normalise
-        if normalise == "batch":
-            self.norm = nn.BatchNorm1d(features, affine=False)
         self.fc = nn.Linear(features, classes)
         nn.init.normal_(self.fc.weight, 0, 0.01)
         nn.init.zeros_(self.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "batch":
-            x = self.norm(x)
         return self.fc(F.normalize(x, dim=1) if self.kind == "l2" else x)
-
-
-class FeatureBatches:
-    """Batches of features [V, clips, C] in memory, one clip of each video a step, in the order of a sampler."""
-
-    def __init__(self, features: Tensor, labels: Tensor, sampler: EpochSampler, seed: int):
-        self.features, self.labels, self.sampler, self.seed = features, labels, sampler, seed
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for number, keys in enumerate(self.sampler):
-            rows = torch.tensor([index for _, index in keys])
-            rng = keyed(self.seed, keys[0][0], number + self.sampler.start)
-            which = torch.randint(self.features.shape[1], (len(rows),), generator=rng)
-            yield {"feature": self.features[rows, which], "label": self.labels[rows]}
 
 
 class Scores:
@@ -167,12 +146,8 @@ def main(argv: list[str] | None = None) -> int:
     def test() -> list[float]:
         same_buffers(model)
         model.eval()
-        batches = val_features or outputs(lambda x: predict(embed(x)), val, args, run.device)
-        if val_features:
-            batches = ((predict(f.flatten(0, 1)).float().unflatten(0, f.shape[:2]), y) for f, y in val_features)
-        return accuracy(batches, len(val), run.device)
+        return accuracy(outputs(lambda x: predict(embed(x)), val, args, run.device), len(val), run.device)
 
-    val_features: list[tuple[Tensor, Tensor]] = []
     if args.evaluate:
         top1, top5 = test()
         run.say(f"fame/eval: {args.data} fold {args.fold}, {len(val)} videos x {args.clip_per_video} clips; {report}")
@@ -181,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
 
     sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world)
     clips = OneClip(train, args.crop_size, args.min_scale, args.hflip)
-    loader: Any = run.loader(Keyed(clips, args.seed), sampler)
+    loader = run.loader(Keyed(clips, args.seed), sampler)
     net: nn.Module = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.wd)
     colours, scores = augment.Colours(args.crop_size, None, args.jitter), Scores()
@@ -193,30 +168,20 @@ def main(argv: list[str] | None = None) -> int:
             "network": report,
             "trained": "a linear classifier on frozen features" if args.freeze else "everything",
             "batch": f"{args.batch_size} x {sampler.steps_per_epoch} steps an epoch, {args.epochs} epochs",
-            "protocol": "features of test clips, computed once (cheap probe, not equal)"
-            if args.cached_train
-            else f"one random clip a video and epoch; test: {args.clip_per_video} clips a video",
+            "protocol": f"one random clip a video and epoch; test: {args.clip_per_video} clips a video",
             "expected initial loss": f"about {math.log(classes):.2f}, log of the classes",
         }
     )
-    if args.cached_train and run.epoch < args.epochs:
-        values = args.clip_per_video * frozen.num_features  # type: ignore[union-attr, operator]
-        check_cache({"leave --cached_train away": (len(train) + len(val), values)})
-        feats, labels = zip(*outputs(embed, train, args, run.device, everything=True))
-        loader = FeatureBatches(torch.cat(feats), torch.cat(labels), sampler, args.seed)
-        val_features = list(outputs(embed, val, args, run.device))
-
     for epoch, batch in run.batches(loader, sampler, args.epochs):
         lr = learning_rate(args, epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr
         model.train()
         target = batch["label"].to(run.device, non_blocking=True)
-        if args.cached_train:
-            x = batch["feature"].to(run.device)
-        else:  # crops in [0, 1] -> colours, no blur -> normalised
-            order = torch.randperm(4, generator=keyed(args.seed, run.step, 3)).tolist()
-            x = embed(colours(batch["clip"].to(run.device, non_blocking=True), batch["colours"], order))
+        # Crops in [0, 1] -> colours, no blur -> normalised; the release leaves this out, and with it the normalisation,
+        # where the network is frozen.
+        order = torch.randperm(4, generator=keyed(args.seed, run.step, 3)).tolist()
+        x = embed(colours(batch["clip"].to(run.device, non_blocking=True), batch["colours"], order))
         with run.autocast():
             logits = net(x).float()  # [B, classes]
         loss = F.cross_entropy(logits, target)
@@ -241,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     best = max(scores.history, key=lambda row: row[1])
     result = {"acc1": scores.history[-1][1], "acc5": scores.history[-1][2], "best_acc1": best[1]}
     result |= {"best_epoch": int(best[0]), "chance": 100 * majority(val), "epochs": args.epochs}
-    write_result(run.dir, result | {"cached_train": args.cached_train, "pretrained": args.pretrained})
+    write_result(run.dir, result | {"pretrained": args.pretrained})
     run.finish()
     return 0
 

@@ -20,6 +20,7 @@ from fame.fame import MASKS, Fame
 from fame.moco.builder import QUEUE_ORDERS, MoCo, ReleaseKeys, contrast_rank, info_nce, passes
 from shared_utils import UserError, distributed
 from shared_utils.data import EpochSampler, Keyed, mix_key, sample_rng
+from shared_utils.evaluation import write_result
 from shared_utils.run import Parser, Run, add_run_flags, cli
 
 QUEUE = {"k400": 65536}  # K where --moco_k is not given; 2,048 for the others, as the release does for UCF101
@@ -202,6 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         mean = distributed.all_sum(loss.detach()) / run.world
         run.log(mean, lr=lr, **watched)
 
+    write_result(run.dir, {"minutes": round(run.minutes(), 2)})
     data = f"--synthetic {args.synthetic}" if args.synthetic else f"{quote(str(args.data))} --dataset {args.dataset}"
     run.finish(
         f"retrieve: python -m fame.main_retrieve {data} --pretrained {quote(f'{run.dir}/checkpoint.pth')}",
