@@ -19,7 +19,7 @@ case "$tier" in
     # The method at toy size: 120 generated videos of moving digits in UCF101's layout, whose background is tied to the
     # motion, a network of four convolutions, 60 steps; about a minute on two CPU cores.
     flags=(
-      --synthetic -a tiny -cs 48 -fpc 8 --bins 5 --hflip 0 --bn_splits 2 -b 24 --moco_k 192 --moco_m 0.99 --lr 0.06
+      --synthetic -a tiny -cs 48 -fpc 8 --bins 5 --hflip 0 --bn_splits 2 -b 24 --moco_k 192 --moco_m 0.99 --lr 0.05
       --cos --epochs 12 --cache --workers 1 --log-every 2 --image_every 20
     )
     ;;
@@ -30,7 +30,7 @@ case "$tier" in
     # background's 230 pixels would drown in 1,000 added counts. No flip for motion: left and right are classes.
     set_name=${SET:-motion}
     flags=(
-      -a tiny -cs 48 -fpc 8 --bins 5 --bn_splits 2 -b 32 --moco_m 0.99 --lr 0.06 --cos --cache --cache_side 64
+      -a tiny -cs 48 -fpc 8 --bins 5 --bn_splits 2 -b 32 --moco_m 0.99 --lr 0.05 --cos --cache --cache_side 64
       --amp none --workers 0 --threads 1 --image_every 1000
     )
     case "$set_name" in

@@ -20,12 +20,13 @@ ARCHS = (*RELEASE, *OTHERS)
 class VideoNet(nn.Module):
     """A trunk whose last map is pooled, and a head `fc`; torchvision's names, as in the release.
 
-    Head: `dim` given, the two layers of MoCo's MLP; `classes`, dropout and one layer; else the pooled feature.
+    Head: `dim` given, the two layers of MoCo's MLP; `classes`, dropout and one layer; else the pooled feature. The
+    release starts the last layer at N(0, 0.01), where small networks of a short run collapse: others keep PyTorch's own.
     """
 
     def __init__(
         self, parts: dict[str, nn.Module], features: int, dim: int | None, classes: int | None, dropout: float,
-        normalise: bool,
+        normalise: bool, release: bool,
     ):  # fmt: skip
         super().__init__()
         self.parts = list(parts)
@@ -39,10 +40,10 @@ class VideoNet(nn.Module):
             )
         else:
             self.fc = None if classes is None else nn.Linear(features, classes)
-        for layer in self.fc.modules() if self.fc is not None else ():
-            if isinstance(layer, nn.Linear):
-                nn.init.normal_(layer.weight, 0, 0.01)
-                nn.init.zeros_(layer.bias)
+        last = self.fc[-1] if isinstance(self.fc, nn.Sequential) else self.fc
+        if isinstance(last, nn.Linear) and (release or classes is not None):
+            nn.init.normal_(last.weight, 0, 0.01)
+            nn.init.zeros_(last.bias)
 
     def maps(self, x: Tensor) -> Tensor:
         """The last feature map [B, C, T', H', W']."""
@@ -91,4 +92,4 @@ def build(
         parts, features = {"features": Tiny(width)}, 8 * width
     else:
         raise UserError(f"--arch {arch}: choose from {', '.join(ARCHS)}")
-    return VideoNet(parts, features, dim, classes, dropout, normalise)
+    return VideoNet(parts, features, dim, classes, dropout, normalise, arch in RELEASE)
