@@ -21,7 +21,7 @@ class VideoNet(nn.Module):
     """A trunk whose last map is pooled, and a head `fc`; torchvision's names, as in the release.
 
     Head: `dim` given, the two layers of MoCo's MLP; `classes`, dropout and one layer; else the pooled feature. The
-    release starts the last layer at N(0, 0.01), where small networks of a short run collapse: others keep PyTorch's own.
+    release starts the last layer at N(0, 0.01), where small networks of a short run collapse: others keep PyTorch's.
     """
 
     def __init__(
