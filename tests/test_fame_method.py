@@ -225,7 +225,7 @@ def test_jitter_is_torchvision_s():
         found = augment._adjust(x, which, amount, "torchvision").transpose(1, 2)
         for i in range(2):
             expected = adjust(frames[i], float(amount[i]))
-            torch.testing.assert_close(found[i], expected, atol=2e-5 if which < 3 else 1e-3, rtol=0)
+            torch.testing.assert_close(found[i], expected, atol=1e-4 if which < 3 else 1e-3, rtol=0)
     old = augment._adjust(x, 0, torch.tensor([1.2, 0.9]), "kornia_old")
     torch.testing.assert_close(old[0], (x[0] + 0.2).clamp(0, 1))
 
@@ -336,7 +336,7 @@ def test_networks():  # property 9
     torch.testing.assert_close(log_probabilities.exp().sum(1), torch.ones(1))
     assert parameters(build("r2plus1d_18", classes=128)) == pytest.approx(31.366, abs=1e-3)
     head = build("r2plus1d_18", 128).fc
-    assert head[2].weight.std() == pytest.approx(0.01, rel=0.05) and head[0].weight.shape == (512, 512)
+    assert float(head[2].weight.std()) == pytest.approx(0.01, rel=0.05) and head[0].weight.shape == (512, 512)
     for name in ("r3d_18", "s3d", "c3d", "tiny"):
         with torch.no_grad():
             assert build(name, 16, width=4).eval()(torch.rand(1, 3, 16, 48, 48)).shape == (1, 16)
