@@ -1,6 +1,6 @@
-"""Class-agnostic activation maps (the paper's visualisation): python -m fame.main_cam DATA --pretrained FILE [--out DIR]
+"""Class-agnostic activation maps, the paper's visualisation: python -m fame.main_cam DATA --pretrained FILE
 
-For the middle clip of a few test videos a picture: frame, FAME's mask, and the activation over it. The map is the last
+For the first clip of a few test videos a picture: frame, FAME's mask, and the activation over it. The map is the last
 feature map's mean over channels, stretched to 0..1 and enlarged to the clip.
 """
 
