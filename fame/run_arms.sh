@@ -23,11 +23,11 @@ case "$tier" in
     ;;
   small)
     # A set is generated (motion) or small (fight): one arm and seed take about two minutes on one core.
-    # Acceptance, written before the runs. motion: FAME (fame) beats MoCo on the linear probe of the action on videos
-    # whose background is unknown to it (class/2) by more than the pooled standard deviation of the seeds. fight: FAME
-    # beats MoCo on the linear probe of the action, seed by seed (a seed is a split by source), by more than the
-    # standard deviation of the differences. Beside it, whatever they show: the swapped backgrounds, retrieval, how well
-    # features tell the background or the source, and what is left of a gain against the random mask.
+    # Acceptance, written before the runs: FAME (fame) beats MoCo on the linear probe of the action, seed by seed, by more
+    # than the standard deviation of the three differences; on motion, where the background is tied to the action in
+    # training and swapped in test, and on fight, where a seed is a split by source. The same rule gives every other row
+    # its status: retrieval, fine-tuning, how well features tell the background or the source, and what is left of a
+    # gain against the random mask.
     set_name=${SET:-motion}
     export SET=$set_name
     out=$out/$set_name
