@@ -40,7 +40,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("-b", "--batch_size", type=int, default=256, help="clips a step, all processes together")
     a("--epochs", type=int, default=100)
     a("--lr", "--learning_rate", type=float, default=30.0)
-    a("--cos", action="store_true", help="cosine by epoch instead of --schedule")
+    a("--cos", action=argparse.BooleanOptionalAction, default=False, help="cosine by epoch instead of --schedule")
     a("--schedule", type=int, nargs="*", default=[60, 80], help="epochs at which the rate is multiplied by --lr_decay")
     a("--lr_decay", "--learning_rate_decay", type=float, default=0.1)
     a("--warmup", action="store_true", help="linear from --wp_lr to --lr up to the first entry of --schedule")

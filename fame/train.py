@@ -54,7 +54,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("-b", "--batch_size", type=int, default=256, help="videos a step, all processes together; must divide --moco_k")
     a("--epochs", type=int, default=200)
     a("--lr", "--learning_rate", type=float, default=0.03)
-    a("--cos", action="store_true", help="cosine by epoch instead of --schedule")
+    a("--cos", action=argparse.BooleanOptionalAction, default=False, help="cosine by epoch instead of --schedule")
     a(
         "--schedule",
         type=int,
