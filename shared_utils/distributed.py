@@ -196,15 +196,18 @@ class SplitBatchNorm(nn.BatchNorm2d):
         return torch.cat(out)
 
 
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
 def convert_norm(module: nn.Module, kind: str, splits: int = 8, passes: int = 1) -> nn.Module:
-    """Replace every BatchNorm1d and BatchNorm2d below `module`; kind: `sync`, `split` or `local` (unchanged).
+    """Replace every BatchNorm1d, 2d and 3d below `module`; kind: `sync`, `split` or `local` (unchanged).
 
     Keys stay the same.
     """
     if kind == "local":
         return module
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+        if isinstance(child, NORMS) and type(child) in NORMS:
             new: nn.BatchNorm2d
             new = (
                 SyncBatchNorm(child.num_features)

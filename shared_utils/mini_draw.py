@@ -291,13 +291,14 @@ def _window(big: np.ndarray, shape: tuple[int, int], dx: float, dy: float) -> np
     return big[top : top + shape[0], left : left + shape[1]]
 
 
-def render_clip(part: str, index: int) -> tuple[np.ndarray, dict[str, str]]:
+def render_clip(part: str, index: int, per_class: int = 0) -> tuple[np.ndarray, dict[str, str]]:
     """One clip of the video kind, [T, 64, 64, 3] uint8 with T in 16..24, and its factors (class, digit, background).
 
-    index // clips per class is the motion. The background (texture and hue) is that of the motion in ``train01``, that
-    of another motion in ``test01``, and independent of the motion in ``train02`` and ``test02``.
+    index // clips per class is the motion (`per_class` of them, 0: as many as the video kind has). The background
+    (texture and hue) is that of the motion in ``train01``, that of another motion in ``test01``, and independent of the
+    motion in ``train02`` and ``test02``.
     """
-    rng, shape, motion = _rng("video", part, index), (64, 64), index // CLIPS_PER_CLASS[part]
+    rng, shape, motion = _rng("video", part, index), (64, 64), index // (per_class or CLIPS_PER_CLASS[part])
     behind = {"train01": motion, "test01": (motion + 3) % len(MOTIONS)}.get(part, int(rng.integers(len(MOTIONS))))
     hue, digit, count = behind / len(MOTIONS), int(rng.integers(10)), int(rng.integers(16, 25))
     back = _paint(rng, TEXTURES[behind], shape, Tone((hue - 0.04, hue + 0.04), (0.3, 0.8), (0.1, 0.5)))

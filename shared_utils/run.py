@@ -40,7 +40,7 @@ from shared_utils.data import EpochSampler, mix_key
 
 # Flags that say where and how fast a run goes, not what it computes: they may change on a resume.
 RUNTIME_FLAGS = {"output_dir", "data_root", "device", "workers", "threads", "log_every", "save_every", "resume"}
-RUNTIME_FLAGS |= {"overwrite", "cache", "feature_dir", "image_every"}
+RUNTIME_FLAGS |= {"overwrite", "cache", "index_cache", "feature_dir", "image_every"}
 
 
 _open_runs: list["Run"] = []  # whose tensorboard files are still being written
@@ -91,17 +91,30 @@ def add_run_flags(parser: argparse.ArgumentParser, output_dir: str) -> None:
     """Flags that every training script has; `output_dir` is relative to $RUNS."""
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--output-dir", "--log-dir", type=Path, default=runs_root() / output_dir, help="folder of log and checkpoint"
+        "--output-dir",
+        "--log-dir",
+        "--log_dir",
+        type=Path,
+        default=runs_root() / output_dir,
+        help="folder of log and checkpoint",
     )
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     group.add_argument("--amp", choices=["auto", "none", "bf16"], default="auto", help="auto: bf16 on GPUs, else none")
-    group.add_argument("--workers", "--num_workers", type=int, default=2, help="data loading processes per process")
+    group.add_argument(
+        "-j", "--workers", "--num_workers", type=int, default=2, help="data loading processes per process"
+    )
     group.add_argument(
         "--threads", type=int, default=0, help="threads of the training process; 0: cores - workers on a CPU"
     )
     group.add_argument(
-        "--log-every", "--report_freq", type=int, default=10, help="steps between lines of log.jsonl and tensorboard"
+        "-p",
+        "--log-every",
+        "--report_freq",
+        "--print_freq",
+        type=int,
+        default=10,
+        help="steps between lines of log.jsonl and tensorboard",
     )
     group.add_argument(
         "--save-every", type=int, default=0, help="steps between checkpoints beside the one of each epoch"

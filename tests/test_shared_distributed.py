@@ -145,6 +145,14 @@ def test_features_without_pixels_are_split_too_and_the_memory_format_stays():
     assert SplitBatchNorm(3, 2)(maps).is_contiguous(memory_format=torch.channels_last)
 
 
+def test_clips_are_split_too():
+    net = convert_norm(nn.Sequential(nn.BatchNorm3d(3)), "split", 2)
+    x = torch.randn(4, 3, 2, 5, 5, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    plain = nn.BatchNorm3d(3)
+    torch.testing.assert_close(net(x), torch.cat([plain(part) for part in x.chunk(2)]))
+    assert not torch.allclose(net(x), nn.BatchNorm3d(3)(x), atol=1e-3)
+
+
 def test_convert_norm_keeps_keys_and_values():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4, eps=1e-3)))
     before = net.state_dict()

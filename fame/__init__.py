@@ -1,0 +1,1 @@
+"""FAME: foreground-background merging for video contrastive learning."""

@@ -1,0 +1,342 @@
+"""Video sets in their publishers' layouts, and the clips that training and testing take from them."""
+
+import argparse
+import csv
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fame import augment, motion
+from shared_utils import UserError, distributed, mini
+from shared_utils.run import runs_root
+from shared_utils.video import SUFFIXES, BadVideo, Video, read, scan
+
+DATASETS = ("k400", "ucf101", "hmdb51", "diving48", "fight")
+SYNTHETIC = {"video": "ucf101", motion.KIND: "ucf101"}  # generated sets and their layout
+
+
+def add_data_flags(p: argparse.ArgumentParser) -> None:
+    a = p.add_argument
+    a("data", nargs="?", type=Path, default=Path(os.environ.get("DATA_ROOT", "data")), help="folder of the set")
+    a("--dataset", choices=DATASETS, default="ucf101", help="layout of the folder; see README.md")
+    a("--synthetic", nargs="?", const="video", choices=list(SYNTHETIC), help="generate this set and take it: `video`, "
+      "files in UCF101's layout, or `motion`, more of them, as folders of frames")  # fmt: skip
+    a("--fold", type=int, default=1, help="train and test lists 1 to 3")
+    a("--target", default="class", help="what is a video's label: class, or a column of the set's attributes.csv or "
+      "clips.csv, such as background or source_video")  # fmt: skip
+    a("--per_class", type=int, default=0, help="first so many training videos of each class; 0: all")
+    a("-cs", "--crop_size", type=int, default=112, help="S, pixels of a clip")
+    a("-fpc", "--frame_per_clip", type=int, default=16, help="T, frames of a clip")
+    a("-sbc", "--step_between_clips", type=int, default=1, help="frames between the starts of two possible clips")
+    a("--stride", type=int, default=2, help="every so many frames are taken (release: 2)")
+    a("--min_scale", type=float, default=0.2, help="least area of a training crop")
+    a("--hflip", type=float, default=0.5, help="probability of a flip in training")
+    a("--cache", action="store_true", help="decode every video once and keep it in memory (small sets)")
+    a("--cache_side", type=int, default=0, help="short side of cached frames, smaller than stored; 0: as stored")
+    a("--bad_videos", choices=["error", "skip"], default="error", help="unreadable and too short videos: stop, or go "
+      "on without them; both name and count them")  # fmt: skip
+    a("--index_cache", type=Path, default=runs_root() / "fame/video_index.pth", help="where the frame times of video "
+      "files are kept, so that the set is scanned once")  # fmt: skip
+
+
+def check_data_flags(args: argparse.Namespace) -> None:
+    """UserError for flags out of range; with --synthetic write the set, once, before any process reads it."""
+    for name in ("crop_size", "frame_per_clip", "step_between_clips", "stride"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.crop_size < 30:
+        raise UserError(f"--crop_size {args.crop_size}: at least 30, below it the mask's Gaussian has a single tap")
+    if min(args.per_class, args.cache_side) < 0 or not 0 < args.min_scale <= 1 or not 0 <= args.hflip <= 1:
+        raise UserError("--per_class and --cache_side must not be negative, --min_scale and --hflip lie in 0..1")
+    if args.synthetic:
+        if distributed.rank() == 0:
+            mini.ensure(args.synthetic)
+        distributed.barrier()
+        args.data, args.dataset = mini.ensure(args.synthetic), SYNTHETIC[args.synthetic]
+    if not 1 <= args.fold <= 3:
+        raise UserError(f"--fold {args.fold}: the lists are numbered 1 to 3")
+    if not Path(args.data).is_dir():
+        raise UserError(f"{args.data}: no such folder; expected {LAYOUTS[args.dataset]} in it")
+
+
+# -------------------------------------------------------------------------------------------------------------- layouts
+LAYOUTS = {
+    "k400": "train/CLASS/*.mp4 and val/CLASS/*.mp4",
+    "ucf101": "data/CLASS/*.avi (or UCF-101/) and anno/trainlist01.txt (or ucfTrainTestlist/)",
+    "hmdb51": "data/CLASS/*.avi and anno/CLASS_test_split1.txt (or testTrainMulti_7030_splits/)",
+    "diving48": "rgb/NAME.mp4 and Diving48_V2_train.json (or Diving48_train.json)",
+    "fight": "clips.csv and CLASS/CLIP/*.jpg",
+}
+Listed = list[tuple[Path, str, str]]  # path, class, key in the table of attributes
+
+
+def _first(root: Path, names: tuple[str, ...], dataset: str) -> Path:
+    for name in names:
+        if (root / name).exists():
+            return root / name
+    raise UserError(f"{root}: has no {' or '.join(names)}; {dataset} is expected as {LAYOUTS[dataset]}")
+
+
+def _classes(folder: Path) -> list[str]:
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UserError(f"{folder}: no class folder")
+    return names
+
+
+def _stored(path: Path) -> Path:
+    """The file, or the folder of frames of the same name without its suffix."""
+    return path.with_suffix("") if not path.exists() and path.with_suffix("").is_dir() else path
+
+
+def list_k400(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
+    folder = _first(root, ("train",) if train else ("val", "test"), "k400")
+    classes = _classes(folder)
+    found: Listed = []
+    for name in classes:
+        entries = sorted(os.scandir(folder / name), key=lambda entry: entry.name)
+        videos = [e for e in entries if e.is_dir() or Path(e.name).suffix.lower() in SUFFIXES]
+        if not videos:
+            raise UserError(f"{folder / name}: a class without videos ({', '.join(sorted(SUFFIXES))}, or folders)")
+        found += [(Path(e.path), name, f"{name}/{e.name}") for e in videos]
+    return found, classes
+
+
+def list_ucf101(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
+    folder = _first(root, ("data", "UCF-101"), "ucf101")
+    lists = _first(root, ("anno", "ucfTrainTestlist"), "ucf101")
+    file = lists / f"{'train' if train else 'test'}list{fold:02d}.txt"
+    if not file.is_file():
+        raise UserError(f"{file}: no such list; give another --fold")
+    classes, found = _classes(folder), []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if words := line.split():
+            name = words[0].split("/")[0]
+            if name not in classes:
+                raise UserError(f"{file}, line {number}: {words[0]} is of no class folder of {folder}")
+            found.append((_stored(folder / words[0]), name, words[0]))
+    return found, classes
+
+
+def list_hmdb51(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
+    folder = _first(root, ("data", "hmdb51_org"), "hmdb51")
+    lists = _first(root, ("anno", "testTrainMulti_7030_splits"), "hmdb51")
+    classes, found = _classes(folder), []
+    for name in classes:
+        file = lists / f"{name}_test_split{fold}.txt"
+        if not file.is_file():
+            raise UserError(f"{file}: no such list; hmdb51 is expected as {LAYOUTS['hmdb51']}")
+        for words in map(str.split, file.read_text().splitlines()):
+            if words and words[1:] == ["1" if train else "2"]:  # 0: in neither
+                found.append((_stored(folder / name / words[0]), name, f"{name}/{words[0]}"))
+    return found, classes
+
+
+def list_diving48(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
+    folder = _first(root, ("rgb", "data"), "diving48")
+    part = "train" if train else "test"
+    file = _first(root, (f"Diving48_V2_{part}.json", f"Diving48_{part}.json"), "diving48")
+    try:
+        entries = [(str(row["vid_name"]), int(row["label"])) for row in json.loads(file.read_text())]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not a list of vid_name and label ({error})") from None
+    classes = [f"{label:02d}" for label in range(max(48, 1 + max(label for _, label in entries)))]
+    return [(_stored(folder / f"{name}.mp4"), classes[label], name) for name, label in entries], classes
+
+
+def list_fight(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
+    """Split by source: every third source is tested, fold says which; clips of unknown source are in neither part."""
+    rows = _attributes(root, "fight")
+    sources = sorted({int(row["source_video"]) for row in rows.values()} - {-1})
+    tested = set(sources[fold - 1 :: 3])
+    found = [
+        (root / row["class"] / key, row["class"], key)
+        for key, row in rows.items()
+        if int(row["source_video"]) >= 0 and (int(row["source_video"]) in tested) != train
+    ]
+    return found, sorted({row["class"] for row in rows.values()})
+
+
+READERS: dict[str, Callable[[Path, bool, int], tuple[Listed, list[str]]]] = {
+    "k400": list_k400, "ucf101": list_ucf101, "hmdb51": list_hmdb51, "diving48": list_diving48, "fight": list_fight,
+}  # fmt: skip
+
+
+def _attributes(root: Path, dataset: str) -> dict[str, dict[str, str]]:
+    """{path or clip: row} of the set's table."""
+    file = _first(root, ("clips.csv", "attributes.csv"), dataset)
+    with open(file, newline="") as handle:
+        return {row.get("path") or row["clip"]: row for row in csv.DictReader(handle)}
+
+
+def listing(root: Path, dataset: str, train: bool, fold: int = 1, target: str = "class") -> tuple[Listed, list[str]]:
+    """Videos (path, label's name, key) of one part of a set and the labels' names, sorted.
+
+    With a `target` other than class the labels are that column of the set's table. A column whose values are tied to
+    one part of the split (sources of the fight clips) is split inside each value instead: every third video tests.
+    UserError names the file or folder that is not as expected.
+    """
+    found, classes = READERS[dataset](root, train, fold)
+    if target != "class":
+        table = _attributes(root, dataset)
+        columns = next(iter(table.values())).keys()
+        if target not in columns:
+            raise UserError(f"--target {target}: no such column in the table of {root}; it has {', '.join(columns)}")
+        other, _ = READERS[dataset](root, not train, fold)
+        here, there = ({table[key][target] for _, _, key in part} for part in (found, other))
+        if not here & there:
+            everything = sorted(found + other, key=lambda row: row[2])
+            counts = Counter(table[key][target] for _, _, key in everything)
+            seen: Counter[str] = Counter()
+            found = []
+            for row in everything:
+                value = table[row[2]][target]
+                seen[value] += 1
+                if counts[value] >= 3 and (seen[value] % 3 == 0) != train:
+                    found.append(row)
+            here = {table[key][target] for _, _, key in found}
+            there = here
+        found = [(path, table[key][target], key) for path, _, key in found]
+        classes = sorted(here | there)
+    if not found:
+        raise UserError(f"{root}: the {'train' if train else 'test'} part of {dataset} is empty")
+    return found, classes
+
+
+# ---------------------------------------------------------------------------------------------------------------- clips
+@dataclass
+class VideoSet:
+    """Videos with integer labels, and where clips of `length` frames, `stride` apart, may start in them."""
+
+    videos: list[Video]
+    labels: list[int]
+    classes: list[str]
+    length: int
+    stride: int
+    step: int = 1
+    frames: list[np.ndarray] = field(default_factory=list)  # decoded, if cached
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def subset(self, indices: list[int]) -> "VideoSet":
+        """The videos of these numbers, decoded frames kept."""
+        videos, labels = [self.videos[i] for i in indices], [self.labels[i] for i in indices]
+        return replace(self, videos=videos, labels=labels, frames=[self.frames[i] for i in indices if self.frames])
+
+    def windows(self, index: int) -> int:
+        """How many starts video `index` has."""
+        return windows(self.videos[index].count, self.length * self.stride, self.step)
+
+    def clip(self, index: int, window: int) -> np.ndarray:
+        """Frames [T, H, W, 3] uint8 of the clip that starts at `window` * step."""
+        first = window * self.step
+        at = range(first, first + self.length * self.stride, self.stride)
+        return self.frames[index][list(at)] if self.frames else read(self.videos[index], at)
+
+
+def windows(count: int, span: int, step: int) -> int:
+    """Possible clips of `span` frames in a video of `count`, `step` frames between their starts."""
+    return max(0, (count - span) // step + 1)
+
+
+def open_videos(args: argparse.Namespace, train: bool, target: str | None = None, fold: int | None = None) -> VideoSet:
+    """The train or test part that the flags name, scanned; bad and too short videos are named and counted.
+
+    UserError: a layout that is not as expected, and with --bad_videos error the first bad video.
+    """
+    listed, classes = listing(Path(args.data), args.dataset, train, fold or args.fold, target or args.target)
+    if train and args.per_class:
+        seen: Counter[str] = Counter()
+        kept = []
+        for row in listed:
+            seen[row[1]] += 1
+            kept += [row] if seen[row[1]] <= args.per_class else []
+        listed = kept
+    cache = args.index_cache if distributed.rank() == 0 else None
+    found = scan([path for path, _, _ in listed], cache)
+    span = args.frame_per_clip * args.stride
+    bad, videos, labels = [], [], []
+    for (path, name, _), video in zip(listed, found):
+        if isinstance(video, BadVideo):
+            bad.append(str(video))
+        elif not windows(video.count, span, 1):
+            bad.append(f"{path}: {video.count} frames, a clip spans {span}")
+        else:
+            videos.append(video)
+            labels.append(classes.index(name))
+    if bad:
+        what = f"{len(bad)} of {len(listed)} videos cannot be used; the first is {bad[0]}"
+        if args.bad_videos == "error" or not videos:
+            raise UserError(f"{what}; --bad_videos skip goes on without them")
+        if distributed.rank() == 0:
+            print("\n  skipped: ".join([f"  {what}", *bad]), flush=True)
+    out = VideoSet(videos, labels, classes, args.frame_per_clip, args.stride, args.step_between_clips)
+    if args.cache:
+        for video in videos:
+            frames = read(video, range(video.count))
+            out.frames.append(augment.shrink(frames, args.cache_side) if args.cache_side else frames)
+    return out
+
+
+class TwoClips(Dataset):
+    """Item i: two training clips of video i [2, 3, T, S, S] in [0, 1], and the colours' uniform numbers [2, 7].
+
+    The clips' starts are drawn without replacement; a video with one start gives it twice. Draws come from the global
+    generators (see `shared_utils.data.Keyed`).
+    """
+
+    def __init__(self, videos: VideoSet, size: int, min_scale: float = 0.2, flip: float = 0.5):
+        self.videos, self.size, self.min_scale, self.flip = videos, size, min_scale, flip
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        starts = torch.randperm(self.videos.windows(index))[:2].tolist()
+        clips = [
+            augment.training_clip(self.videos.clip(index, start), self.size, self.min_scale, self.flip)
+            for start in (starts * 2)[:2]
+        ]
+        return {"clips": torch.stack(clips), "colours": torch.rand(2, augment.DRAWS)}
+
+
+class OneClip(Dataset):
+    """Item i: a training clip of video i [3, T, S, S] in [0, 1], the colours' uniform numbers [7], its label."""
+
+    def __init__(self, videos: VideoSet, size: int, min_scale: float = 0.2, flip: float = 0.5):
+        self.videos, self.size, self.min_scale, self.flip = videos, size, min_scale, flip
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start = int(torch.randint(self.videos.windows(index), ()))
+        clip = augment.training_clip(self.videos.clip(index, start), self.size, self.min_scale, self.flip)
+        return {"clip": clip, "colours": torch.rand(augment.DRAWS), "label": self.videos.labels[index]}
+
+
+class TestClips(Dataset):
+    """Item i: `clips` centre crops of video i at evenly spaced starts [clips, 3, T, S, S] in [0, 1], and its label."""
+
+    __test__ = False  # not a test
+
+    def __init__(self, videos: VideoSet, size: int, side: int, clips: int = 10):
+        self.videos, self.size, self.side, self.clips = videos, size, side, clips
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        starts = torch.linspace(0, self.videos.windows(index) - 1, self.clips).floor().long().tolist()
+        clips = [augment.testing_clip(self.videos.clip(index, start), self.size, self.side) for start in starts]
+        return {"clips": torch.stack(clips), "label": self.videos.labels[index]}

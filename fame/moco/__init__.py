@@ -1,0 +1,1 @@
+"""Momentum contrast for two clips of a video."""

@@ -1,0 +1,154 @@
+"""Reading clips: frames by number from files and folders, what is decoded for them, damaged and short videos."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shared_utils import UserError, video
+from shared_utils.video import BadVideo, inspect, natural, read, scan
+
+av = pytest.importorskip("av")
+
+
+def frames(count: int) -> np.ndarray:
+    """Frame number n is of brightness 8 n."""
+    return np.stack([np.full((48, 64, 3), 8 * n, np.uint8) for n in range(count)])
+
+
+def write(path: Path, count: int, codec: str = "mpeg4", **options: str) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options={"g": "6", **options})
+        stream.height, stream.width, stream.pix_fmt, stream.bit_rate = 48, 64, "yuv420p", 2_000_000
+        for frame in frames(count):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def numbers(images: np.ndarray) -> list[int]:
+    return [round(float(image.mean()) / 8) for image in images]
+
+
+@pytest.fixture(scope="module")
+def avi(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("avi") / "a.avi", 30)
+
+
+@pytest.fixture(scope="module")
+def mp4(tmp_path_factory) -> Path:
+    """H.264 with frames that are stored out of order."""
+    return write(tmp_path_factory.mktemp("mp4") / "a.mp4", 30, "libx264", bf="2")
+
+
+class Counted:
+    """A container whose decoded frames are counted."""
+
+    def __init__(self, container: Any, counts: list[int]):
+        self.container, self.counts = container, counts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.container, name)
+
+    def __enter__(self) -> "Counted":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.container.close()
+
+    def decode(self, stream: Any) -> Any:
+        for frame in self.container.decode(stream):
+            self.counts.append(1)
+            yield frame
+
+
+@pytest.mark.parametrize("name", ["avi", "mp4"])
+@pytest.mark.parametrize("wanted", [[0, 1, 2], [20, 22, 24], [29], [25, 3, 3, 14]])
+def test_frames_by_number(name, wanted, request, monkeypatch):
+    found = inspect(request.getfixturevalue(name))
+    assert found.count == 30 and found.times is not None
+    images = read(found, wanted)
+    assert images.dtype == np.uint8 and images.shape == (len(wanted), 48, 64, 3) and numbers(images) == wanted
+    assert numbers(read(video.Video(found.path, 30, None), wanted)) == wanted  # counted from the start
+
+
+@pytest.mark.parametrize("name", ["avi", "mp4"])
+def test_only_what_a_clip_needs_is_decoded(name, request, monkeypatch):
+    found, counts = inspect(request.getfixturevalue(name)), []
+    opened = video._open
+    monkeypatch.setattr(video, "_open", lambda path: Counted(opened(path), counts))
+    assert numbers(read(found, [21, 23])) == [21, 23]
+    assert len(counts) <= 12  # a key frame every six, of thirty frames
+    counts.clear()
+    read(found, [0, 1])
+    assert len(counts) <= 4
+
+
+def test_times_that_do_not_fit_fall_back_to_counting(avi):
+    assert numbers(read(video.Video(avi, 30, 1000 + 7 * np.arange(30)), [7, 9])) == [7, 9]
+
+
+def test_folders_of_frames(tmp_path):
+    for number in (1, 2, 10):
+        Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(tmp_path / f"img_{number}.png")
+    (tmp_path / "notes.txt").write_text("no frame")
+    found = inspect(tmp_path)
+    assert found.names == ["img_1.png", "img_2.png", "img_10.png"] and sorted(["b", "a1"], key=natural) == ["a1", "b"]
+    assert read(found, [2, 0])[:, 0, 0, 0].tolist() == [10, 1]
+    Image.new("RGB", (9, 8)).save(tmp_path / "img_11.png")
+    with pytest.raises(BadVideo, match="differ in size"):
+        read(inspect(tmp_path), [0, 3])
+
+
+def test_bad_videos_are_named(tmp_path, avi):
+    (tmp_path / "text.avi").write_text("no video at all")
+    (tmp_path / "empty").mkdir()
+    cut = tmp_path / "cut.avi"
+    cut.write_bytes(avi.read_bytes()[:200])
+    for path, what in (("text.avi", "not a readable video"), ("empty", "a folder without images")):
+        with pytest.raises(BadVideo, match=what):
+            inspect(tmp_path / path)
+    found = scan([avi, tmp_path / "text.avi", cut, tmp_path / "nowhere.avi"])
+    assert isinstance(found[0], video.Video) and all(isinstance(f, BadVideo) for f in found[1:])
+    assert "no such video" in str(found[3])
+    for wanted in ([30], [-1], []):
+        with pytest.raises(BadVideo, match="it has 30"):
+            read(inspect(avi), wanted)
+    with pytest.raises(BadVideo, match="frame 31 of 40 cannot be decoded"):
+        read(video.Video(avi, 40, None), [2, 31])
+
+
+def test_a_scan_is_kept_and_renewed_where_a_file_changes(tmp_path, monkeypatch):
+    path, cache = write(tmp_path / "a.avi", 12), tmp_path / "index.pth"
+    (first,) = scan([path], cache)
+    calls: list[Path] = []
+    looked = video.inspect
+
+    def counted(path: Path) -> video.Video:
+        calls.append(path)
+        return looked(path)
+
+    monkeypatch.setattr(video, "inspect", counted)
+    (second,) = scan([path], cache)
+    assert isinstance(first, video.Video) and isinstance(second, video.Video) and not calls
+    assert second.count == 12 and str(first.times) == str(second.times) and numbers(read(second, [7])) == [7]
+    write(path, 20)
+    (third,) = scan([path], cache)
+    assert isinstance(third, video.Video) and third.count == 20 and calls == [path]
+
+
+def test_without_pyav_the_cure_is_named(avi, monkeypatch):
+    import builtins
+
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == "av":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match="pip install av, or give folders of frames"):
+        scan([avi])
