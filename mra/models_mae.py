@@ -37,7 +37,7 @@ SIZES = {
 LICENCE = "public MAE weights are CC BY-NC 4.0 (facebookresearch/mae): no commercial use"
 
 
-# ---------------------------------------------------------------------------------------------------- patches and masks
+# --------------------------------------------------------------------------------------------------- patches and masks
 def patchify(x: Tensor, p: int) -> Tensor:
     """[B, 3, H, H] -> [B, L, p * p * 3]; inside a token the channel is the fastest axis."""
     b, c, h, w = x.shape
@@ -88,7 +88,7 @@ def sincos_positions(dim: int, grid: int) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros((1, dim)), table])).float()
 
 
-# -------------------------------------------------------------------------------------------------------- the network
+# ------------------------------------------------------------------------------------------------------- the network
 class PatchEmbed(nn.Module):
     def __init__(self, p: int, dim: int):
         super().__init__()
@@ -237,7 +237,7 @@ class MAE(nn.Module):
         return self.loss(x, pred, mask), pred, mask
 
 
-# ------------------------------------------------------------------------------------------------------- building, files
+# ------------------------------------------------------------------------------------------------------ building, files
 FLAGS = ("patch_size", "enc_dim", "enc_depth", "enc_heads", "dec_dim", "dec_depth", "dec_heads")
 
 

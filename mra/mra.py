@@ -166,7 +166,7 @@ class MRA:
         return out
 
 
-# ----------------------------------------------------------------------------------------------------------------- flags
+# ---------------------------------------------------------------------------------------------------------------- flags
 def add_mae_flags(p: argparse.ArgumentParser) -> None:
     """Which autoencoder, for everything that loads one."""
     a = p.add_argument
