@@ -305,7 +305,7 @@ def foreground(images: ImageList, size: int) -> Tensor | None:
     root = first.parents[2]
     if (root / "masks" / first.relative_to(root)).with_suffix(".png").is_file():
         files = ((root / "masks" / path.relative_to(root)).with_suffix(".png") for path, _ in images.samples)
-        drawn = (load_image(file, "L") for file in files)
+        drawn: Iterator[Image.Image] = (load_image(file, "L") for file in files)
     elif (first.parents[2] / "bounding_boxes.txt").is_file():  # CUB_200_2011/images/CLASS/NAME
         drawn = _boxes(first.parents[2], images)
     else:

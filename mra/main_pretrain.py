@@ -5,6 +5,7 @@ Flags and defaults of facebookresearch/mae's main_pretrain; also torchrun --npro
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from mra.models_mae import FLAGS, MAE, SIZES, len_keep, resolve, unpatchify
 from mra.mra import pixel_mask
 from shared_utils import UserError, augment, checkpoint, distributed
 from shared_utils.data import EpochSampler, Keyed, mix_key
+from shared_utils.evaluation import write_result
 from shared_utils.run import Parser, Run, add_run_flags, cli, plain
 
 
@@ -77,6 +79,18 @@ def groups(mae: MAE, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
+class Last:
+    """Loss of the last step, kept in the checkpoint for the result of a run that is complete."""
+
+    loss: Tensor | float = float("nan")
+
+    def state_dict(self) -> dict[str, float]:
+        return {"loss": float(self.loss)}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.loss = state["loss"]
+
+
 def noise_of(run: Run, count: int, patches: int) -> Tensor:
     """U(0, 1) [count, L] for this process's images of this step, drawn for all processes together."""
     generator = torch.Generator().manual_seed(mix_key(run.args.seed, run.step, 7) >> 1)
@@ -108,7 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     net: nn.Module = nn.parallel.DistributedDataParallel(mae) if run.world > 1 else mae
     cuda = run.device.type == "cuda"
     optimizer = torch.optim.AdamW(groups(mae, args.weight_decay), args.lr, betas=(0.9, 0.95), fused=cuda)
-    run.track(model=mae, optimizer=optimizer)
+    last = Last()
+    run.track(model=mae, optimizer=optimizer, last=last)
     steps = sampler.steps_per_epoch
     run.preflight(facts(run, mae, len(images), effective, steps))
 
@@ -126,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
             (loss / args.accum_iter).backward()
             total += loss.detach() / args.accum_iter
         optimizer.step()
-        run.log(distributed.all_sum(total) / run.world, lr=lr)
+        last.loss = distributed.all_sum(total) / run.world
+        run.log(last.loss, lr=lr)
         if run.due(args.image_every):
             run.image("views/input_masked_reconstruction", picture(mae, x, pred.detach().float(), mask))
         if args.ckpt_freq and run.step_in_epoch == steps - 1 and run.rank == 0:
@@ -134,6 +150,8 @@ def main(argv: list[str] | None = None) -> int:
                 weights = {"model": mae.state_dict(), "epoch": epoch, "args": plain(args)}
                 checkpoint.save(run.dir / f"checkpoint-{epoch}.pth", weights)
 
+    result = {"loss": float(last.loss), "minutes": run.minutes(), "epochs": args.epochs}
+    write_result(run.dir, result)
     run.finish(f"look at it: python -m mra.visualize --mae_ckpt {run.dir}/checkpoint.pth --data_path {args.data_path}")
     return 0
 

@@ -72,11 +72,18 @@ def replace_rows(results: Path, prefix: str, rows: Sequence[Mapping[str, str]]) 
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What made the run in `folder`: commit, hardware, date, minutes. UserError where no commit names its code."""
+    """What made the run in `folder`: commit, hardware, date, minutes. UserError where no commit names its code.
+
+    The minutes are the checkpoint's, or, where only the json files were brought back, those of the run's result.json.
+    """
     config = json.loads((folder / "config.json").read_text())
     if config.get("git_dirty"):
         raise UserError(f"{folder}: made with uncommitted changes, so no commit names its code")
-    seconds = checkpoint.load(folder / "checkpoint.pth")["progress"]["seconds"]
+    saved = folder / "checkpoint.pth"
+    if saved.is_file():
+        seconds = checkpoint.load(saved)["progress"]["seconds"]
+    else:
+        seconds = 60 * json.loads((folder / "result.json").read_text())["minutes"]
     return {
         "commit": config["git_commit"], "hardware": config["hardware"], "date": config["date"],
         "minutes": round(seconds / 60, 2),
