@@ -38,7 +38,7 @@ ARMS = Arms(
         "erase": "attention mask, erased only",
         "inverse": "inverse MRA (the most attended erased)",
         "full": "MRA, decoder output everywhere",
-        "last_attn": "MRA, last block's attention",
+        "out_dot": "MRA, dot product of outputs",
         "mra_cutmix": "MRA and CutMix",
         "ratio0.2": "MRA, ratio 0.2",
         "ratio0.6": "MRA, ratio 0.6",
@@ -71,7 +71,7 @@ ARMS = Arms(
     pairs=[
         ("mra", "base"), ("mra", "random"), ("mra", "erase"), ("random", "base"), ("inverse", "base"),
         ("mra", "inverse"), ("mra", "cutout"), ("mra", "cutmix"), ("mra", "mixup"), ("cutout", "base"),
-        ("cutmix", "base"), ("mra_cutmix", "cutmix"), ("full", "mra"), ("last_attn", "base"), ("ratio0.2", "base"),
+        ("cutmix", "base"), ("mra_cutmix", "cutmix"), ("full", "mra"), ("out_dot", "base"), ("ratio0.2", "base"),
         ("ratio0.6", "base"), ("ratio0.8", "base"), ("prob0.25", "base"), ("prob0.5", "base"), ("prob0.75", "base"),
     ],
     curve=("step", "loss", "acc/train", "val/top1", "val/test_a_top1", "mra/entropy"),

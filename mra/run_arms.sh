@@ -31,7 +31,7 @@ case "$tier" in
     export SET=${SET:-texture}
     where=small/$SET
     arms=${ARMS:-mae base mra random cutout cutmix erase inverse}
-    probe+=(--images 1000)
+    probe+=(--images 1000 --attn_source last_attn)
     if [ "$SET" = texture ]; then probe+=(--cell 8); else probe+=(--cell 4); fi
     ;;
   paper)
@@ -68,12 +68,12 @@ run_one() { # arm seed [flags]
     erase) flags=(--compose erase) ;;
     inverse) flags=(--mask_strategy attn_inverse) ;;
     full) flags=(--compose full) ;;
-    last_attn) flags=(--attn_source last_attn) ;;
+    out_dot) flags=(--attn_source out_dot) ;;
     mra_cutmix) flags=(--mix cutmix) ;;
     ratio0.2 | ratio0.6 | ratio0.8) flags=(--mask_ratio "${arm#ratio}") ;;
     prob0.25 | prob0.5 | prob0.75) flags=(--mra_prob "${arm#prob}") ;;
     *)
-      echo "error: unknown arm '$arm'; choose mae base cutout mixup cutmix random mra erase inverse full last_attn" \
+      echo "error: unknown arm '$arm'; choose mae base cutout mixup cutmix random mra erase inverse full out_dot" \
         "mra_cutmix ratio0.2 ratio0.6 ratio0.8 prob0.25 prob0.5 prob0.75" >&2
       return 2
       ;;

@@ -19,7 +19,7 @@ where=$tier
 case "$tier" in
   mini)
     # Cells of 8 pixels, 200 images of test_b, shares 0 to 0.9 in three orders: seconds.
-    flags=(--cell 8 --images 200)
+    flags=(--cell 8 --images 200 --threads 1)
     picture=(--synthetic --input_size 48)
     ;;
   small)
