@@ -167,7 +167,8 @@ def main(argv: list[str] | None = None) -> int:
         result |= diagnose(mae, images, args, device, stats)
     out = args.output_dir or args.checkpoint.parent.with_name(args.checkpoint.parent.name + "-test")
     rounded = {order: [round(v, 3) for v in curve] for order, curve in found.items()}
-    write_result(out, result | {"shares": SHARES, "curves": rounded, "images": len(images), "mae_md5": args.mae_md5})
+    result |= {"shares": SHARES, "curves": rounded, "images": len(images), "mae_md5": args.mae_md5}
+    write_result(out, result | {"minutes": flags["minutes"]})  # of the training
     return 0
 
 

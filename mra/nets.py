@@ -146,11 +146,12 @@ def load_pretrained(network: nn.Module, file: Path) -> str:
 
 
 def load_run(file: Path, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """The trained classifier of a run (its EMA where it has one), in eval mode, and the run's flags."""
+    """The trained classifier of a run (its EMA where it has one), in eval mode; the run's flags, classes and minutes."""
     saved = checkpoint.load(file)
     if not isinstance(saved, dict) or "classes" not in saved.get("info", {}):
         raise UserError(f"{file}: not a checkpoint of mra.main_supervised, main_fixmatch or main_fewshot")
     flags = saved["args"]
     network = build(flags["arch"], len(saved["info"]["classes"]), flags["width"], flags["stem"])
     checkpoint.load_strict(network, saved["ema"]["shadow"] if "ema" in saved else saved["state_dict"])
-    return network.to(device).eval(), {**flags, "classes": saved["info"]["classes"]}
+    more = {"classes": saved["info"]["classes"], "minutes": round(saved["progress"]["seconds"] / 60, 2)}
+    return network.to(device).eval(), {**flags, **more}
