@@ -146,7 +146,7 @@ def load_pretrained(network: nn.Module, file: Path) -> str:
 
 
 def load_run(file: Path, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """The trained classifier of a run (its EMA where it has one), in eval mode; the run's flags, classes and minutes."""
+    """The trained classifier of a run (its EMA where it has one), in eval mode; its flags, classes and minutes."""
     saved = checkpoint.load(file)
     if not isinstance(saved, dict) or "classes" not in saved.get("info", {}):
         raise UserError(f"{file}: not a checkpoint of mra.main_supervised, main_fixmatch or main_fewshot")
