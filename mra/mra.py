@@ -25,6 +25,11 @@ COMPOSE = ("paste", "full", "erase")
 Stats = tuple[Sequence[float], Sequence[float]]  # mean and std of the channels
 
 
+def wide(t: Tensor) -> Tensor:
+    """At least float32: what autocast narrowed is wide again, float64 stays."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def attention_scores(mae: MAE, tokens: Tensor, source: str = "out_dot") -> Tensor:
     """Probe: a_i [B, L] of all patches (tokens [B, L, De] with positions, nothing masked), float32.
 
@@ -36,7 +41,7 @@ def attention_scores(mae: MAE, tokens: Tensor, source: str = "out_dot") -> Tenso
             x = block(x)
         last: Any = mae.blocks[-1]
         return last.attn.class_weights(last.norm1(x))
-    z = mae.encode(tokens).float()  # [B, 1 + L, De]
+    z = wide(mae.encode(tokens))  # [B, 1 + L, De]
     return (z[:, 1:] @ z[:, 0, :, None]).squeeze(2)
 
 
@@ -133,14 +138,14 @@ class MRA:
     def parts(self, x: Tensor, noise: Tensor) -> Parts:
         """All steps for every image of x [B, 3, H, H]; noise [B, L] is looked at by `random` alone."""
         p = self.mae.p
-        z = x.float() if self.same_stats else x.float() * self.scale + self.shift
+        z = wide(x) if self.same_stats else wide(x) * self.scale + self.shift
         tokens = self.mae.embed(z)  # [B, L, De]
         scores = self.scores(tokens, noise)
         visible, mask, ids_restore = mask_from_scores(tokens, scores, self.mask_ratio)
         if self.compose == "erase":
             pixels = torch.zeros_like(z)
         else:
-            y = self.mae.decode(self.mae.encode(visible), ids_restore).float()  # [B, L, p * p * 3]
+            y = wide(self.mae.decode(self.mae.encode(visible), ids_restore))  # [B, L, p * p * 3]
             if self.true_stats:
                 t = patchify(z, p)
                 y = y * (t.var(2, keepdim=True) + 1e-6).sqrt() + t.mean(2, keepdim=True)
