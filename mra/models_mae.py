@@ -306,7 +306,8 @@ def load(path: Path, img_size: int, heads: Sequence[int] = (0, 0), norm_pix: str
     flags: Mapping[str, Any] = stored if isinstance(stored, Mapping) else vars(stored) if stored is not None else {}
     try:
         size = size_of(state, flags, heads)
-        mae = MAE(img_size, size)
+        with torch.random.fork_rng(devices=[]):  # a classifier starts from the same weights with and without MRA
+            mae = MAE(img_size, size)
         own = math.isqrt(state["pos_embed"].shape[1] - 1)
         for key in ("pos_embed", "decoder_pos_embed"):
             fixed = sincos_positions(state[key].shape[2], own)[None]

@@ -262,7 +262,7 @@ def test_fixmatch_loss_by_hand() -> None:
     l_x, l_u, mask = main_fixmatch.fixmatch_loss(labelled, y, weak, strong, 0.9)
     assert mask.tolist() == [1, 0]
     assert float(l_x) == pytest.approx(np.log(1 + np.exp(-2)))
-    assert float(l_u) == pytest.approx(np.log(1 + np.exp(1)) / 2)  # over both images
+    assert float(l_u.detach()) == pytest.approx(np.log(1 + np.exp(1)) / 2)  # over both images
     l_u.backward()
     assert weak.grad is None and strong.grad is not None and strong.grad[1].abs().sum() == 0
 
@@ -415,7 +415,7 @@ def test_two_processes_are_one_on_the_whole_batch(job: str, images: Path, mae: P
     [
         ("pretrain", "--data_path {tmp}/nowhere", r"nowhere: no such folder"),
         ("pretrain", "--mask_ratio 1", r"--mask_ratio must lie between 0 and 1"),
-        ("pretrain", "--mask_ratio 0.01", r"--mask_ratio 0.01 keeps all or none|keeps all or none"),
+        ("pretrain", "--mask_ratio 0.99", r"--mask_ratio 0.99 keeps all or none of 16 patches"),
         ("pretrain", "--input_size 18", r"18 pixels do not divide into patches of 4"),
         ("pretrain", "--batch_size 64", r"a global batch of 64 needs as many samples, the data has 24"),
         ("supervised", "--data_path {tmp}/nowhere", r"nowhere/train: no such folder"),
@@ -424,7 +424,7 @@ def test_two_processes_are_one_on_the_whole_batch(job: str, images: Path, mae: P
         ("supervised", "--mae_ckpt {mae} --mask_ratio 2", r"--mask_ratio 2.0"),
         ("supervised", "--imbalance 0.5", r"--imbalance 0.5"),
         ("supervised", "--batch_size 1", r"--batch_size 1 does not give"),
-        ("supervised", "--arch resnet18 --width 8", r"--width 4|--width 8: resnet18 has its own"),
+        ("supervised", "--arch resnet18 --width 8", r"--width 8: resnet18 has its own"),
         ("supervised", "--tests nosuch", r"nosuch: no such folder"),
         ("supervised", "--dataset cifar10", r"cifar10 not found"),
         ("supervised", "--dataset cub", r"CUB_200_2011/images.txt: no such file"),
