@@ -1,70 +1,44 @@
 """A student's backbone for detection: python -m bingo.export_detection --pretrained CHECKPOINT --out student.pth
 
-`detectron2` writes the names of its ResNet (release detection/convert-pretrain-to-detectron2.py); a .pth file, which
-its checkpointer reads as it does the release's .pkl, and which holds tensors alone. `torchvision` writes the plain
-names, for torchvision.models.detection and most other libraries. The projection head stays behind.
+`detectron2` writes the names of its ResNet (as MoCo's conversion script does), `torchvision` the plain
+names, for torchvision.models.detection and most other libraries, `safetensors` the same with a model card.
+The projection head stays behind.
 """
 
 import argparse
-from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from bingo.arch import ARCHS, STEMS, build
-from shared_utils import UserError, checkpoint
+from shared_utils import checkpoint
 from shared_utils.evaluation import add_network_flags, load_backbone
+from shared_utils.export import add_export_flags, check, resnet_lines, write_detectron2, write_safetensors
 from shared_utils.run import Parser, cli
 
-DEPTHS = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
+MEAN_STD = "MODEL.PIXEL_MEAN [123.675,116.280,103.530] MODEL.PIXEL_STD [58.395,57.120,57.375]"
 
 
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="bingo.export_detection", description=__doc__.splitlines()[0])
     add_network_flags(p, ARCHS, STEMS, "resnet18")
-    p.add_argument("--format", choices=["torchvision", "detectron2"], default="detectron2")
-    p.add_argument("--out", type=Path, required=True, help="file to write, .pth")
+    add_export_flags(p, ["torchvision", "detectron2", "safetensors"], "detectron2")
     return p
-
-
-def detectron2_name(key: str) -> str:
-    """layerK -> res(K+1), what is in no layer -> stem, bnK -> convK.norm, downsample.0/1 -> shortcut(.norm)."""
-    if not key.startswith("layer"):
-        key = f"stem.{key}"
-    for k in (1, 2, 3, 4):
-        key = key.replace(f"layer{k}.", f"res{k + 1}.").replace(f"bn{k}.", f"conv{k}.norm.")
-    return key.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
-
-
-def detectron2_overrides(arch: str) -> str:
-    """What a config of detectron2 needs for these weights (MoCo's detection folder; R18/34 as in DisCo's README)."""
-    flags = f"MODEL.RESNETS.DEPTH {DEPTHS[arch]} MODEL.RESNETS.STRIDE_IN_1X1 False INPUT.FORMAT RGB"
-    flags += " MODEL.PIXEL_MEAN [123.675,116.280,103.530] MODEL.PIXEL_STD [58.395,57.120,57.375]"
-    return flags + (" MODEL.RESNETS.RES2_OUT_CHANNELS 64" if DEPTHS[arch] < 50 else "")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    if args.pretrained == "none":
-        raise UserError("--pretrained none: there is nothing to export; give a checkpoint")
-    if args.out.suffix != ".pth":
-        raise UserError(f"{args.out}: the name must end in .pth (detectron2 unpickles a .pkl file by other code)")
+    check(args.pretrained, args.out, args.format)
     encoder, report = load_backbone(build, args, "resnet18", stored_as=("s_{}", "{}"))
-    state: dict[str, Tensor] = {k: v.contiguous() for k, v in encoder.state_dict().items()}
-    obj: Any = state
-    if args.format == "detectron2":
-        if args.arch not in DEPTHS or args.stem != "imagenet" or args.width != 64:
-            raise UserError(
-                f"detectron2 has no {args.arch} of width {args.width} with stem {args.stem}: "
-                f"{', '.join(DEPTHS)} at full width only; --format torchvision writes any network"
-            )
-        renamed = {detectron2_name(k): v for k, v in state.items()}
-        obj = {"model": renamed, "__author__": "MOCO", "matching_heuristics": True}
-    checkpoint.save(args.out, obj)
-    print(f"{report}\n{len(state)} tensors -> {args.out}")
-    if args.format == "detectron2":
-        print(f"config: MODEL.WEIGHTS {args.out} {detectron2_overrides(args.arch)}")
+    state, network = encoder.state_dict(), (args.arch, args.width, args.stem)
+    print(report)
+    if args.format == "safetensors":
+        name = f"{args.arch}, width {args.width}, stem {args.stem}"
+        lines = resnet_lines(*network, "bingo.arch.build")
+        print(write_safetensors(state, args.out, "bingo", name, lines, args.pretrained))
+    elif args.format == "detectron2":
+        print(f"{write_detectron2(state, args.out, *network)} {MEAN_STD}")
         print("release: SyncBN and an extra norm after res5 (R50-C4), TEST.PRECISE_BN True; VOC 24k, COCO 2x schedule")
+    else:
+        checkpoint.save(args.out, {key: value.contiguous() for key, value in state.items()})
+        print(f"{len(state)} tensors -> {args.out}")
     return 0
 
 

@@ -42,7 +42,5 @@ case "$tier" in
     ;;
 esac
 
-launch=("$PYTHON")
-if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m bingo.compute_knn "${flags[@]}" "$@"
 echo "next: ${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${SET:+SET=$SET }bash bingo/run_pretrain.sh $tier"

@@ -48,6 +48,4 @@ esac
 checkpoint=${CHECKPOINT:-$runs/bingo/pretrain/$where/checkpoint.pth}
 out=$runs/bingo/lincls/$where
 
-launch=("$PYTHON")
-if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m bingo.main_lincls --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"

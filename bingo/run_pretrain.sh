@@ -51,7 +51,5 @@ case "$tier" in
     ;;
 esac
 
-launch=("$PYTHON")
-if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m bingo.main_moco --output-dir "$out" "${flags[@]}" "$@"
 echo "next: ${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${SET:+SET=$SET }bash bingo/run_lincls.sh $tier"

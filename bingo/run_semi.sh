@@ -47,6 +47,4 @@ esac
 checkpoint=${CHECKPOINT:-$runs/bingo/pretrain/$where/checkpoint.pth}
 out=$runs/bingo/semi/$where
 
-launch=("$PYTHON")
-if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m bingo.main_semi --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"

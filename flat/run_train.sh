@@ -49,7 +49,5 @@ case "$tier" in
     ;;
 esac
 
-launch=("$PYTHON")
-if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m flat.train --output-dir "$out" "${flags[@]}" "$@"
 echo "next: ${RUNS:+RUNS=$RUNS }${SET:+SET=$SET }bash flat/run_eval.sh $tier"

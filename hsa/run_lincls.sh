@@ -48,6 +48,4 @@ esac
 checkpoint=${CHECKPOINT:-$runs/hsa/pretrain/$where/checkpoint.pth}
 out=$runs/hsa/lincls/$where
 
-launch=("$PYTHON")
-if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m hsa.main_lincls --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"

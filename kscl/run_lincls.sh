@@ -46,6 +46,4 @@ esac
 checkpoint=${CHECKPOINT:-$runs/kscl/pretrain/$where/checkpoint.pth}
 out=$runs/kscl/lincls/$where
 
-launch=("$PYTHON")
-if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m kscl.main_lincls --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"

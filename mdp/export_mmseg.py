@@ -2,6 +2,7 @@
 
     python -m mdp.export_mmseg runs/mdp/pretrain/small/checkpoint.pth --out mdp_r50.pth
     python -m mdp.export_mmseg CHECKPOINT --out backbone.pth --format torchvision
+    python -m mdp.export_mmseg CHECKPOINT --out backbone.safetensors --format safetensors    (and a model card)
 
 The projector and the classifier of the cross-entropy arms stay behind: fine-tuning starts with a new ``conv_seg``.
 """
@@ -16,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from shared_utils import UserError, checkpoint
+from shared_utils.export import add_export_flags, check, write_safetensors
 from shared_utils.run import cli
 
 FORMATS = ("mmseg", "torchvision")
@@ -67,18 +69,28 @@ def load_pretrained(path: str | Path, branch: str = "q") -> tuple[dict[str, Tens
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="checkpoint.pth of python -m mdp.main_pretrain")
-    parser.add_argument("--out", type=Path, required=True, help="file to write, a plain state_dict")
     parser.add_argument("--branch", choices=["q", "k"], default="q", help="query encoder, or its moving average")
-    parser.add_argument("--format", choices=FORMATS, default="mmseg")
+    add_export_flags(parser, [*FORMATS, "safetensors"], "mmseg")
     args = parser.parse_args(argv)
+    check(str(args.checkpoint), args.out, args.format)
     obj = checkpoint.load(args.checkpoint)
     if not isinstance(obj, Mapping) or not isinstance(obj.get("state_dict"), Mapping):
         raise UserError(f"{args.checkpoint}: not an MDP pretraining checkpoint (no state_dict inside)")
     try:
-        state = export(obj["state_dict"], args.branch, args.format)
+        fmt = "torchvision" if args.format == "safetensors" else args.format
+        state = export(obj["state_dict"], args.branch, fmt)
     except UserError as error:
         raise UserError(f"{args.checkpoint}: {error}") from None
-    checkpoint.save(args.out, state)
+    if args.format == "safetensors":
+        flags = obj.get("args") or {}
+        arch, width = str(flags.get("arch", "resnet50")), int(flags.get("base_channels", 64))
+        make = f"mdp.models.ResNet({arch.removeprefix('resnet')}, {width})"
+        if width == 64:
+            make = f'timm.create_model("{arch}", num_classes=0, output_stride=8)'
+        lines = [f"model = {make}", "model.load_state_dict(load_file(FILE))"]
+        print(write_safetensors(state, args.out, "mdp", f"{arch}, width {width}", lines, str(args.checkpoint)))
+    else:
+        checkpoint.save(args.out, state)
     dropped = len(obj["state_dict"]) - len(state)
     print(f"{args.out}: {len(state)} tensors of encoder_{args.branch} in {args.format} names, {dropped} others dropped")
     return 0

@@ -51,6 +51,4 @@ case "$tier" in
     ;;
 esac
 
-launch=("$PYTHON")
-if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 exec "${launch[@]}" -m mdp.finetune "${flags[@]}" "$@"

@@ -47,7 +47,5 @@ case "$tier" in
     ;;
 esac
 
-launch=("$PYTHON")
-if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m mdp.main_pretrain --output-dir "$out" "${flags[@]}" "$@"
 echo "next: bash mdp/run_finetune.sh $tier"

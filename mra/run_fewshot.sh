@@ -47,6 +47,4 @@ esac
 mae=${MAE:-$runs/mra/pretrain/$where/checkpoint.pth}
 if [ "$mae" != none ]; then flags+=(--mae_ckpt "$mae"); fi
 
-launch=("$PYTHON")
-if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m mra.main_fewshot --output-dir "$runs/mra/fewshot/$where" "${flags[@]}" "$@"

@@ -70,6 +70,4 @@ if [ "$tier" = paper ]; then out=$out/$set_name; fi
 mae=${MAE:-$runs/mra/pretrain/$where/checkpoint.pth}
 if [ "$mae" != none ]; then flags+=(--mae_ckpt "$mae"); fi
 
-launch=("$PYTHON")
-if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m mra.main_supervised --output-dir "$out" "${flags[@]}" "$@"

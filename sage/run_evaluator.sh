@@ -46,7 +46,5 @@ case "$tier" in
     ;;
 esac
 
-launch=("$PYTHON")
-if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m sage.train --mode byol --output-dir "$runs/evaluator/$where" "${flags[@]}" "$@"
 echo "next: bash sage/run_pretrain.sh $tier"

@@ -42,7 +42,5 @@ case "$tier" in
 esac
 checkpoint=${CHECKPOINT:-$runs/pretrain/$weights/checkpoint.pth}
 
-launch=("$PYTHON")
-if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m "$module" --pretrained "$checkpoint" \
   --output-dir "$runs/finegrained/$tier/$set_name-$protocol" "${flags[@]}" "$@"

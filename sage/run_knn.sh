@@ -31,6 +31,4 @@ case "$tier" in
 esac
 checkpoint=${CHECKPOINT:-$runs/pretrain/$where/checkpoint.pth}
 
-launch=("$PYTHON")
-if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m sage.main_knn --pretrained "$checkpoint" --output-dir "$runs/knn/$where" "${flags[@]}" "$@"

@@ -47,7 +47,5 @@ case "$tier" in
 esac
 flags=(--evaluator "${EVALUATOR-$runs/evaluator/$where/checkpoint.pth}" "${flags[@]}")
 
-launch=("$PYTHON")
-if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m sage.train --output-dir "$runs/pretrain/$where" "${flags[@]}" "$@"
 echo "next: bash sage/run_lincls.sh $tier"

@@ -1,12 +1,13 @@
 """Checkpoints: atomic files of tensors and plain containers, and strict loading of public weights with a report."""
 
 import argparse
+import contextlib
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 from shared_utils import UserError
 
 
-def save(path: str | os.PathLike, obj: Any) -> None:
-    """Write `obj` atomically (temporary file beside it, flush, fsync, replace); a failure leaves the old file."""
+def write(path: str | os.PathLike, writer: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file atomically (temporary file beside it, flush, fsync, replace); a failure leaves the old file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as handle:
-            torch.save(obj, handle)
+            writer(handle)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
@@ -32,7 +33,13 @@ def save(path: str | os.PathLike, obj: Any) -> None:
             f"{path}: cannot be written ({reason}); an older file there is unharmed, free space and retry"
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder is a file, say
+            temporary.unlink(missing_ok=True)
+
+
+def save(path: str | os.PathLike, obj: Any) -> None:
+    """Write tensors and plain containers atomically, as `write` does."""
+    write(path, lambda handle: torch.save(obj, handle))
 
 
 def load(path: str | os.PathLike) -> Any:

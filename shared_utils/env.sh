@@ -31,7 +31,7 @@ if not (3, 10) <= sys.version_info[:2] <= (3, 13):
 torch = have("torch")
 if torch is None or not (2, 11) <= tuple(int(n) for n in torch.split("+")[0].split(".")[:2]) < (2, 16):
     lacks.append("torch 2.11-2.15")
-names = ["torchvision", "timm", "opencv-python", "numpy", "scipy", "tqdm", "tensorboard", "scikit-learn", "av", "pillow"]
+names = ["torchvision", "timm", "opencv-python", "numpy", "scipy", "tqdm", "tensorboard", "scikit-learn", "av", "pillow", "safetensors"]
 if sys.argv[1] == "tests":
     names += ["pytest", "pytest-xdist", "hypothesis", "mypy", "PyYAML"]
     for line in open("tests/requirements.txt", encoding="utf-8"):  # the formatter's output changes with its version
@@ -138,3 +138,11 @@ _env_main() {
 }
 
 _env_main "$@" || return $?
+
+# How a script starts Python: one process, or GPUS of them by torchrun. PET_NNODES and the other PET_ variables of
+# torchrun name several nodes; without them a free port is taken, so that two runs on a machine do not meet.
+launch=("$PYTHON")
+if [ "${GPUS:-1}" -gt 1 ] || [ -n "${PET_NNODES:-}" ]; then
+  launch+=(-m torch.distributed.run --nproc-per-node "${GPUS:-1}")
+  if [ -z "${PET_NNODES:-}" ]; then launch+=(--standalone); fi
+fi

@@ -39,30 +39,33 @@ class Paper:
     title: str
     arxiv: str
     idea: str  # about five words
-    release: str  # the authors' repository, or "none"
+    release: str  # the authors' repository and its state, or "none"
+    published: str  # id of the row that holds the paper's headline number, or "-" where none could be read
 
 
 _PAPERS = """
 uvos_dino | Betrayed by Attention: A Simple yet Effective Approach for Self-supervised Video Object Segmentation
-  | 2311.17893 | segment videos from DINO attention | shvdiwnkozbw/SSL-UVOS
+  | 2311.17893 | segment videos from DINO attention | shvdiwnkozbw/SSL-UVOS (training cannot start) | -
 mra | Masked Autoencoders are Robust Data Augmentors
-  | 2206.04846 | masked autoencoder reconstructions as augmentation | haohang96/MRA (holds no code)
+  | 2206.04846 | masked autoencoder reconstructions as augmentation | haohang96/MRA (holds no code) | -
 sage | Semantic-Aware Generation for Self-Supervised Visual Representation Learning
-  | 2111.13163 | BYOL plus perceptual view generation | sunsmarterjie/SaGe
+  | 2111.13163 | BYOL plus perceptual view generation | sunsmarterjie/SaGe (cannot run as uploaded) | cityscapes-miou
 fame | Motion-aware Contrastive Video Representation Learning via Foreground-background Merging
-  | 2109.15130 | moving foreground, another video's background | Mark12Ding/FAME
+  | 2109.15130 | moving foreground, another video's background | Mark12Ding/FAME | -
 bingo | Bag of Instances Aggregation Boosts Self-supervised Distillation
-  | 2107.01691 | distil bags of teacher neighbours | haohang96/bingo
+  | 2107.01691 | distil bags of teacher neighbours | haohang96/bingo (no licence, no weights)
+  | linear-bingo-r50w2-resnet18-top1
 mdp | Multi-dataset Pretraining: A Unified Model for Semantic Segmentation
-  | 2106.04121 | pixel-to-prototype contrast across datasets | none
+  | 2106.04121 | pixel-to-prototype contrast across datasets | none | t1-all-200-voc12aug
 sscl | Semi-supervised Contrastive Learning with Similarity Co-calibration
-  | 2105.07387 | contrast and pseudo-labels co-calibrate | none
+  | 2105.07387 | contrast and pseudo-labels co-calibrate | none | abstract-sscl-1-top1
 hsa | Seed the Views: Hierarchical Semantic Alignment for Contrastive Representation Learning
-  | 2012.02733 | neighbours as positives, several levels | haohang96/CSML (one level only)
+  | 2012.02733 | neighbours as positives, several levels | haohang96/CSML (one level only, no licence)
+  | abstract-v1-linear
 kscl | K-Shot Contrastive Learning of Visual Features with Multiple Instance Augmentations
-  | 2007.13310 | augmentations span an instance subspace | none
+  | 2007.13310 | augmentations span an instance subspace | none | -
 flat | FLAT: Few-Shot Learning via Autoencoding Transformation Regularizers
-  | 1912.12674 | few-shot learning, predicting transformations | none
+  | 1912.12674 | few-shot learning, predicting transformations | none | -
 """
 PAPERS = tuple(Paper(*map(str.strip, line.split("|"))) for line in _PAPERS.replace("\n  |", "|").strip().splitlines())
 
@@ -183,24 +186,48 @@ def render_paper(rows: Sequence[dict[str, str]], folder: Path) -> str:
     return "\n".join(lines).strip()
 
 
+def _published(row: dict[str, str]) -> str:
+    """The paper's number and where it was read."""
+    source = row["paper_source"] + (", unverified" if "recalled" in row["paper_source"].lower() else "")
+    return f"{row['paper_value']} {row['metric']}, {row['dataset']}: {row['experiment']} ({source})"
+
+
 def render_front(all_rows: dict[str, Sequence[dict[str, str]]]) -> str:
-    """The table of the ten papers; the headline of a folder is the first measured row of its results.csv."""
+    """The table of the ten papers. What was measured is the first measured row of a folder's results.csv."""
     body = []
     for paper in PAPERS:
         rows = all_rows.get(paper.folder)
-        state, headline = "planned", ""
+        state, published, headline, made = "planned", "", "", ""
         if rows is not None:
             counts = Counter("not run" if NOT_RUN.fullmatch(row["status"]) else row["status"] for row in rows)
             state = ", ".join(f"{counts[name]} {name}" for name in (*MEASURED, UNKNOWN, "not run") if counts[name])
+            published = "could not be read"
+            if paper.published != "-":
+                published = _published(next(row for row in rows if row["id"] == paper.published))
             first = next((row for row in rows if row["ours_mean"]), None)
             if first is not None:
-                against = f" (baseline {_value(first, 'baseline')})" if first["baseline_mean"] else ""
-                what = f"{first['experiment']}, {first['dataset']} {first['metric']}"
-                headline = f"{what}: {_value(first, 'ours')}{against}, {first['tier']} tier"
+                ours, _, base = first["experiment"].partition("; baseline: ")
+                against = (
+                    f" against {_value(first, 'baseline')} ({base or 'baseline'})" if first["baseline_mean"] else ""
+                )
+                headline = f"{first['status']}. {first['dataset']}, {first['metric']}: {_value(first, 'ours')} ({ours})"
+                headline += f"{against}, n = {first['n_seeds']}"
+                made = f"{first['commit'][:7]}, {first['minutes']} min a seed, {first['hardware']}"
         folder = f"[{paper.folder}]({paper.folder}/README.md)" if rows is not None else paper.folder
         title = f"{cell(paper.title)} (arXiv {paper.arxiv})"
-        body.append([folder, title, cell(paper.idea), cell(paper.release), cell(state) or "no rows", cell(headline)])
-    return "\n".join(_table(("folder", "paper", "idea", "original release", "state", "headline"), body))
+        texts = (paper.idea, paper.release, published, headline, state or "no rows", made)
+        body.append([folder, title, *map(cell, texts)])
+    head = (
+        "folder",
+        "paper",
+        "idea",
+        "original release",
+        "the paper's number",
+        "measured here",
+        "rows",
+        "commit, time",
+    )
+    return "\n".join(_table(head, body))
 
 
 def replaced(text: str, body: str, label: str) -> str:
@@ -229,12 +256,15 @@ def main(argv: list[str] | None = None) -> int:
             continue
         all_rows[folder.name], problems = read(folder)
         wrong += problems
+        published = next(paper.published for paper in PAPERS if paper.folder == folder.name)
+        if published != "-" and not any(row["id"] == published and row["paper_value"] for row in all_rows[folder.name]):
+            wrong.append(f"{folder.name}/results.csv: no row {published} with the paper's number (PAPERS names it)")
         bodies[folder / "README.md"] = render_paper(all_rows[folder.name], folder)
-    if (root / "README.md").is_file():  # absent where one folder was copied out
-        bodies[root / "README.md"] = render_front(all_rows)
     if wrong:
         print("\n".join(f"error: {line}" for line in wrong), file=sys.stderr)
         return 1 if args.check else 2
+    if (root / "README.md").is_file():  # absent where one folder was copied out
+        bodies[root / "README.md"] = render_front(all_rows)
     stale = []
     for path, body in bodies.items():
         label = path.relative_to(root).as_posix()

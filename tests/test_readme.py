@@ -134,8 +134,8 @@ def recorded_calls(command: str, tmp: Path) -> list[list[str]]:
     done = subprocess.run(["bash", "-euc", command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stderr}"
     found = [call.split("\037")[:-1] for call in calls.read_text().split("\036")[:-1]]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node"]
-    return [call[5:] if call[:3] == launch else call[1:] for call in found]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node"]  # then their number, --standalone, -m
+    return [call[6:] if call[:3] == launch else call[1:] for call in found]
 
 
 def misunderstood(calls: list[list[str]]) -> str:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 bench: Any = importlib.import_module("tests.bench")
 
 MEASURED = {
-    "id": "a",
+    "id": "t1-all-200-voc12aug",  # the paper's headline number
     "table": "Table 1",
     "experiment": "MDP",
     "dataset": "CamVid",
@@ -76,7 +76,8 @@ def test_rendered_then_fresh_then_stale(tmp_path: Path, capsys: pytest.CaptureFi
     for text in ("### Table 1", "71.9 (table 1)", "40.5 ± 0.4", "38.0 ± 0.5", "3 seeds", "[log](logs/a.jsonl)"):
         assert text in paper
     assert "71.9 (recalled, unverified)" in paper and "`bash mdp/run_arms.sh small`" in paper
-    assert "1 effect shown at small scale, 1 not run" in front and "40.5 ± 0.4 (baseline 38.0 ± 0.5)" in front
+    assert "1 effect shown at small scale, 1 not run" in front and "71.9 mIoU, CamVid: MDP (table 1)" in front
+    assert "40.5 ± 0.4 (MDP) against 38.0 ± 0.5 (baseline), n = 3 |" in front and "| 0123456, 12.5 min" in front
     assert sum(f"| {name.folder} |" in front for name in results.PAPERS) == 9 and "[mdp](mdp/README.md)" in front
     (root / "mdp" / "README.md").write_text(paper.replace("40.5", "45.0"))
     capsys.readouterr()
@@ -106,11 +107,13 @@ def test_rendered_then_fresh_then_stale(tmp_path: Path, capsys: pytest.CaptureFi
         (MEASURED, {"log": "../README.md"}, "does not exist in the tree"),
         (MEASURED, {"date": "22.11.2026"}, "date is not"),
         (MEASURED, {"tier": "huge"}, "unknown tier"),
+        (MEASURED, {"id": "c"}, "no row t1-all-200-voc12aug with the paper's number"),
+        (MEASURED, {"paper_value": "", "paper_source": ""}, "no row t1-all-200-voc12aug with the paper's number"),
         (NOT_RUN, {"paper_source": ""}, "needs a paper_source"),
         (NOT_RUN, {"status": "paper value unknown"}, "a status other than"),
         (NOT_RUN, {"experiment": ""}, "experiment is empty"),
         (NOT_RUN, {"experiment": "<!-- results:end -->"}, "holds an HTML comment"),
-        (NOT_RUN, {"id": "a"}, "id a is not unique"),
+        (NOT_RUN, {"id": MEASURED["id"]}, "id t1-all-200-voc12aug is not unique"),
     ],
 )
 def test_invalid_rows_are_named(

@@ -22,7 +22,7 @@ def features(kind: str, n: int = 700, dim: int = 48) -> Tensor:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(n, dim, generator=g)
     if kind == "clusters":
-        x = torch.randn(n // 7, dim, generator=g).repeat_interleave(7, 0) + 0.3 * x
+        x = torch.randn(-(-n // 7), dim, generator=g).repeat_interleave(7, 0)[:n] + 0.3 * x
     if kind == "positive":  # as after a ReLU: a large common part
         x = x.relu() + 0.5
     if kind == "tight":  # as of a network that was never trained

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -304,11 +305,14 @@ def script_problems(script: Path, tmp: Path) -> list[str]:
             wrong.append(f"{name}: exit {code}, extra flags do not come last in {calls}; {said[-300:]}")
         if words and not re.search(rf"^\s*(\w+\|)*{name}(\|\w+)*\)", text, re.M):
             wrong.append(f"{name}: has no card")
-    if "GPUS" in text:
+    if "GPUS" in text or "launch" in text:
         calls = run_script(script, "paper", tmp=tmp / "gpus", DATA_ROOT=str(tmp), GPUS="3")[2]
-        launch = ["-m", "torch.distributed.run", "--nproc-per-node", "3", "-m"]
-        if not any(call[:5] == launch for call in calls):
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", "3", "--standalone", "-m"]
+        if not any(call[:6] == launch for call in calls):
             wrong.append(f"GPUS=3 does not start three processes: {calls}")
+        calls = run_script(script, "paper", tmp=tmp / "nodes", DATA_ROOT=str(tmp), GPUS="3", PET_NNODES="2")[2]
+        if not any(call[:5] == [*launch[:4], "-m"] for call in calls):
+            wrong.append(f"PET_NNODES=2 does not start one node of two: {calls}")
     return wrong
 
 
@@ -321,6 +325,7 @@ def test_run_scripts(script: Path, tmp_path: Path) -> None:
 
 
 GOOD_SCRIPT = """#!/usr/bin/env bash
+# GPUS is the number of processes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source shared_utils/env.sh
@@ -335,8 +340,6 @@ case $tier in
   small) flags=(--epochs 2) ;;
   paper) flags=(--epochs 3) ;;
 esac
-launch=("$PYTHON")
-if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$GPUS"); fi
 "${launch[@]}" -m mdp.main "${flags[@]}" "$@"
 """
 
@@ -345,7 +348,7 @@ if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --npr
     ("old", "new", "expected"),
     [
         ("", "", None),
-        ("esac\nlaunch", "if\nlaunch", "valid bash"),
+        ('esac\n"${launch', 'if\n"${launch', "valid bash"),
         ("set -euo pipefail", "set -e", "set -euo"),
         ("source shared_utils/env.sh", ". shared_utils/env.sh", "does not source"),
         ('"$@"', "$@", "without quotes"),
@@ -353,14 +356,16 @@ if [ "${GPUS:-1}" -gt 1 ]; then launch=("$PYTHON" -m torch.distributed.run --npr
         ("exit 2", "tier=mini; shift", "unknown tier: exit 0"),
         ('"${flags[@]}" "$@"', '"$@" "${flags[@]}"', "do not come last"),
         ("mini | small | paper)", "mini | small)", "paper: exit 2"),
-        ("torch.distributed.run", "torch.distributed.launch", "GPUS=3 does not"),
+        ('"${launch[@]}"', '"$PYTHON"', "GPUS=3 does not"),
+        ('"${launch[@]}"', 'unset PET_NNODES; source shared_utils/env.sh; "${launch[@]}"', "PET_NNODES=2 does not"),
         ("  paper) flags=(--epochs 3) ;;\n", "  *) flags=() ;;\n", "paper: has no card"),
     ],
 )
 def test_script_rules_fail_on_what_breaks_them(old: str, new: str, expected: str | None, tmp_path: Path) -> None:
     (tmp_path / "mdp").mkdir()
     (tmp_path / "shared_utils").mkdir()
-    (tmp_path / "shared_utils" / "env.sh").write_text("")
+    shutil.copy(ROOT / "shared_utils" / "env.sh", tmp_path / "shared_utils" / "env.sh")
+    (tmp_path / "requirements.txt").write_text("")
     script = tmp_path / "mdp" / "run_a.sh"
     script.write_text(GOOD_SCRIPT.replace(old, new) if old else GOOD_SCRIPT)
     problems = script_problems(script, tmp_path / "work")

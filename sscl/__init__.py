@@ -1,0 +1,1 @@
+"""SsCL: semi-supervised contrastive learning with similarity co-calibration (paper 2105.07387)."""

@@ -1,0 +1,219 @@
+"""Which images are labelled, what the method sees of each image, and the two streams of a step, labelled and not."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms as T
+
+from shared_utils import UserError, augment
+from shared_utils.data import EpochSampler, ImageList, image_folder, mix_key, per_class
+
+SPLITS = Path(__file__).resolve().parent / "splits.json"
+VIEWS = ("weak", "strong", "key")
+
+
+# ------------------------------------------------------------------------------------------------------ labelled images
+def training_images(root: Path, count: int = 0, cache: bool = False, imbalance: float = 1.0) -> ImageList:
+    """`root`/train/CLASS/*, the first `count` of each class (0: all); with `imbalance` R the c-th class of C keeps the
+    share R^(-c / (C - 1)) of it, so that the last is R times smaller than the first.
+
+    UserError for a missing or empty folder.
+    """
+    if not root.is_dir():
+        raise UserError(f"--data {root} does not exist; expected {root}/train/CLASS/*.jpg")
+    images = image_folder(root / "train")
+    if imbalance == 1:
+        return per_class(images, count, cache)
+    labels, kept = images.labels, []
+    for c in range(len(images.classes)):
+        members = torch.nonzero(labels == c).flatten()[: count or None].tolist()
+        kept += members[: max(1, round(len(members) * imbalance ** (-c / max(1, len(images.classes) - 1))))]
+    return ImageList([images.samples[i] for i in kept], images.classes, None, cache)
+
+
+def label_split(labels: Tensor, count: int, split: int) -> list[int]:
+    """Numbers of `count` labelled images of each class, rising: those with the least hash of (split, class, place).
+
+    Nothing else has an influence, no version of numpy either. Splits are nested: the 4 labels of a class are among the
+    25 of the same split. UserError: a class is smaller.
+    """
+    chosen: list[int] = []
+    for c in range(int(labels.max()) + 1):
+        members = torch.nonzero(labels == c).flatten().tolist()
+        if len(members) < count:
+            raise UserError(f"--labels_per_class {count}: class number {c} has {len(members)} images")
+        order = sorted(range(len(members)), key=lambda place: mix_key(split, c, place))  # noqa: B023
+        chosen += [members[place] for place in order[:count]]
+    return sorted(chosen)
+
+
+def split_hash(chosen: Sequence[int]) -> str:
+    """Names a set of labelled images by their numbers."""
+    return hashlib.sha256(" ".join(map(str, chosen)).encode()).hexdigest()[:16]
+
+
+def check_frozen(counts: Sequence[int], labels_per_class: int, split: int, chosen: Sequence[int]) -> bool:
+    """Whether splits.json freezes this split; UserError where it does and the draw is another.
+
+    Args:
+        counts: images of each class; the file's key is `CLASSESxIMAGES` for classes of one size.
+    """
+    frozen = json.loads(SPLITS.read_text()).get(f"{len(counts)}x{counts[0]}", {}) if len(set(counts)) == 1 else {}
+    known = frozen.get(str(labels_per_class), {}).get(str(split))
+    if known and known != split_hash(chosen):
+        raise UserError(
+            f"split {split} of {labels_per_class} labels a class has the hash {split_hash(chosen)}, {SPLITS} says "
+            f"{known}: the drawing or the file was changed; restore it, or give the list as --split_file"
+        )
+    return known is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------- views
+def augmentations(size: int, weak: str, strong: str, flip: bool = True, min_scale: float = 0.2) -> dict[str, Callable]:
+    """{"weak", "strong"} of a PIL image.
+
+    weak: `rrc` random resized crop and flip, `shift` translation by up to an eighth and flip (small images).
+    strong: `moco` MoCo v2's, `randaug` the weak one with RandAugment(2, 10).
+    """
+    mirror = [T.RandomHorizontalFlip()] if flip else []
+    crops: dict[str, list[Any]] = {
+        "rrc": [T.RandomResizedCrop(size, (min_scale, 1.0))],
+        "shift": [T.Resize(size), T.CenterCrop(size), T.RandomCrop(size, max(1, size // 8), padding_mode="reflect")],
+    }
+    tensor = [T.ToTensor(), T.Normalize(augment.MEAN, augment.STD)]
+    moco = list(augment.moco_v2(size, min_scale).transforms)
+    if not flip:
+        moco = [step for step in moco if not isinstance(step, T.RandomHorizontalFlip)]
+    recipes = {"moco": moco, "randaug": [*crops[weak], *mirror, T.RandAugment(2, 10), *tensor]}
+    return {"weak": T.Compose([*crops[weak], *mirror, *tensor]), "strong": T.Compose(recipes[strong])}
+
+
+class HiddenLabels(RuntimeError):
+    """Somebody asked for the labels of unlabelled images."""
+
+
+class Unlabelled(Dataset):
+    """Item i: the views of image i that are asked for, and its number. It holds no label, and asking for one raises.
+
+    Args:
+        views: of weak, strong, key; the key view is a second strong one, or with `key_view` `weak` a copy of the weak
+            one.
+    """
+
+    def __init__(self, images: ImageList, recipes: dict[str, Callable], views: Sequence[str], key_view: str = "strong"):
+        decoded = images._decoded
+        self.images = ImageList([(path, -1) for path, _ in images.samples], [])
+        self.images._decoded = decoded
+        self.recipes, self.views, self.key_view = recipes, views, key_view
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def targets(self) -> Tensor:
+        raise HiddenLabels("the labels of unlabelled images are hidden from training")
+
+    labels = targets
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not self.views:
+            return {"index": index}
+        image, out = self.images.image(index), {}
+        for name in self.views:
+            if name != "key":
+                out[name] = self.recipes[name](image)
+        if "key" in self.views:
+            shared = self.key_view == "weak" and "weak" in out
+            out["key"] = out["weak"] if shared else self.recipes[self.key_view](image)
+        return {**out, "index": index}
+
+
+class Labelled(Dataset):
+    """Item j: the weak view of the j-th labelled image, its label, and its number among all images."""
+
+    def __init__(self, images: ImageList, chosen: Sequence[int], transform: Callable):
+        self.images, self.chosen, self.transform = images, list(chosen), transform
+        self.labels = torch.tensor([images.samples[i][1] for i in self.chosen])
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, j: int) -> tuple[Tensor, int, int]:
+        return self.transform(self.images.image(self.chosen[j])), int(self.labels[j]), self.chosen[j]
+
+
+# ------------------------------------------------------------------------------------------------------------- samplers
+class LabelledStream(Sampler[list[tuple[int, int]]]):
+    """Batches of (pass, j), as many as the unlabelled epochs ask for: one place after another of an infinite sequence.
+
+    Balanced: every C places hold each class once, in an order drawn for that round, and a class goes through its images
+    in a new order at each pass. Otherwise every L places are a permutation of the labelled images. A place depends on
+    (seed, n) alone, so a resume needs no state; the pass makes the key of the view's randomness unique.
+    """
+
+    def __init__(
+        self, labels: Tensor, batch_size: int, steps_per_epoch: int, seed: int, rank: int = 0, world: int = 1,
+        balanced: bool = True,
+    ):  # fmt: skip
+        self.members = [torch.nonzero(labels == c).flatten().numpy() for c in labels.unique().tolist()]
+        self.everything = np.arange(len(labels))
+        self.batch_size, self.steps_per_epoch, self.seed = batch_size, steps_per_epoch, seed
+        self.rank, self.world, self.balanced = rank, world, balanced
+        self.epoch, self.start = 0, 0
+        self._permutation = functools.lru_cache(4096)(self._drawn)  # a permutation serves many places
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch - self.start
+
+    def at(self, epoch: int, step: int = 0) -> "LabelledStream":
+        self.epoch, self.start = epoch, step
+        return self
+
+    def _drawn(self, size: int, *key: int) -> np.ndarray:
+        return np.random.Generator(np.random.PCG64(mix_key(self.seed, *key))).permutation(size)
+
+    def place(self, n: int) -> tuple[int, int]:
+        """(pass, j) at place n of the sequence."""
+        if self.balanced:
+            turn, slot = divmod(n, len(self.members))
+            c = int(self._permutation(len(self.members), 0, turn)[slot])
+            members = self.members[c]
+        else:
+            turn, c, members = n, -1, self.everything
+        lap, at = divmod(turn, len(members))
+        return lap, int(members[self._permutation(len(members), 1, c, lap)[at]])
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.start, self.steps_per_epoch):
+            batch = (self.epoch * self.steps_per_epoch + step) * self.world + self.rank
+            yield [self.place(batch * self.batch_size + i) for i in range(self.batch_size)]
+
+
+class Pairs:
+    """Loader and sampler of both streams: batches (unlabelled, labelled), the latter None where there are no labels.
+
+    As `EpochSampler` it starts inside an epoch with `at`; an epoch is one of the unlabelled images.
+    """
+
+    def __init__(self, unlabelled: DataLoader, epochs: EpochSampler, labelled: DataLoader | None, stream: Any):
+        self.unlabelled, self.epochs, self.labelled, self.stream = unlabelled, epochs, labelled, stream
+        self.steps_per_epoch = epochs.steps_per_epoch
+
+    def at(self, epoch: int, step: int = 0) -> "Pairs":
+        self.epochs.at(epoch, step)
+        if self.stream is not None:
+            self.stream.at(epoch, step)
+        return self
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        if self.labelled is None:
+            return ((batch, None) for batch in self.unlabelled)
+        return zip(self.unlabelled, self.labelled, strict=True)

@@ -1,0 +1,40 @@
+"""The backbone for other programs: python -m sscl.export --pretrained CHECKPOINT --out resnet50.safetensors
+
+`safetensors` writes torchvision's names, which timm shares, and a model card; `torchvision` the same names as a .pth
+file of tensors alone. Both heads stay behind.
+"""
+
+import argparse
+
+from shared_utils import checkpoint
+from shared_utils.export import add_export_flags, check, resnet_lines, write_safetensors
+from shared_utils.run import Parser, cli
+from sscl.weights import add_network_flags, load_encoder
+
+
+def get_parser() -> argparse.ArgumentParser:
+    p = Parser(prog="sscl.export", description=(__doc__ or "").splitlines()[0])
+    add_network_flags(p.add_argument)
+    add_export_flags(p, ["torchvision", "safetensors"], "safetensors")
+    p.add_argument("--copy", choices=["query", "momentum"], default="query", help="whose backbone")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
+    check(args.pretrained, args.out, args.format)
+    encoder, report = load_encoder(args, None, args.copy)
+    state = encoder.backbone.state_dict()
+    print(report)
+    if args.format == "safetensors":
+        name = f"{args.arch}, width {args.width}, stem {args.stem}"
+        lines = resnet_lines(args.arch, args.width, args.stem, "sscl.arch.build")
+        print(write_safetensors(state, args.out, "sscl", name, lines, args.pretrained))
+    else:
+        checkpoint.save(args.out, {key: value.contiguous() for key, value in state.items()})
+        print(f"{len(state)} tensors -> {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)

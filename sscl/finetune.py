@@ -1,0 +1,145 @@
+"""Baseline: fine-tune a pretrained backbone on the labelled images alone: python -m sscl.finetune --pretrained RUN
+
+Small learning rate for the backbone, large one for the new classifier, as the published MoCo v2 + fine-tune rows have
+it. The labelled images are chosen by the same flags as in sscl.main.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from shared_utils import UserError, distributed
+from shared_utils.augment import plain
+from shared_utils.data import EpochSampler, ImageList, Keyed
+from shared_utils.evaluation import add_data_flags, open_splits, same_buffers, share, stream, subset, topk, write_result
+from shared_utils.run import Parser, Run, add_run_flags, cli
+from sscl.data import augmentations
+from sscl.main import labelled_images
+from sscl.weights import add_network_flags, load_encoder
+
+
+def get_parser() -> argparse.ArgumentParser:
+    p = Parser(prog="sscl.finetune", description=(__doc__ or "").splitlines()[0])
+    add_network_flags(p.add_argument)
+    add_data_flags(p)
+    a = p.add_argument
+    a("--split_file", type=Path, help="list of the labelled images, as SimCLR's 1percent.txt")
+    a("--labels_per_class", type=int, default=0, help="so many of each class, drawn by --split")
+    a("--split", type=int, default=0)
+    a("--fraction", type=float, default=0.01, help="this share of each class, where neither of the above is given")
+    a("--weak", choices=["rrc", "shift"], default="rrc", help="augmentation")
+    a("--no_flip", action="store_true", help="no mirror images (digits)")
+    a("--min_scale", type=float, default=0.2, help="least area of a random resized crop")
+    a("--lr", type=float, default=0.001, help="of the backbone")
+    a("--lr_head", type=float, default=0.1, help="of the new classifier")
+    a("--epochs", type=int, default=50, help="of the labelled images")
+    a("--drops", default="30,40", help="epochs at which both rates fall to a tenth")
+    a("--momentum", type=float, default=0.9)
+    a("--wd", type=float, default=1e-4)
+    a("--batch_size", type=int, default=256, help="images a step, all processes together; at most the labelled ones")
+    add_run_flags(p, "sscl/finetune/default")
+    p.set_defaults(split_sha256="", no_labels=False, backbone_sha256="")
+    return p
+
+
+def check_flags(args: argparse.Namespace, labelled: int, world: int) -> list[int]:
+    """The epochs of --drops; a batch becomes at most the labelled images. UserError for flags out of range."""
+    for name in ("batch_size", "epochs", "log_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.lr < 0 or not args.lr_head > 0:
+        raise UserError("--lr must not be negative and --lr_head must be above 0")
+    try:
+        drops = [int(text) for text in args.drops.split(",") if text]
+    except ValueError:
+        raise UserError(f"--drops {args.drops}: must be epochs such as 30,40") from None
+    args.batch_size = min(args.batch_size, labelled) // world * world
+    if args.batch_size // world < 2:
+        raise UserError(
+            f"--batch_size gives each of {world} processes fewer than two of the {labelled} labelled images; raise it"
+        )
+    return drops
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
+    run = Run(args, "sscl", "finetune")
+    train, val = open_splits(args)
+    args.data = Path(args.data_dir)
+    chosen = labelled_images(args, train)
+    drops = check_flags(args, len(chosen), run.world)
+    classes = len(train.classes)
+    labelled = subset(train, chosen)
+    labelled.transform = augmentations(args.img_size, args.weak, "moco", not args.no_flip, args.min_scale)["weak"]
+    sampler = EpochSampler(len(labelled), args.batch_size // run.world, args.seed, run.rank, run.world)
+    loader = run.loader(Keyed(labelled, args.seed), sampler)
+
+    encoder, report = load_encoder(args, None)
+    head = nn.Linear(encoder.backbone.num_features, classes)
+    nn.init.normal_(head.weight, 0, 0.01)
+    nn.init.zeros_(head.bias)
+    network = nn.Sequential(encoder.backbone, head)
+    network.to(run.device).to(memory_format=torch.channels_last).train()
+    net: nn.Module = nn.parallel.DistributedDataParallel(network) if run.world > 1 else network
+    groups: list[dict[str, Any]] = [
+        {"params": list(encoder.backbone.parameters()), "peak": args.lr},
+        {"params": list(head.parameters()), "peak": args.lr_head},
+    ]
+    optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.wd)
+    run.track(state_dict=network, optimizer=optimizer)
+    run.preflight(
+        {
+            "data": f"{args.data_dir}: {len(chosen)} of {len(train)} images labelled (sha256 {args.split_sha256}), "
+            f"{len(val)} val images, {classes} classes",
+            "backbone": report,
+            "batch": f"{args.batch_size}, {sampler.steps_per_epoch} steps an epoch, {args.epochs} epochs",
+            "learning rate": f"{args.lr} backbone, {args.lr_head} classifier, a tenth after epochs {args.drops}",
+            "expected initial loss": f"about log {classes} = {math.log(classes):.2f}",
+        }
+    )
+    for epoch, batch in run.batches(loader, sampler, args.epochs):
+        fall = 0.1 ** sum(epoch >= drop for drop in drops)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * fall
+        x = batch[0].to(run.device, memory_format=torch.channels_last, non_blocking=True)
+        y = batch[1].to(run.device, non_blocking=True)
+        with run.autocast():
+            logits = net(x).float()
+        loss = F.cross_entropy(logits, y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        watched = {}
+        if run.log_due():
+            watched["acc1"] = 100 * float(topk(logits.detach(), y, (1,))[0]) / len(y)
+        run.log(distributed.all_sum(loss.detach()) / run.world, lr=optimizer.param_groups[1]["lr"], **watched)
+    top1, top5 = accuracy(run, network, val)
+    write_result(run.dir, {"top1": top1, "top5": top5, "labelled": len(chosen), "pretrained": args.pretrained})
+    run.finish()
+    return 0
+
+
+def accuracy(run: Run, network: nn.Module, images: ImageList) -> list[float]:
+    """Top-1 and top-5 in per cent; each process predicts its share."""
+    images.transform = plain(run.args.img_size)
+    same_buffers(network)
+    network.eval()
+
+    def logits(x: torch.Tensor) -> list[torch.Tensor]:
+        with run.autocast():
+            return [network(x)]
+
+    hits = torch.zeros(2, dtype=torch.float64)
+    if len(range(*share(len(images)))):
+        for out, labels in stream(logits, images, run.device, run.args.batch_size, run.args.workers):
+            hits += topk(out[0], labels)
+    return (100 * distributed.all_sum(hits.to(run.device)).cpu() / len(images)).tolist()
+
+
+if __name__ == "__main__":
+    cli(main)

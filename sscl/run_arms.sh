@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# The arms of the small tier's table: bash sscl/run_arms.sh [mini|small|paper] [flags of sscl.main]
+# ARMS, SEEDS, SET (cifar10-4, cifar10-25, cifar10-400: labels a class), JOBS (arms at once), DATA_ROOT, RUNS. Seed s
+# trains on label split s, every arm alike. What is finished is not run again.
+# paper: DATA_ROOT is the folder of train/ and val/, PERCENT the labels (1 or 10), GPUS the processes of an arm.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+tier=mini
+case "${1:-}" in mini | small | paper) tier=$1 && shift ;; --* | "") ;; *)
+  echo "error: unknown tier '$1'; choose mini, small or paper" >&2
+  exit 2
+  ;;
+esac
+source shared_utils/env.sh
+
+out=${RUNS:-runs}/sscl/arms/$tier
+loading=(--workers 0 --threads 1)
+arms=${ARMS:-joint full fixmatch neighbours calibration supervised}
+case "$tier" in
+  mini)
+    # Every arm once on the generated images, about a minute each.
+    data=(--synthetic --cache --img_size 32)
+    ;;
+  small)
+    # 875 steps on 8,000 images of CIFAR-10; about 3 minutes on one core for an arm.
+    # Acceptance, written before the runs, on at least 3 seeds, which share split, start and batches: the claim holds if
+    # both exchanges (full) beat joint training without them (joint) in top-1 of the class head by more than the
+    # standard deviation of the differences seed by seed, with 4 and with 25 labels a class; 400 stands beside them. The
+    # same rule gives each direction its status: `neighbours` and `calibration` against `joint`, and, inside a run,
+    # the accuracy of pseudo-labels after the calibration against before it, at equal coverage (the more confident half
+    # by each), over the first third of the training and at its end. All of it is printed, whatever it shows.
+    set_name=${SET:-cifar10-25}
+    export SET=$set_name
+    case "$set_name" in cifar10-4 | cifar10-25 | cifar10-400) ;; *)
+      echo "error: unknown SET '$set_name'; choose cifar10-4, cifar10-25 or cifar10-400" >&2
+      exit 2
+      ;;
+    esac
+    export LABELS=${set_name#cifar10-}
+    data=(--data_dir "${DATA_ROOT:-data}/cifar10" --per_class 800 --cache --img_size 32)
+    out=$out/$set_name
+    ;;
+  paper)
+    # The same arms on ImageNet, 200 epochs each. GPUS processes; never run here, so no time is given.
+    data=(--data_dir "${DATA_ROOT:-data}")
+    loading=(--workers 8)
+    out=$out/${PERCENT:-1}percent
+    ;;
+esac
+mkdir -p "$out"
+
+run_one() { # arm seed [flags]
+  local arm=$1 seed=$2 flags=() folder=$out/$1/seed$2
+  shift 2
+  case "$arm" in
+    supervised) flags=(--lambda_u 0 --lambda_c 0) ;;
+    fixmatch) flags=(--lambda_c 0 --calib none --da off --theta 0.7) ;;
+    joint) flags=(--calib none --neighbours off --theta 0.7) ;;
+    neighbours) flags=(--calib none --theta 0.7) ;;
+    calibration) flags=(--neighbours off) ;;
+    full) ;;
+    labelled) flags=(--proto labelled) ;;
+    positive) flags=(--ctr per_positive) ;;
+    *)
+      echo "error: unknown arm '$arm'; choose supervised fixmatch joint neighbours calibration full labelled positive" >&2
+      return 2
+      ;;
+  esac
+  if [ "$tier" != paper ]; then flags+=(--split "$seed"); fi
+  bash sscl/run_train.sh "$tier" "${flags[@]}" --seed "$seed" --output-dir "$folder" "$@"
+  "$PYTHON" -m sscl.eval_cls --pretrained "$folder/checkpoint.pth" "${data[@]}" "${loading[@]}" --pseudo \
+    --output-dir "$folder-cls"
+  "$PYTHON" -m sscl.eval_features --pretrained "$folder/checkpoint.pth" "${data[@]}" "${loading[@]}" \
+    --shots 5 --output-dir "$folder-linear"
+}
+
+rm -f "$out/failed" # a job may fail between two looks at the jobs: it leaves its name there
+for seed in ${SEEDS:-0}; do
+  for arm in $arms; do
+    while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n || exit; done
+    if [ -f "$out/$arm/seed$seed-linear/result.json" ]; then continue; fi
+    echo "arm $arm, seed $seed -> $out/$arm-seed$seed.log"
+    (
+      trap '[ $? = 0 ] || echo "$arm, seed $seed" >>"$out/failed"' EXIT
+      run_one "$arm" "$seed" "$@"
+    ) >"$out/$arm-seed$seed.log" 2>&1 &
+  done
+done
+while [ -n "$(jobs -rp)" ]; do wait -n || exit; done
+if [ -f "$out/failed" ]; then
+  echo "error: did not finish: $(paste -sd ';' "$out/failed"); see the logs in $out" >&2
+  exit 1
+fi
+"$PYTHON" -m sscl.arms "$out"

@@ -1,0 +1,102 @@
+"""What a run of sscl.main tells: the preflight, pictures, and the diagnostics of pseudo-labels and neighbours."""
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from shared_utils import augment
+from shared_utils.data import ImageList
+from shared_utils.run import Run
+from sscl import losses
+from sscl.calibration import calibrate, equal_coverage
+from sscl.model import SsCL
+
+
+class Telemetry:
+    """What is watched at the steps that are logged. It alone holds the true labels of unlabelled images."""
+
+    def __init__(self, args: argparse.Namespace, true_labels: Tensor | None):
+        self.args, self.true_labels = args, true_labels
+
+    @torch.no_grad()
+    def pseudo_labels(self, p: Tensor, aligned: Tensor, log_q: Tensor | None, index: Tensor) -> dict[str, Tensor]:
+        """Accuracy of argmax p, of the aligned p and of the calibrated one (the product where --calib is none), of all
+        rows and of the more confident half of each. p, aligned, log_q: [U, C]; index: [U] image numbers."""
+        if self.true_labels is None:
+            return {}
+        truth = self.true_labels[index]
+        kinds = {"raw": p, "aligned": aligned}
+        if log_q is not None:
+            how = self.args.calib if self.args.calib in ("average", "geomean") else "product"
+            kinds["calib"] = calibrate(aligned, log_q, how, None, self.args.calib_weight)
+        out = {f"pl/acc_{name}": equal_coverage(d, truth, 1.0) for name, d in kinds.items()}
+        return out | {f"pl/acc_{name}_half": equal_coverage(d, truth, 0.5) for name, d in kinds.items()}
+
+    @torch.no_grad()
+    def neighbours(self, chosen: losses.Chosen, queue_index: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """Number of neighbours an anchor has, and the share of them with its true label where there are any."""
+        out = {"nbr/num_pos": chosen.valid.sum(1).float().mean()}
+        if self.true_labels is not None and bool(chosen.valid.any()):
+            theirs = self.true_labels[queue_index[chosen.place]]  # [U, P]
+            out["nbr/purity"] = (theirs == self.true_labels[index][:, None])[chosen.valid].float().mean()
+        return out
+
+
+def picture(views: Sequence[Tensor], count: int = 8) -> Tensor:
+    """Rows of images [n, 3, H, W], the first `count` of each, as one picture."""
+    rows = [augment.denormalise(view[:count]).cpu() for view in views]
+    return make_grid(torch.cat(rows), nrow=min(count, len(views[0])), padding=2)
+
+
+def facts(
+    run: Run, images: ImageList, chosen: Sequence[int], model: SsCL, steps: int, peak: float, start: str,
+    views: Sequence[str],
+) -> dict[str, str]:  # fmt: skip
+    """What the preflight prints."""
+    args, classes = run.args, len(images.classes)
+    unlabelled = args.mu * args.batch_labelled
+    first = []
+    if chosen:
+        first.append(f"L_x about log {classes} = {math.log(classes):.2f}")
+    if args.lambda_c:
+        first.append(f"L_c below log(1 + K) = {math.log(1 + args.moco_k):.2f}, which it climbs to as the queue fills")
+    out = {
+        "data": f"{args.data}/train: {len(images)} images of {classes} classes, {len(chosen)} with labels "
+        f"(sha256 {args.split_sha256[:16] or 'none'})",
+        "batch": f"{args.batch_labelled if chosen else 0} labelled + {unlabelled} unlabelled, {run.world} processes x "
+        f"{args.bn_splits} splits, views {', '.join(views) or 'none'}; {steps} steps an epoch",
+        "learning rate": f"{peak:.4g} at its peak ({args.lr} for {args.lr_batch or 'any number of'} unlabelled images)",
+        "parameters": f"{sum(p.numel() for p in model.encoder_q.parameters() if p.requires_grad) / 1e6:.2f} M trained; "
+        f"start: {start}",
+        "exchange": f"class -> contrast {args.neighbours}, contrast -> class {args.calib}, from epoch {args.pl_start}",
+        "expected initial loss": "; ".join(first) + f"; L_u is 0 until epoch {args.pl_start}",
+        "estimated time": estimate(run, model, steps, views),
+    }
+    if unlabelled // (run.world * args.bn_splits) == unlabelled and args.lambda_c:
+        out["caution"] = (
+            "one batch norm over query and key batches lets the contrast cheat: --bn_splits 8, or processes"
+        )
+    return out
+
+
+@torch.no_grad()
+def estimate(run: Run, model: SsCL, steps: int, views: Sequence[str]) -> str:
+    """Minutes of the whole run from two timed forward passes; a backward pass counts as two."""
+    args, encoder = run.args, model.encoder_k
+    size = args.batch_labelled // run.world
+    x = torch.randn(size, 3, args.img_size, args.img_size, device=run.device)
+    encoder.eval()
+    for _ in range(2):
+        started = time.perf_counter()
+        with run.autocast():
+            encoder.embed(x.contiguous(memory_format=torch.channels_last)).sum().item()
+        seconds = time.perf_counter() - started
+    encoder.train()
+    unlabelled = args.mu * (("weak" in views) + 3 * ("strong" in views) + ("key" in views))
+    minutes = seconds * args.epochs * steps * (3 + ("key" in views) + unlabelled) / 60
+    return f"about {max(1, round(minutes))} min for {args.epochs * steps} steps if data loading keeps up"

@@ -1,0 +1,90 @@
+"""What sscl reads of its arms: two evaluations and the log of a run; and the rows of its pseudo-labels."""
+
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from shared_utils import checkpoint, results
+from sscl import arms
+
+ROOT = Path(__file__).resolve().parents[1]
+SCORES = {f"{name}@{share}": 10.0 for name in ("raw", "aligned", "calib") for share in (20, 50, 100)}
+
+
+def finish(folder: Path, seed: float, calibrated: bool = True, kept: bool = True) -> None:
+    """A finished run as the scripts leave it; calibrated pseudo-labels are better early and no better at the end."""
+    folder.mkdir(parents=True)
+    rows: list[dict] = []
+    for step in range(10, 100, 10):
+        row = {"step": step, "loss": 1.0}
+        if calibrated:
+            for name, value in (("raw", 0.2), ("aligned", 0.25), ("calib", 0.3 if step <= 30 else 0.9)):
+                row |= {f"pl/acc_{name}": value + seed / 100, f"pl/acc_{name}_half": value + seed / 50}
+        if step > 30:
+            row |= {"nbr/purity": step / 100, "pl/coverage": 0.5}
+        rows.append(row)
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    heads = {**SCORES, "top1": 40 + seed, "ema_top1": 41.0, "minutes": 2.5}
+    for job, result in (
+        ("cls", heads),
+        ("linear", {"knn": 30.0, "linear": 35.0, "5shot_lr": 25.0, "5shot_lr_std": 1.0}),
+    ):
+        folder.with_name(f"{folder.name}-{job}").mkdir()
+        (folder.with_name(f"{folder.name}-{job}") / "result.json").write_text(json.dumps(result))
+    facts = {"git_commit": "0123456789ab", "git_dirty": False, "hardware": "a GPU", "date": "2026-11-27"}
+    (folder / "config.json").write_text(json.dumps(facts))
+    if kept:
+        checkpoint.save(folder / "checkpoint.pth", {"progress": {"seconds": 60.0}})
+
+
+def test_a_run_counts_when_both_evaluations_are_there(tmp_path: Path) -> None:
+    folder = tmp_path / "full" / "seed0"
+    finish(folder, 0)
+    metrics = arms.read(folder) or {}
+    assert set(arms.ARMS.metrics) | set(arms.ARMS.shown) <= set(metrics)
+    assert metrics["few_shot"] == 25 and metrics["top1"] == 40 and metrics["coverage"] == 50
+    assert metrics["early_all_calib"] == pytest.approx(30) and metrics["early_all_aligned"] == pytest.approx(25)
+    assert metrics["neighbours"] == pytest.approx((70 + 80 + 90) / 3) and metrics["end50_calib"] == 10
+    (folder.with_name("seed0-linear") / "result.json").unlink()
+    assert arms.read(folder) is None
+
+
+def test_an_arm_without_embeddings_claims_nothing_about_calibration(tmp_path: Path) -> None:
+    finish(tmp_path / "fixmatch" / "seed0", 0, calibrated=False)
+    metrics = arms.read(tmp_path / "fixmatch" / "seed0") or {}
+    assert metrics["top1"] == 40 and not [name for name in metrics if name.endswith("_calib")]
+
+
+def test_rows_from_the_collected_files_alone(tmp_path: Path, monkeypatch) -> None:
+    """No checkpoint comes back from where the runs were made."""
+    home, root = tmp_path / "sscl", tmp_path / "small" / "cifar10-4"
+    home.mkdir()
+    (home / "results.csv").write_text(",".join(results.COLUMNS) + "\n")
+    monkeypatch.setattr(arms, "ARMS", dataclasses.replace(arms.ARMS, home=home))
+    for seed in range(3):
+        finish(root / "full" / f"seed{seed}", seed + 2 + seed / 10, kept=False)
+        finish(root / "joint" / f"seed{seed}", seed, kept=False)
+    assert arms.main([str(root), "--record"]) == 0 == arms.main([str(root), "--record"])
+    rows, problems = results.read(home)
+    assert problems == []
+    claim = next(row for row in rows if row["id"] == "small-cifar10-4-full-vs-joint-top1")
+    assert (claim["ours_mean"], claim["baseline_mean"], claim["n_seeds"]) == ("43.10", "41.00", "3")
+    assert claim["status"] == "effect shown at small scale" and claim["minutes"] == "2.5"
+    pseudo = {row["id"]: row for row in rows if row["id"].startswith("pseudo-")}
+    assert len(pseudo) == 10 and len(rows) == 10 + 6
+    early = pseudo["pseudo-cifar10-4-joint-early_all"]
+    assert (early["ours_mean"], early["baseline_mean"]) == ("31.00", "26.00")
+    assert early["status"] == "effect shown at small scale"
+    assert pseudo["pseudo-cifar10-4-full-end50"]["status"] == "no effect at small scale"
+    table = arms.calibration_table(arms.ARMS.measured(root))
+    assert "| SsCL, both exchanges | accuracy of pseudo-labels, half coverage, finished network | 3 |" in table
+
+
+def test_pseudo_rows_of_the_tree_are_what_its_logs_say() -> None:
+    with open(ROOT / "sscl" / "results.csv", newline="") as handle:
+        rows = [row for row in csv.DictReader(handle) if row["id"].startswith("pseudo-")]
+    empty = dict.fromkeys(results.COLUMNS, "")
+    assert rows == [empty | row for name in arms.ARMS.sets for row in arms.calibration_rows(name)]
