@@ -1,0 +1,371 @@
+"""The data sets of the jobs in their public layouts, few labels, long tails, transforms, batches made on the device.
+
+folder      DIR/train/CLASS/*, DIR/val/CLASS/* (or test/), others by --tests; DIR/masks/SPLIT/CLASS/*.png if there are
+cifar10/100 DIR/cifar-10-batches-py, DIR/cifar-100-python
+stl10       DIR/stl10_binary
+cub         DIR/CUB_200_2011/{images,images.txt,image_class_labels.txt,train_test_split.txt,bounding_boxes.txt}
+aircraft    DIR/fgvc-aircraft-2013b/data/{images,images_variant_trainval.txt,images_variant_test.txt}
+cars        DIR/stanford_cars/{cars_train,cars_test}/*.jpg and devkit/{cars_train_annos,cars_test_annos_withlabels}.mat
+"""
+
+import argparse
+import csv
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision import datasets
+from torchvision import transforms as T
+
+from mra import textures
+from shared_utils import UserError, distributed
+from shared_utils.augment import MEAN, STD
+from shared_utils.data import EpochSampler, ImageList, flat_folder, image_folder, list_file, load_image, mix_key
+from shared_utils.evaluation import ArrayImages, subset
+
+SETS = ("folder", "cifar10", "cifar100", "stl10", "cub", "aircraft", "cars")
+STATS = {
+    "imagenet": (MEAN, STD),
+    "cifar": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # pixels in -1..1
+}
+
+
+def add_data_flags(p: argparse.ArgumentParser) -> None:
+    a = p.add_argument
+    a("--data_path", "--data_dir", type=Path, default=Path(os.environ.get("DATA_ROOT", "data")), help="see mra/data.py")
+    a("--dataset", choices=SETS, default="folder", help="layout of --data_path")
+    a("--synthetic", action="store_true", help="generate the texture-shortcut set and take it, no download")
+    a("--input_size", "--img_size", type=int, default=224, help="pixels")
+    a("--cache", action="store_true", help="decode all images once and keep them in memory")
+
+
+def add_label_flags(p: argparse.ArgumentParser) -> None:
+    """What the labelled images are, for training scripts."""
+    a = p.add_argument
+    a("--tests", default="", help="test folders with commas (default: val, or test; --synthetic: test_b,test_a); the "
+      "first is the one that counts")  # fmt: skip
+    a("--per_class", type=int, default=0, help="labelled images of each class, drawn by --label_seed; 0: all")
+    a("--label_seed", type=int, default=0, help="which images are labelled; for stl10 with folds: the fold, 0 to 9")
+    a("--imbalance", type=float, default=0, help="long tail: the largest class over the smallest; 0: as it is")
+    a("--train_list", type=Path, help="lists of ImageNet-LT, `train/CLASS/image.jpg LABEL` a line, below --data_path")
+    a("--val_list", type=Path)
+    a("--mean_std", choices=list(STATS), default="imagenet", help="what the classifier's input is normalised with")
+
+
+# -------------------------------------------------------------------------------------------------------------- readers
+class Sets(NamedTuple):
+    train: ImageList
+    tests: dict[str, ImageList]  # the first counts
+
+
+def _need(file: Path, what: str) -> Path:
+    if not file.exists():
+        raise UserError(f"{file}: no such file; expected {what}")
+    return file
+
+
+def _lines(file: Path, what: str) -> list[list[str]]:
+    return [line.split() for line in _need(file, what).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _cub(root: Path) -> Sets:
+    what = "CUB_200_2011 as published (images.txt, image_class_labels.txt, train_test_split.txt, images/)"
+    names, labels, splits = (
+        dict(_lines(root / name, what)) for name in ("images.txt", "image_class_labels.txt", "train_test_split.txt")
+    )
+    classes = [name for _, name in _lines(root / "classes.txt", what)]
+    parts: dict[str, list[tuple[Path, int]]] = {"1": [], "0": []}
+    for key, name in names.items():
+        parts[splits[key]].append((_need(root / "images" / name, what), int(labels[key]) - 1))
+    return Sets(ImageList(parts["1"], classes), {"test": ImageList(parts["0"], classes)})
+
+
+def _aircraft(root: Path) -> Sets:
+    what = "fgvc-aircraft-2013b/data as published (variants.txt, images_variant_*.txt, images/)"
+    classes = _need(root / "variants.txt", what).read_text(encoding="utf-8").splitlines()
+    index = {name: y for y, name in enumerate(classes)}
+    parts = []
+    for split in ("trainval", "test"):
+        rows = _need(root / f"images_variant_{split}.txt", what).read_text(encoding="utf-8").splitlines()
+        pairs = [row.split(" ", 1) for row in rows if row]
+        parts.append([(_need(root / "images" / f"{key}.jpg", what), index[name]) for key, name in pairs])
+    return Sets(ImageList(parts[0], classes), {"test": ImageList(parts[1], classes)})
+
+
+def _cars(root: Path) -> Sets:
+    from scipy.io import loadmat
+
+    what = "stanford_cars as published (cars_train/, cars_test/, devkit/*.mat)"
+    meta = loadmat(_need(root / "devkit/cars_meta.mat", what), squeeze_me=True)
+    classes = [str(name) for name in meta["class_names"]]
+    parts = []
+    for folder, annos in (("cars_train", "cars_train_annos"), ("cars_test", "cars_test_annos_withlabels")):
+        rows = loadmat(_need(root / "devkit" / f"{annos}.mat", what), squeeze_me=True)["annotations"]
+        parts.append(
+            [(_need(root / folder / str(row["fname"]), what), int(row["class"]) - 1) for row in np.atleast_1d(rows)]
+        )
+    return Sets(ImageList(parts[0], classes), {"test": ImageList(parts[1], classes)})
+
+
+def _published(args: argparse.Namespace) -> Sets:
+    """torchvision's files: CIFAR, STL-10 (with --per_class 100: the official fold --label_seed of 1,000 labels)."""
+    kind: Any = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}[args.dataset]
+    try:
+        if args.dataset == "stl10":
+            fold = getattr(args, "label_seed", 0) % 10 if getattr(args, "per_class", 0) == 100 else None
+            found = [kind(str(args.data_path), split, folds=f) for split, f in (("train", fold), ("test", None))]
+            arrays = [(d.data.transpose(0, 2, 3, 1), d.labels) for d in found]
+        else:
+            found = [kind(str(args.data_path), train=train) for train in (True, False)]
+            arrays = [(d.data, d.targets) for d in found]
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"{args.data_path}: {args.dataset} not found or damaged ({' '.join(str(error).split())[:80]}); unpack its "
+            "public files there"
+        ) from None
+    train, test = (ArrayImages(x, [int(label) for label in y], list(found[0].classes)) for x, y in arrays)
+    return Sets(train, {"test": test})
+
+
+def _folders(args: argparse.Namespace) -> Sets:
+    root, names = Path(args.data_path), [name for name in args.tests.split(",") if name]
+    if args.train_list or args.val_list:
+        if not (args.train_list and args.val_list):
+            raise UserError("--train_list and --val_list go together")
+        train, val = list_file(args.train_list, root), list_file(args.val_list, root)
+        classes = [str(y) for y in range(1 + max(int(train.labels.max()), int(val.labels.max())))]
+        return Sets(ImageList(train.samples, classes), {"val": ImageList(val.samples, classes)})
+    train = image_folder(root / "train")
+    tests = {name: image_folder(root / name) for name in names or (["val"] if (root / "val").is_dir() else ["test"])}
+    for name, images in tests.items():
+        if images.classes != train.classes:
+            other = sorted(set(images.classes) ^ set(train.classes))
+            raise UserError(f"{root / name}: its classes are not those of {root / 'train'} (first: {other[0]})")
+    return Sets(train, tests)
+
+
+def ensure_synthetic(args: argparse.Namespace) -> None:
+    """With --synthetic write the generated set, once, before any process reads it."""
+    if args.synthetic:
+        if distributed.rank() == 0:
+            textures.ensure()
+        distributed.barrier()
+        args.data_path, args.dataset = textures.ensure(), "folder"
+        if getattr(args, "tests", None) == "":
+            args.tests = "test_b,test_a"
+
+
+def open_sets(args: argparse.Namespace) -> Sets:
+    """Training and test images without transforms; few labels and long tails taken from the training images."""
+    ensure_synthetic(args)
+    if args.per_class < 0 or (args.imbalance and args.imbalance < 1):
+        raise UserError(f"--per_class {args.per_class} --imbalance {args.imbalance}: 0 or more; 0, or 1 or more")
+    root = Path(args.data_path)
+    if args.dataset == "folder":
+        sets = _folders(args)
+    elif args.dataset in ("cifar10", "cifar100", "stl10"):
+        sets = _published(args)
+    elif args.dataset == "cub":
+        sets = _cub(root / "CUB_200_2011")
+    elif args.dataset == "aircraft":
+        sets = _aircraft(root / "fgvc-aircraft-2013b/data")
+    else:
+        sets = _cars(root / "stanford_cars")
+    train = sets.train
+    if args.imbalance:
+        train = subset(train, long_tail(train.labels, len(train.classes), args.imbalance, args.label_seed))
+    if args.per_class:
+        train = subset(train, few_labels(train.labels, train.classes, args.per_class, args.label_seed))
+    return Sets(cached(train, args.cache), sets.tests)
+
+
+def open_unlabelled(args: argparse.Namespace) -> ImageList:
+    """Training images for the autoencoder and for FixMatch; nobody looks at their labels, test images are not in it."""
+    ensure_synthetic(args)
+    root = Path(args.data_path)
+    if args.dataset == "stl10":
+        try:
+            found: Any = datasets.STL10(str(root), "train+unlabeled")
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{root}: stl10 not found ({' '.join(str(error).split())[:80]})") from None
+        return ArrayImages(found.data.transpose(0, 2, 3, 1), [-1] * len(found.data), [])
+    if args.dataset != "folder":
+        values = {**vars(args), "per_class": 0, "imbalance": 0, "label_seed": 0, "tests": ""}
+        return open_sets(argparse.Namespace(**values)).train
+    return cached(flat_folder(root / "train" if (root / "train").is_dir() else root), args.cache)
+
+
+def cached(images: ImageList, cache: bool) -> ImageList:
+    """With `cache` a copy that holds its decoded images; arrays are in memory anyway."""
+    if not cache or isinstance(images, ArrayImages):
+        return images
+    return ImageList(images.samples, images.classes, images.transform, cache=True)
+
+
+def few_labels(labels: Tensor, classes: Sequence[str], count: int, seed: int) -> list[int]:
+    """Indices, rising, of `count` images of each class, drawn by `seed`. UserError: a class that has fewer."""
+    chosen: list[int] = []
+    for y, name in enumerate(classes):
+        rows = np.flatnonzero(labels.numpy() == y)
+        if len(rows) < count:
+            raise UserError(f"--per_class {count}: class {name} has {len(rows)} images")
+        rng = np.random.Generator(np.random.PCG64(mix_key(seed, y)))
+        chosen += rng.permutation(rows)[:count].tolist()
+    return sorted(chosen)
+
+
+def long_tail(labels: Tensor, classes: int, imbalance: float, seed: int) -> list[int]:
+    """Indices, rising: n_j = n_max * imbalance^(-j / (C - 1)) images of class j, at least one, drawn by `seed`."""
+    most = int(torch.bincount(labels, minlength=classes).max())
+    chosen: list[int] = []
+    for y in range(classes):
+        count = max(1, int(most * imbalance ** (-y / max(1, classes - 1))))
+        rows = np.flatnonzero(labels.numpy() == y)
+        rng = np.random.Generator(np.random.PCG64(mix_key(seed, y)))
+        chosen += rng.permutation(rows)[:count].tolist()
+    return sorted(chosen)
+
+
+def read_fewshot(root: Path) -> dict[str, ImageList]:
+    """Disjoint classes of train, val and test: DIR/SPLIT/CLASS/*, or DIR/SPLIT.csv (filename,label) with DIR/images."""
+    out: dict[str, ImageList] = {}
+    owner: dict[str, str] = {}
+    for split in ("train", "val", "test"):
+        if (file := root / f"{split}.csv").is_file():
+            files: dict[str, list[Path]] = defaultdict(list)
+            with open(file, newline="", encoding="utf-8") as handle:
+                for row in csv.DictReader(handle):
+                    files[row["label"]].append(_need(root / "images" / row["filename"], f"the images of {file}"))
+            names = sorted(files)
+            out[split] = ImageList([(path, y) for y, name in enumerate(names) for path in sorted(files[name])], names)
+        else:
+            out[split] = image_folder(root / split)
+        for name in out[split].classes:
+            if name in owner:
+                raise UserError(f"{root}: class {name} is in {owner[name]} and in {split}; novel classes must be new")
+            owner[name] = split
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------- transforms
+def fit(size: int) -> Callable[[Image.Image], Image.Image]:
+    """Images of that very size as they are, others: shorter side to size * 256 / 224, centre crop."""
+    shrink = T.Compose([T.Resize(round(size * 256 / 224)), T.CenterCrop(size)])
+    return lambda image: image if image.size == (size, size) else shrink(image)
+
+
+def tensor(stats: str = "imagenet") -> T.Compose:
+    return T.Compose([T.ToTensor(), T.Normalize(*STATS[stats])])
+
+
+def test_transform(size: int, stats: str = "imagenet") -> T.Compose:
+    return T.Compose([fit(size), tensor(stats)])
+
+
+POLICIES: dict[str, Callable[[], Any] | None] = {
+    "none": None, "randaugment": T.RandAugment, "autoaugment": T.AutoAugment, "trivial": T.TrivialAugmentWide,
+}  # fmt: skip
+
+
+def train_transform(
+    size: int, crop: str = "resized", policy: str = "none", stats: str = "imagenet", min_scale: float = 0.08
+) -> T.Compose:
+    """Crop (resized as for ImageNet, padded by size / 8 as for CIFAR), flip, a policy of torchvision, normalise."""
+    made = POLICIES[policy]
+    return T.Compose([geometry(size, crop, min_scale), *([made()] if made else []), tensor(stats)])
+
+
+def geometry(size: int, crop: str, min_scale: float = 0.08, bicubic: bool = False) -> T.Compose:
+    mode = T.InterpolationMode.BICUBIC if bicubic else T.InterpolationMode.BILINEAR
+    if crop == "padded":
+        first: list[Any] = [fit(size), T.RandomCrop(size, padding=size // 8, padding_mode="reflect")]
+    else:
+        first = [T.RandomResizedCrop(size, (min_scale, 1.0), interpolation=mode)]
+    return T.Compose([*first, T.RandomHorizontalFlip()])
+
+
+# ----------------------------------------------------------------------------------------------------------- foreground
+def foreground(images: ImageList, size: int) -> Tensor | None:
+    """Masks [N, size, size] (bool) of the objects, in the geometry of the test transform; None where there are none.
+
+    From masks/SPLIT/CLASS/NAME.png beside the split's folder, or from the boxes of CUB.
+    """
+    if isinstance(images, ArrayImages) or not images.samples:
+        return None
+    first = images.samples[0][0]
+    root = first.parents[2]
+    if (root / "masks" / first.relative_to(root)).with_suffix(".png").is_file():
+        files = ((root / "masks" / path.relative_to(root)).with_suffix(".png") for path, _ in images.samples)
+        drawn: Iterator[Image.Image] = (load_image(file, "L") for file in files)
+    elif (first.parents[2] / "bounding_boxes.txt").is_file():  # CUB_200_2011/images/CLASS/NAME
+        drawn = _boxes(first.parents[2], images)
+    else:
+        return None
+    shape = fit(size)
+    return torch.stack([torch.from_numpy(np.array(shape(mask))) > 127 for mask in drawn])
+
+
+def _boxes(root: Path, images: ImageList) -> Iterator[Image.Image]:
+    what = "CUB_200_2011 as published"
+    numbers = {name: key for key, name in _lines(root / "images.txt", what)}
+    boxes = {key: [float(v) for v in box] for key, *box in _lines(root / "bounding_boxes.txt", what)}
+    for path, _ in images.samples:
+        x, y, w, h = boxes[numbers[path.relative_to(root / "images").as_posix()]]
+        mask = Image.new("L", load_image(path).size)
+        ImageDraw.Draw(mask).rectangle((x, y, x + w - 1, y + h - 1), fill=255)
+        yield mask
+
+
+# ------------------------------------------------------------------------------------------------ batches on the device
+class Resident:
+    """A loader whose images lie in the device's memory and are cropped and flipped a batch at a time.
+
+    For images that are small: random resized crops (bicubic, without antialiasing) and flips as one resampling. Not
+    the PIL pipeline of the paper. The draws depend on (seed, epoch, step) and not on the number of processes.
+    """
+
+    def __init__(self, images: ImageList, size: int, sampler: EpochSampler, seed: int, device: torch.device,
+                 min_scale: float = 0.2):  # fmt: skip
+        need = len(images) * 3 * size * size
+        if need > 4 << 30:
+            raise UserError(
+                f"--resident: {len(images)} images of {size} pixels take {need / 2**30:.1f} GiB, more than 4"
+            )
+        shape = fit(size)
+        arrays = [np.asarray(shape(images.image(i))) for i in range(len(images))]
+        self.pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous().to(device)  # [N, 3, s, s]
+        self.sampler, self.seed, self.min_scale = sampler, seed, min_scale
+        self.mean, self.std = (255 * torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
+
+    def __iter__(self) -> Iterator[tuple[Tensor]]:
+        s = self.sampler
+        for step, keys in enumerate(s, s.start):
+            rows = torch.tensor([index for _, index in keys], device=self.pixels.device)
+            generator = torch.Generator().manual_seed(mix_key(self.seed, s.epoch, step) >> 1)
+            theta = crop_matrices(len(keys) * s.world, self.min_scale, generator)
+            mine = theta[s.rank * len(keys) : (s.rank + 1) * len(keys)].to(rows.device)
+            x = self.pixels[rows].float()
+            grid = F.affine_grid(mine, list(x.shape), align_corners=False)
+            x = F.grid_sample(x, grid, "bicubic", "reflection", align_corners=False).clamp(0, 255)
+            yield (((x - self.mean) / self.std),)
+
+
+def crop_matrices(count: int, min_scale: float, generator: torch.Generator) -> Tensor:
+    """Affine maps [count, 2, 3] of random resized crops (area min_scale..1, sides 3/4..4/3) and flips."""
+    u = torch.rand(count, 5, generator=generator)
+    area = min_scale + (1 - min_scale) * u[:, 0]
+    ratio = torch.exp((2 * u[:, 1] - 1) * math.log(4 / 3))
+    w, h = (area * ratio).sqrt().clamp_max(1), (area / ratio).sqrt().clamp_max(1)
+    cx, cy = (1 - w) * (2 * u[:, 2] - 1), (1 - h) * (2 * u[:, 3] - 1)
+    flip = torch.where(u[:, 4] < 0.5, 1.0, -1.0)
+    zero = torch.zeros(count)
+    return torch.stack([w * flip, zero, cx, zero, h, cy], 1).view(count, 2, 3)

@@ -1,0 +1,224 @@
+"""Training of a classifier on augmented images: the step, what is drawn for it, schedules, test scores."""
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import v2
+from torchvision.utils import make_grid
+
+from mra import nets
+from mra.data import POLICIES
+from mra.mra import MRA, attention_scores, score_entropy
+from shared_utils import UserError, augment, distributed
+from shared_utils.data import EpochSampler, ImageList, mix_key, sample_rng
+from shared_utils.evaluation import same_buffers, stream, topk
+from shared_utils.run import Run
+
+MIXES = ("none", "mixup", "cutmix", "cutout")
+DRAWS, MIXING = 1, 2  # names of the streams of randomness of a seed
+
+
+def add_training_flags(p: argparse.ArgumentParser) -> None:
+    a = p.add_argument
+    a("--arch", choices=nets.ARCHS, default="resnet50")
+    a("--width", type=int, default=0, help="channels of the first stage; 0: the network's own")
+    a("--stem", choices=nets.STEMS, default="imagenet", help="of ResNet-18 to 50; cifar: 3x3 without pooling")
+    a("--pretrained", help="weights to start from, a public torchvision file or a run; default: none")
+    a("--crop", choices=["resized", "padded"], default="resized", help="random resized crop, or padded by an eighth")
+    a("--min_scale", type=float, default=0.08, help="least area of a resized crop")
+    a("--policy", choices=list(POLICIES), default="none", help="torchvision's augmentation policies, before MRA")
+    a("--mix", choices=MIXES, default="none", help="after MRA, so that pasted rectangles stay whole")
+    a("--mix_alpha", type=float, default=1.0, help="share ~ Beta(alpha, alpha) of mixup and cutmix")
+    a("--mix_prob", type=float, default=1.0, help="probability that a batch is mixed")
+    a("--cutout_size", type=int, default=0, help="side of the hole; 0: half of the image")
+    a("--head_lr_mult", type=float, default=1.0, help="learning rate of the linear layer over that of the rest")
+    a("--momentum", type=float, default=0.9)
+    a("--sync_bn", action="store_true", help="batch norm over all processes")
+    a("--eval_every", type=int, default=1, help="epochs between tests; the last one is always tested; 0: that alone")
+    a("--image_every", type=int, default=500, help="steps between pictures in tensorboard")
+
+
+def check_training_flags(args: argparse.Namespace, world: int) -> None:
+    """UserError for flags out of range, before anything is loaded."""
+    for name in ("input_size", "batch_size", "epochs", "log_every", "image_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("width", "wd", "cutout_size", "eval_every"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
+    if not args.lr > 0 or not args.mix_alpha > 0 or not args.head_lr_mult > 0:
+        raise UserError("--lr, --mix_alpha and --head_lr_mult must be above 0")
+    if not 0 <= args.mix_prob <= 1 or not 0 < args.min_scale <= 1:
+        raise UserError("--mix_prob must lie in 0..1, and --min_scale above 0 and up to 1")
+    if args.batch_size % world or args.batch_size // world < 2:
+        raise UserError(f"--batch_size {args.batch_size} does not give each of {world} processes the same 2 or more")
+
+
+def learning_rate(args: argparse.Namespace, epoch: int) -> float:
+    """Cosine to 0, or a tenth at each epoch of --schedule; by epoch."""
+    if args.decay == "cos":
+        return args.lr * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
+    return args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
+
+
+def optimizer_of(args: argparse.Namespace, network: nn.Module, nesterov: bool = False) -> torch.optim.SGD:
+    head = [q for name, q in network.named_parameters() if name.startswith("fc.")]
+    body = [q for name, q in network.named_parameters() if not name.startswith("fc.")]
+    groups = [{"params": body, "scale": 1.0}, {"params": head, "scale": args.head_lr_mult}]
+    return torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.wd, nesterov=nesterov)
+
+
+def draws(run: Run, operator: MRA, count: int) -> tuple[Tensor, Tensor]:
+    """MRA's noise [B, L] and choice [B] for this process's images of this step, drawn for all processes together."""
+    generator = torch.Generator().manual_seed(mix_key(run.args.seed, run.step, DRAWS) >> 1)
+    noise, use = operator.draw(count * run.world, generator)
+    mine = slice(run.rank * count, (run.rank + 1) * count)
+    return noise[mine], use[mine]
+
+
+def cutout(x: Tensor, size: int) -> Tensor:
+    """A square of the mean colour (0) in each image [B, 3, H, W], its centre anywhere, so that it may stick out."""
+    holes = []
+    for side in x.shape[2:]:
+        start = torch.randint(side, (len(x), 1)) - size // 2
+        place = torch.arange(side)
+        holes.append((place >= start) & (place < start + size))  # [B, side]
+    return x.masked_fill((holes[0][:, None, :, None] & holes[1][:, None, None, :]).to(x.device), 0)
+
+
+def mixed(args: argparse.Namespace, x: Tensor, y: Tensor, classes: int, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Images and targets ([B] or soft [B, C]) after --mix; all that is drawn depends on `key` alone."""
+    if args.mix == "none":
+        return x, y
+    with sample_rng(*key):
+        if float(torch.rand(())) >= args.mix_prob:
+            return x, y
+        if args.mix == "cutout":
+            return cutout(x, args.cutout_size or x.shape[-1] // 2), y
+        kind = v2.CutMix if args.mix == "cutmix" else v2.MixUp
+        return kind(alpha=args.mix_alpha, num_classes=classes)(x, y)
+
+
+class Info:
+    """Names of the classes and the test scores so far, kept in the checkpoint: a resumed run selects the same best."""
+
+    def __init__(self, classes: list[str]):
+        self.classes = classes
+        self.history: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"classes": self.classes, "history": self.history}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if list(state["classes"]) != self.classes:
+            raise UserError("the checkpoint was trained on other classes than the data has; give another --output-dir")
+        self.history = [dict(scores) for scores in state["history"]]
+
+    def result(self, key: str) -> dict[str, Any]:
+        """The last scores, and the best of `key` with its epoch."""
+        best = max(self.history, key=lambda scores: scores[key])  # the first of equals
+        return {**self.history[-1], f"{key}_best": best[key], "best_epoch": int(best["epoch"])}
+
+
+@torch.no_grad()
+def accuracy(run: Run, network: nn.Module, images: ImageList, per_class: bool = False) -> dict[str, Any]:
+    """top1 and top5 in per cent on clean images; `per_class`: also hits and images of each class. Keeps train mode."""
+    same_buffers(network)
+    was = network.training
+    network.eval()
+    classes = len(images.classes)
+    hits = torch.zeros(2, dtype=torch.float64)
+    table = torch.zeros(2, classes, dtype=torch.float64)  # right, all
+
+    def logits(x: Tensor) -> list[Tensor]:
+        with run.autocast():
+            return [network(x)]
+
+    for (out,), y in stream(logits, images, run.device, max(256, run.args.batch_size), run.args.workers):
+        hits += topk(out, y)
+        right = (out.argmax(1).cpu() == y).double()
+        table += torch.stack([torch.bincount(y, w, classes) for w in (right, torch.ones_like(right))])
+    network.train(was)
+    top1, top5 = (100 * distributed.all_sum(hits.to(run.device)).cpu() / len(images)).tolist()
+    scores: dict[str, Any] = {"top1": top1, "top5": top5}
+    return scores | ({"table": distributed.all_sum(table.to(run.device)).cpu()} if per_class else {})
+
+
+def fit(
+    run: Run, network: Any, loader: Any, sampler: EpochSampler, operator: MRA | None, optimizer: torch.optim.SGD,
+    info: Info, evaluate: Callable[[], dict[str, float]],
+) -> None:  # fmt: skip
+    """Train `network` from the run's position to its end; `evaluate` is called after the epochs of --eval_every."""
+    args, classes = run.args, len(info.classes)
+    net: nn.Module = nn.parallel.DistributedDataParallel(network) if run.world > 1 else network
+    network.train()
+    for epoch, (images, labels, _) in run.batches(loader, sampler, args.epochs):
+        lr = learning_rate(args, epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        x = images.to(run.device, memory_format=torch.channels_last, non_blocking=True)  # [B, 3, H, W]
+        y = labels.to(run.device, non_blocking=True)  # [B]
+
+        # x_hat = MRA(x), without gradient; then mixing of (x_hat, y); then one step of the classifier alone
+        x_hat = x
+        if operator is not None:
+            with run.autocast():
+                x_hat = operator(x, *draws(run, operator, len(x)))
+        x_mix, target = mixed(args, x_hat, y, classes, (args.seed, run.step, run.rank, MIXING))
+        with run.autocast():
+            logits = net(x_mix.contiguous(memory_format=torch.channels_last))  # [B, C]
+        loss = F.cross_entropy(logits.float(), target)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+        watched: dict[str, Any] = {}
+        if run.log_due():
+            watched["acc/train"] = 100 * (logits.detach().argmax(1) == y).float().mean()
+            if operator is not None:
+                watched |= telemetry(operator, x)
+        last = epoch + 1 == args.epochs
+        if run.step_in_epoch + 1 == sampler.steps_per_epoch and bool(torch.isfinite(loss)):
+            if last or (args.eval_every and (epoch + 1) % args.eval_every == 0):
+                info.history.append({**evaluate(), "epoch": float(epoch)})
+                watched |= {f"val/{k}": v for k, v in info.history[-1].items() if k != "epoch"}
+        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
+        if run.due(args.image_every):
+            shown = [augment.denormalise(v[:8]).cpu() for v in (x, x_hat, x_mix)]
+            run.image("views/input_mra_mixed", make_grid(torch.cat(shown), nrow=len(shown[0]), padding=2))
+
+
+@torch.no_grad()
+def telemetry(operator: MRA, x: Tensor, count: int = 32) -> dict[str, Tensor]:
+    """Entropy of the attention of some images of x, over log L: near 1 the probe tells nothing."""
+    z = x[:count].float() * operator.scale + operator.shift
+    a = attention_scores(operator.mae, operator.mae.embed(z), operator.source)
+    return {"mra/entropy": score_entropy(a, operator.source, operator.mae.size.enc[0]).mean()}
+
+
+@torch.no_grad()
+def estimate(run: Run, network: nn.Module, operator: MRA | None, steps: int) -> str:
+    """Minutes of the whole run from a timed forward pass (a backward pass counts as two) and a timed MRA."""
+    args = run.args
+    local = args.batch_size // run.world
+    x = torch.zeros(local, 3, args.input_size, args.input_size, device=run.device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    network.eval()
+    for _ in range(2):
+        seconds = [time.perf_counter()]
+        with run.autocast():
+            network(x).sum().item()
+            seconds.append(time.perf_counter())
+            if operator is not None:
+                operator(x, *operator.draw(local, torch.Generator().manual_seed(0))).sum().item()
+            seconds.append(time.perf_counter())
+    network.train()
+    step = 3 * (seconds[1] - seconds[0]) + seconds[2] - seconds[1]
+    minutes = step * steps * args.epochs / 60
+    return f"about {max(1, round(minutes))} min for {steps * args.epochs} steps if data loading keeps up"

@@ -1,0 +1,246 @@
+"""FixMatch with MRA on the strong branch: python -m mra.main_fixmatch --dataset stl10 --mae_ckpt MAE.pth
+
+Pseudo-labels come from weakly augmented images, which MRA never touches; the moving average of the weights is tested.
+Also by torchrun.
+"""
+
+import argparse
+import copy
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.utils import make_grid
+
+from mra import data, engine, nets
+from mra.mra import add_mra_flags, build
+from shared_utils import UserError, augment, checkpoint, distributed
+from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key, sample_rng
+from shared_utils.evaluation import write_result
+from shared_utils.run import Parser, Run, add_run_flags, cli
+
+
+def get_parser() -> Parser:
+    p = Parser(prog="mra.main_fixmatch", description=(__doc__ or "").splitlines()[0])
+    a = p.add_argument
+    data.add_data_flags(p)
+    data.add_label_flags(p)
+    add_mra_flags(p)
+    a("--arch", choices=nets.ARCHS, default="wrn28-2")
+    a("--width", type=int, default=0, help="channels of the first stage; 0: the network's own")
+    a("--stem", choices=nets.STEMS, default="imagenet")
+    a("--strong", choices=list(data.POLICIES), default="randaugment", help="policy of the strong branch, before MRA")
+    a("--strong_cutout", action=argparse.BooleanOptionalAction, default=True, help="FixMatch's, after MRA")
+    a("--iterations", type=int, default=2**20, help="steps, a whole number of epochs")
+    a("--epoch_steps", type=int, default=1024, help="steps of an epoch: between tests and checkpoints")
+    a("--batch_size", type=int, default=64, help="labelled images a step, all processes together")
+    a("--mu", type=int, default=7, help="unlabelled images for one labelled image")
+    a("--threshold", type=float, default=0.95, help="confidence from which a pseudo-label counts")
+    a("--lambda_u", type=float, default=1.0, help="weight of the unlabelled loss")
+    a("--lr", type=float, default=0.03, help="times cos(7 pi k / 16 K) at step k of K")
+    a("--wd", type=float, default=5e-4, help="1e-3 for CIFAR-100")
+    a("--momentum", type=float, default=0.9, help="Nesterov's")
+    a("--ema", type=float, default=0.999, help="decay of the moving average of the weights")
+    a("--sync_bn", action="store_true", help="batch norm over all processes")
+    a("--image_every", type=int, default=1000, help="steps between pictures in tensorboard")
+    add_run_flags(p, "mra/fixmatch/default")
+    p.set_defaults(head_lr_mult=1.0)
+    return p
+
+
+def check_flags(args: argparse.Namespace, world: int) -> None:
+    """UserError for flags out of range, before anything is loaded."""
+    for name in ("input_size", "batch_size", "iterations", "epoch_steps", "mu", "log_every", "image_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.iterations % args.epoch_steps:
+        raise UserError(f"--iterations {args.iterations} is no multiple of --epoch_steps {args.epoch_steps}")
+    if args.batch_size % world:
+        raise UserError(f"--batch_size {args.batch_size} does not divide over {world} processes")
+    if not 0 <= args.threshold <= 1 or not 0 <= args.ema < 1 or args.lambda_u < 0 or not args.lr > 0:
+        raise UserError("--threshold must lie in 0..1, --ema in 0..1 (1 excluded), --lambda_u from 0, --lr above 0")
+
+
+class Again(Dataset):
+    """A dataset as often as an epoch of a fixed number of steps needs it, each time with draws of its own."""
+
+    def __init__(self, images: Dataset, size: int):
+        self.images, self.size = images, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Any:
+        return self.images[index % len(self.images)]  # type: ignore[arg-type]
+
+
+class TwoViews(Dataset):
+    """(weak, strong) of an unlabelled image, two crops; its label, if the folder has one, is not read."""
+
+    def __init__(self, images: ImageList, weak: Any, strong: Any):
+        self.images, self.weak, self.strong = images, weak, strong
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image: Image.Image = self.images.image(index)
+        return self.weak(image), self.strong(image)
+
+
+class Both:
+    """Two loaders, or two samplers, as one: labelled and unlabelled batches side by side, from the same position."""
+
+    def __init__(self, labelled: Any, unlabelled: Any):
+        self.labelled, self.unlabelled = labelled, unlabelled
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.labelled.steps_per_epoch
+
+    def at(self, epoch: int, step: int = 0) -> "Both":
+        self.labelled.at(epoch, step)
+        self.unlabelled.at(epoch, step)
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        return zip(self.labelled, self.unlabelled)
+
+
+class Ema:
+    """Moving average of the weights; batch-norm statistics are taken over as they are."""
+
+    def __init__(self, network: nn.Module, decay: float):
+        self.network, self.decay = copy.deepcopy(network).requires_grad_(False), decay
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        own, new = ([q.detach() for q in n.parameters()] for n in (self.network, network))
+        torch._foreach_lerp_(own, new, 1 - self.decay)
+        for mine, theirs in zip(self.network.buffers(), network.buffers()):
+            mine.copy_(theirs)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shadow": self.network.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        checkpoint.load_strict(self.network, state["shadow"])
+
+
+def fixmatch_loss(
+    labelled: Tensor, y: Tensor, weak: Tensor, strong: Tensor, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy on labels; on pseudo-labels of confident weak views; which of them are confident [mu B].
+
+    The unlabelled loss is a mean over all mu B images, the doubtful ones with 0. No gradient through the weak views.
+    """
+    confidence, pseudo = weak.detach().softmax(1).max(1)
+    mask = (confidence >= threshold).to(strong.dtype)
+    unlabelled = (F.cross_entropy(strong, pseudo, reduction="none") * mask).mean()
+    return F.cross_entropy(labelled, y), unlabelled, mask
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
+    run = Run(args, "mra", "fixmatch")
+    check_flags(args, run.world)
+    local, epochs = args.batch_size // run.world, args.iterations // args.epoch_steps
+
+    # Data: labelled images weakly augmented, unlabelled ones in two views; two streams of samples, each keyed
+    train, tests = data.open_sets(args)
+    crowd = data.open_unlabelled(args)
+    size, stats = args.input_size, args.mean_std
+    weak = data.train_transform(size, "padded", "none", stats)
+    train.transform = weak
+    views = TwoViews(crowd, weak, data.train_transform(size, "padded", args.strong, stats))
+    test_name, test = next(iter(tests.items()))
+    test.transform = data.test_transform(size, stats)
+    seeds = (args.seed, mix_key(args.seed, 1) >> 1)
+    parts = []
+    for stock, share, seed in ((train, local, seeds[0]), (views, local * args.mu, seeds[1])):
+        again = Again(stock, args.epoch_steps * share * run.world)
+        sampler = EpochSampler(len(again), share, seed, run.rank, run.world)
+        parts.append((run.loader(Keyed(again, seed), sampler), sampler))
+    loader: Any = Both(parts[0][0], parts[1][0])
+    both: Any = Both(parts[0][1], parts[1][1])
+
+    # Model
+    operator, about_mra = build(args, size, run.device, data.STATS[stats])
+    network = nets.build(args.arch, len(train.classes), args.width, args.stem)
+    distributed.convert_norm(network, "sync" if args.sync_bn else "local")
+    network.to(run.device).to(memory_format=torch.channels_last)
+    ema = Ema(network, args.ema)
+    optimizer = engine.optimizer_of(args, network, nesterov=True)
+    info = engine.Info(train.classes)
+    run.track(state_dict=network, optimizer=optimizer, ema=ema, info=info)
+    run.preflight(
+        {
+            "data": f"{args.data_path} ({args.dataset}): {len(train)} labelled images of {len(train.classes)} classes, "
+            f"{len(crowd)} unlabelled; test {test_name} {len(test)}",
+            "MRA on the strong branch": about_mra,
+            "classifier": f"{args.arch}, {sum(q.numel() for q in network.parameters()) / 1e6:.2f} M",
+            "batch": f"{args.batch_size} labelled + {args.batch_size * args.mu} unlabelled, {args.iterations} steps",
+            "learning rate": f"{args.lr} cos(7 pi k / 16 K)",
+            "expected initial loss": f"about log {len(train.classes)} = {math.log(len(train.classes)):.2f}: no "
+            "pseudo-label is confident at first",
+        }
+    )
+    net: nn.Module = nn.parallel.DistributedDataParallel(network) if run.world > 1 else network
+    network.train()
+    for epoch, ((x, y, _), (u_weak, u_strong)) in run.batches(loader, both, epochs):
+        lr = args.lr * math.cos(7 * math.pi * run.step / (16 * args.iterations))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        x, y, u_weak, u_strong = (v.to(run.device, non_blocking=True) for v in (x, y, u_weak, u_strong))
+
+        # MRA and then Cutout on the strong views alone; one forward pass of all views
+        u_hat = u_strong
+        if operator is not None:
+            with run.autocast():
+                u_hat = operator(u_strong, *engine.draws(run, operator, len(u_strong)))
+        if args.strong_cutout:
+            with sample_rng(args.seed, run.step, run.rank, engine.MIXING):
+                u_hat = engine.cutout(u_hat, size // 2)
+        views_all = torch.cat([x, u_weak, u_hat]).contiguous(memory_format=torch.channels_last)
+        with run.autocast():
+            logits = net(views_all).float()  # [B + 2 mu B, C]
+        l_weak, l_strong = logits[len(x) :].chunk(2)
+        l_x, l_u, confident = fixmatch_loss(logits[: len(x)], y, l_weak, l_strong, args.threshold)
+        loss = l_x + args.lambda_u * l_u
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        ema.update(network)
+
+        watched: dict[str, Any] = {}
+        if run.log_due():
+            watched = {
+                "loss/labelled": l_x.detach(),
+                "loss/unlabelled": l_u.detach(),
+                "fixmatch/mask": confident.mean(),
+            }
+            if operator is not None:
+                watched |= engine.telemetry(operator, u_strong)
+        if run.step_in_epoch + 1 == args.epoch_steps and bool(torch.isfinite(loss)):
+            info.history.append({**engine.accuracy(run, ema.network, test), "epoch": float(epoch)})
+            watched["val/top1"] = info.history[-1]["top1"]
+        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
+        if run.due(args.image_every):
+            shown = [augment.denormalise(v[:8]).cpu() for v in (u_weak, u_strong, u_hat)]
+            run.image("views/weak_strong_mra", make_grid(torch.cat(shown), nrow=len(shown[0]), padding=2))
+
+    result = info.result("top1")
+    result["top1_median20"] = float(statistics.median(scores["top1"] for scores in info.history[-20:]))
+    write_result(run.dir, result | {"minutes": run.minutes(), "mae_md5": args.mae_md5, "test": test_name})
+    run.finish(f"occlusion: python -m mra.eval_occlusion --checkpoint {run.dir}/checkpoint.pth")
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)

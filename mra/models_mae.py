@@ -1,0 +1,333 @@
+"""The masked autoencoder (MAE, arXiv 2111.06377), written anew; its parameters have the names of public MAE files.
+
+Shapes: images [B, 3, H, H]; p: side of a patch; g = H / p; L = g * g patches; De, Dd: width of encoder and decoder.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared_utils import UserError, checkpoint
+
+
+class Size(NamedTuple):
+    """Side of a patch; (width, depth, heads) of encoder and decoder."""
+
+    patch: int
+    enc: tuple[int, int, int]
+    dec: tuple[int, int, int]
+
+
+SIZES = {
+    "mae_mini_patch16": Size(16, (192, 12, 3), (192, 1, 3)),  # the augmentor's; widths are our choice
+    "mae_small_patch16": Size(16, (384, 12, 6), (256, 2, 8)),
+    "mae_base_patch16": Size(16, (768, 12, 12), (512, 8, 16)),  # base, large, huge: the public files
+    "mae_large_patch16": Size(16, (1024, 24, 16), (512, 8, 16)),
+    "mae_huge_patch14": Size(14, (1280, 32, 16), (512, 8, 16)),
+    "mae_tiny_patch8": Size(8, (96, 4, 3), (96, 1, 3)),  # small and mini tier: 48 pixels
+    "mae_tiny_patch4": Size(4, (96, 4, 3), (96, 1, 3)),  # 32 pixels
+}
+LICENCE = "public MAE weights are CC BY-NC 4.0 (facebookresearch/mae): no commercial use"
+
+
+# --------------------------------------------------------------------------------------------------- patches and masks
+def patchify(x: Tensor, p: int) -> Tensor:
+    """[B, 3, H, H] -> [B, L, p * p * 3]; inside a token the channel is the fastest axis."""
+    b, c, h, w = x.shape
+    x = x.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1)  # [B, g, g, p_row, p_col, 3]
+    return x.reshape(b, (h // p) * (w // p), p * p * c)
+
+
+def unpatchify(t: Tensor, p: int) -> Tensor:
+    """The inverse of `patchify`: [B, L, p * p * 3] -> [B, 3, g * p, g * p]."""
+    b, n, d = t.shape
+    g = math.isqrt(n)
+    t = t.reshape(b, g, g, p, p, d // (p * p)).permute(0, 5, 1, 3, 2, 4)  # [B, 3, g, p_row, g, p_col]
+    return t.reshape(b, d // (p * p), g * p, g * p)
+
+
+def len_keep(patches: int, ratio: float) -> int:
+    """Visible patches, MAE's own rule: int(L * (1 - r)) in binary floating point (L = 100, r = .9 leaves 9)."""
+    return int(patches * (1 - ratio))
+
+
+def mask_from_scores(x: Tensor, scores: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep the int(L * (1 - r)) patches with the largest scores.
+
+    Args:
+        x: tokens [B, L, D], positions already added.
+        scores: [B, L]: attention; or -U(0, 1) noise, which is MAE's random masking. Equal scores: the first one wins.
+
+    Returns:
+        visible tokens [B, k, D]; mask [B, L], 1 erased and 0 kept; ids_restore [B, L] back to the image's order.
+    """
+    b, n, d = x.shape
+    keep = len_keep(n, ratio)
+    ids_shuffle = torch.argsort(scores, dim=1, descending=True, stable=True)
+    ids_restore = torch.argsort(ids_shuffle, dim=1, stable=True)
+    visible = torch.gather(x, 1, ids_shuffle[:, :keep, None].expand(-1, -1, d))
+    mask = (ids_restore >= keep).to(torch.float32)
+    return visible, mask, ids_restore
+
+
+def sincos_positions(dim: int, grid: int) -> Tensor:
+    """Fixed positions [g * g + 1, D]: first half of the channels by column, second half by row; row 0 (class) is 0."""
+    if dim % 4:
+        raise UserError(f"width {dim}: 2-D sin-cos positions need a multiple of 4")
+    omega = 10000.0 ** (-np.arange(dim // 4, dtype=np.float64) / (dim / 4))
+    row, column = np.divmod(np.arange(grid * grid, dtype=np.float64), grid)
+    angles = [np.outer(q, omega) for q in (column, row)]  # [L, D / 4] each
+    table = np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)
+    return torch.from_numpy(np.concatenate([np.zeros((1, dim)), table])).float()
+
+
+# ------------------------------------------------------------------------------------------------------- the network
+class PatchEmbed(nn.Module):
+    def __init__(self, p: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, p, p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # [B, D, g, g] -> [B, L, D]
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> q, k, v as [3, B, heads, T, D / heads]."""
+        b, t, d = x.shape
+        return self.qkv(x).reshape(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(x)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def class_weights(self, x: Tensor) -> Tensor:
+        """Attention of the class token to the patches [B, T - 1]: mean over the heads, sums to 1 over the patches."""
+        q, k, _ = self.split(x).float()
+        logits = (q[:, :, :1] @ k.transpose(2, 3)).squeeze(2) * q.shape[-1] ** -0.5  # [B, heads, T]
+        weights = logits.softmax(-1).mean(1)[:, 1:]
+        return weights / weights.sum(1, keepdim=True)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class MAE(nn.Module):
+    """Encoder E, decoder D and the loss on the erased patches.
+
+    Raises:
+        UserError: widths that the heads do not divide, an image that the patch does not divide.
+    """
+
+    def __init__(self, img_size: int, size: Size, norm_pix_loss: bool = False):
+        super().__init__()
+        p, (de, depth, heads), (dd, dec_depth, dec_heads) = size
+        for width, h in ((de, heads), (dd, dec_heads)):
+            if width < 1 or h < 1 or width % h:
+                raise UserError(f"a width of {width} does not divide over {h} heads")
+        if img_size % p or img_size < p:
+            raise UserError(f"images of {img_size} pixels do not divide into patches of {p}")
+        self.size, self.img_size, self.norm_pix_loss = size, img_size, norm_pix_loss
+        self.p, self.grid = p, img_size // p
+        self.patches = self.grid**2
+
+        def table(dim: int) -> nn.Parameter:
+            return nn.Parameter(sincos_positions(dim, self.grid)[None], requires_grad=False)
+
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, de))
+        self.pos_embed = table(de)
+        self.patch_embed = PatchEmbed(p, de)
+        self.blocks = nn.ModuleList(Block(de, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(de, eps=1e-6)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dd))
+        self.decoder_embed = nn.Linear(de, dd)
+        self.decoder_pos_embed = table(dd)
+        self.decoder_blocks = nn.ModuleList(Block(dd, dec_heads) for _ in range(dec_depth))
+        self.decoder_norm = nn.LayerNorm(dd, eps=1e-6)
+        self.decoder_pred = nn.Linear(dd, p * p * 3)
+        self.initialise()
+
+    def initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        weight = self.patch_embed.proj.weight
+        nn.init.xavier_uniform_(weight.view(len(weight), -1))  # as the linear layer that it is; its bias stays
+        for token in (self.cls_token, self.mask_token):
+            nn.init.normal_(token, std=0.02)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Tokens t_i [B, L, De] with their positions: added here, before anything is gathered."""
+        return self.patch_embed(x) + self.pos_embed[:, 1:]
+
+    def with_class(self, tokens: Tensor) -> Tensor:
+        """[B, T, De] -> [B, 1 + T, De]: class token and its position first."""
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        return torch.cat([first.to(tokens.dtype), tokens], 1)
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """E: any number of tokens [B, T, De] -> [B, 1 + T, De]."""
+        x = self.with_class(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """D: latents [B, 1 + k, De] of the visible patches -> pixels y_hat [B, L, p * p * 3] of all of them."""
+        x = self.decoder_embed(latent)  # [B, 1 + k, Dd]
+        b, n = ids_restore.shape
+        missing = self.mask_token.to(x.dtype).expand(b, n + 1 - x.shape[1], -1)
+        full = torch.cat([x[:, 1:], missing], 1)  # [B, L, Dd], without the class token
+        full = torch.gather(full, 1, ids_restore[:, :, None].expand(-1, -1, full.shape[2]))
+        x = torch.cat([x[:, :1], full], 1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def target(self, x: Tensor) -> Tensor:
+        """[B, L, p * p * 3]: pixels, each patch normalised by its own statistics with norm_pix_loss."""
+        t = patchify(x, self.p)
+        if self.norm_pix_loss:
+            t = (t - t.mean(2, keepdim=True)) / (t.var(2, keepdim=True) + 1e-6).sqrt()
+        return t
+
+    def loss(self, x: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """Mean over the erased patches of the squared error, a number."""
+        error = (pred.float() - self.target(x.float())).square().mean(2)  # [B, L]
+        return (error * mask).sum() / mask.sum()
+
+    def forward(self, x: Tensor, noise: Tensor, ratio: float = 0.75) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, prediction [B, L, p * p * 3] and mask [B, L] of images x; noise U(0, 1) [B, L] chooses the patches."""
+        visible, mask, ids_restore = mask_from_scores(self.embed(x), -noise, ratio)
+        pred = self.decode(self.encode(visible), ids_restore)
+        return self.loss(x, pred, mask), pred, mask
+
+
+# ------------------------------------------------------------------------------------------------------ building, files
+FLAGS = ("patch_size", "enc_dim", "enc_depth", "enc_heads", "dec_dim", "dec_depth", "dec_heads")
+
+
+def resolve(name: str, own: Mapping[str, Any]) -> Size:
+    """The size of the registry with the flags of `FLAGS` that are not None in its place. UserError: unknown name."""
+    if name not in SIZES:
+        raise UserError(f"--model {name}: unknown; choose from {', '.join(SIZES)}")
+    p, enc, dec = SIZES[name]
+    values = [default if own.get(flag) is None else int(own[flag]) for flag, default in zip(FLAGS, (p, *enc, *dec))]
+    if min(values) < 1:
+        raise UserError(f"{', '.join('--' + flag for flag in FLAGS)}: each must be at least 1")
+    return Size(values[0], (values[1], values[2], values[3]), (values[4], values[5], values[6]))
+
+
+def size_of(state: Mapping[str, Tensor], flags: Mapping[str, Any], heads: Sequence[int]) -> Size:
+    """Size of the network that wrote `state`. Shapes tell all but the heads: `heads`, the flags, the registry do.
+
+    UserError: an encoder-only file, and heads that nothing tells.
+    """
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "mask_token", "decoder_embed.weight",
+              "decoder_pos_embed", "decoder_norm.weight", "decoder_pred.weight")  # fmt: skip
+    absent = [key for key in needed if key not in state]
+    if absent:
+        only = " (an encoder-only file, of no use here: take mae_visualize_vit_*.pth or one of run_pretrain.sh)"
+        raise UserError(f"no {absent[0]}" + (only if any("decoder" in key for key in absent) else ""))
+    p = state["patch_embed.proj.weight"].shape[-1]
+    de, dd = state["cls_token"].shape[2], state["mask_token"].shape[2]
+    depth, dec_depth = (
+        1 + max((int(key.split(".")[1]) for key in state if key.startswith(prefix)), default=-1)
+        for prefix in ("blocks.", "decoder_blocks.")
+    )
+    known = next((s for s in SIZES.values() if (s.enc[:2], s.dec[:2]) == ((de, depth), (dd, dec_depth))), None)
+    told: tuple[Any, Any] = (flags.get("enc_heads"), flags.get("dec_heads"))
+    if any(heads):
+        told = (heads[0], heads[1])
+    elif None in told and known is not None:
+        told = (known.enc[2], known.dec[2])
+    if None in told or not all(told):
+        raise UserError(f"width {de} / {dd}, depth {depth} / {dec_depth} is not in the registry: give --mae_heads")
+    return Size(p, (de, depth, int(told[0])), (dd, dec_depth, int(told[1])))
+
+
+class Loaded(NamedTuple):
+    mae: MAE
+    report: str  # one line for the preflight
+    md5: str  # of the file
+    norm_pix: bool
+
+
+def load(path: Path, img_size: int, heads: Sequence[int] = (0, 0), norm_pix: str = "auto") -> Loaded:
+    """A frozen MAE with decoder for images of `img_size` pixels, from a run of main_pretrain or a public file.
+
+    Positions are fixed: for another grid than the file's they are computed anew, never cut or interpolated.
+
+    Args:
+        heads: of encoder and decoder, where neither the file nor the registry tells; 0, 0: they do.
+        norm_pix: whether its targets were normalised patches: yes, no, or auto (the run's flag; the public `_full`
+            files are, the `visualize` files are not).
+
+    Raises:
+        UserError: no file, not MAE weights, a decoder key missing, shapes that fit nothing.
+    """
+    saved = checkpoint.load(path)
+    state = checkpoint.read_weights(path, "auto")
+    stored = saved.get("args") if isinstance(saved, Mapping) else None
+    flags: Mapping[str, Any] = stored if isinstance(stored, Mapping) else vars(stored) if stored is not None else {}
+    try:
+        size = size_of(state, flags, heads)
+        with torch.random.fork_rng(devices=[]):  # a classifier starts from the same weights with and without MRA
+            mae = MAE(img_size, size)
+        own = math.isqrt(state["pos_embed"].shape[1] - 1)
+        for key in ("pos_embed", "decoder_pos_embed"):
+            fixed = sincos_positions(state[key].shape[2], own)[None]
+            if state[key].shape != fixed.shape or not torch.allclose(state[key].float(), fixed, atol=1e-4):
+                raise UserError(f"{key} is not the fixed sin-cos table of {own} x {own} patches")
+            state[key] = getattr(mae, key).detach() if own != mae.grid else state[key]
+        checkpoint.load_strict(mae, state)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if norm_pix == "auto":
+        normalised = bool(flags.get("norm_pix_loss", "_full" in Path(path).name))
+    else:
+        normalised = norm_pix == "yes"
+    mae.norm_pix_loss = normalised
+    mae.requires_grad_(False).eval()
+    md5 = hashlib.md5(Path(path).read_bytes(), usedforsecurity=False).hexdigest()
+    ours = isinstance(saved, Mapping) and "progress" in saved
+    millions = sum(q.numel() for q in mae.parameters()) / 1e6
+    report = (
+        f"{path}: {size.enc} / {size.dec}, patch {size.patch}, {millions:.2f} M, md5 {md5[:12]}, trained on "
+        f"{flags.get('data_path', 'unknown images')}" + ("" if ours else f"; {LICENCE}")
+    )
+    return Loaded(mae, report, md5, normalised)

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# The autoencoder: bash mra/run_pretrain.sh [mini|small|paper] [flags of mra.main_pretrain]
+# DATA_ROOT names the folder of the data sets, SET the small tier's (texture, cifar10), GPUS the processes, RUNS the
+# folder of the outputs.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+tier=mini
+case "${1:-}" in mini | small | paper) tier=$1 && shift ;; --* | "") ;; *)
+  echo "error: unknown tier '$1'; choose mini, small or paper" >&2
+  exit 2
+  ;;
+esac
+source shared_utils/env.sh
+
+out=${RUNS:-runs}/mra/pretrain/$tier
+case "$tier" in
+  mini)
+    # MAE (section 2.5 of the spec in README.md) at toy size: 4,000 generated images of 48 pixels, 36 patches, 0.6 M
+    # parameters, 2 epochs, about 20 seconds on one core; the loss falls from about 2 to 0.9.
+    flags=(
+      --synthetic --input_size 48 --model mae_tiny_patch8 --resident
+      --batch_size 64 --epochs 2 --warmup_epochs 1 --lr 0.001 --workers 0 --threads 1 --log-every 10
+    )
+    ;;
+  small)
+    # One autoencoder a set, trained on its training images alone and shared by all arms. texture: 4,000 generated images
+    # of 48 pixels, 60 epochs. cifar10: 20,000 images of 32 pixels, 64 patches, 40 epochs. About a minute on a GPU; on one
+    # CPU core 10 minutes and an hour.
+    set_name=${SET:-texture}
+    out=$out/$set_name
+    flags=(--resident --workers 0 --threads 1 --log-every 50)
+    if [ "$set_name" = texture ]; then
+      flags+=(--synthetic --input_size 48 --model mae_tiny_patch8 --batch_size 64 --epochs 60 --warmup_epochs 4)
+    else
+      flags+=(
+        --data_path "${DATA_ROOT:-data}/$set_name" --input_size 32 --model mae_tiny_patch4
+        --batch_size 256 --epochs 40 --warmup_epochs 4
+      )
+    fi
+    flags+=(--lr 0.0015)
+    ;;
+  paper)
+    # The light autoencoder on ImageNet, 224 pixels, 196 patches: 200 epochs and the widths are choices of ours, raw
+    # pixels as targets inferred; the rest is MAE's recipe. 4,096 images a step with 8 GPUs. Never run here, so no time
+    # is given. Its public files (mae_visualize_vit_*.pth) can be taken instead: MAE=FILE bash mra/run_supervised.sh paper.
+    flags=(
+      --data_path "${DATA_ROOT:-data}" --model mae_mini_patch16 --batch_size 256 --accum_iter 2
+      --epochs 200 --warmup_epochs 20 --blr 1.5e-4 --workers 10 --log-every 100
+    )
+    ;;
+esac
+
+"${launch[@]}" -m mra.main_pretrain --output-dir "$out" "${flags[@]}" "$@"
+echo "next: ${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${SET:+SET=$SET }bash mra/run_supervised.sh $tier"

@@ -1,0 +1,148 @@
+"""The data of mra: the generated set, few labels, long tails, readers of public layouts, masks, few-shot splits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mra import data, main_supervised, textures
+from shared_utils import UserError
+
+
+def image(path: Path, value: int = 100, size: tuple[int, int] = (20, 20)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, 0, 0)).save(path)
+
+
+def parse(*words: str):
+    return main_supervised.get_parser().parse_args(["--input_size", "16", *words])
+
+
+def test_textures_tell_the_class_in_training_alone() -> None:
+    shares = {}
+    for split, count in textures.COUNTS.items():
+        own = []
+        for index in range(0, 8 * count, 5):
+            picture, mask, family = textures.draw(split, index)
+            own.append(family == textures.FAMILIES[index // count])
+            assert picture.shape == (48, 48, 3) and set(np.unique(mask)) == {0, 255} and 0.01 < mask.mean() / 255 < 0.36
+        shares[split] = sum(own) / len(own)
+    assert 0.74 < shares["train"] < 0.86 and 0.7 < shares["test_a"] < 0.9 and shares["test_b"] < 0.22
+    again = textures.draw("train", 7)
+    assert all(np.array_equal(a, b) for a, b in zip(again[:2], textures.draw("train", 7)[:2]))
+    assert not np.array_equal(again[0], textures.draw("test_a", 7)[0])
+
+
+def test_the_object_is_where_the_mask_says() -> None:
+    """One colour inside, up to noise and edges; so it is not outside."""
+    for shape in range(8):
+        picture, mask, _ = textures.draw("train", shape * 500 + 3)
+        inside = mask > 0
+        core = inside & np.roll(inside, 1, 0) & np.roll(inside, -1, 0) & np.roll(inside, 1, 1) & np.roll(inside, -1, 1)
+        assert picture[core].std(0).max() < 8
+
+
+def test_the_set_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(textures, "COUNTS", {"train": 2, "test_a": 1, "test_b": 1})
+    root = textures.ensure(tmp_path / "set")
+    assert len(list((root / "train").rglob("*.png"))) == 16 == len(list((root / "masks/train").rglob("*.png")))
+    monkeypatch.setattr(textures, "write", lambda _: pytest.fail("written again"))
+    assert textures.ensure(root) == root
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="is not a generated set"):
+        textures.ensure(tmp_path / "other")
+    images = data.image_folder(root / "test_b")
+    masks = data.foreground(images, 48)
+    assert masks is not None and masks.shape == (8, 48, 48) and masks.any((1, 2)).all()
+
+
+def test_few_labels_and_long_tails() -> None:
+    labels = torch.arange(3).repeat_interleave(100)
+    few = data.few_labels(labels, ["a", "b", "c"], 5, 0)
+    assert torch.bincount(labels[few]).tolist() == [5, 5, 5] and few == sorted(few)
+    assert few == data.few_labels(labels, ["a", "b", "c"], 5, 0) != data.few_labels(labels, ["a", "b", "c"], 5, 1)
+    tail = data.long_tail(labels, 3, 100, 0)
+    assert torch.bincount(labels[tail]).tolist() == [100, 10, 1]
+    with pytest.raises(UserError, match="class a has 100 images"):
+        data.few_labels(labels, ["a"], 101, 0)
+
+
+def test_cub_and_its_boxes(tmp_path: Path) -> None:
+    root = tmp_path / "CUB_200_2011"
+    names = ["001.A/x.jpg", "001.A/y.jpg", "002.B/z.jpg"]
+    for name in names:
+        image(root / "images" / name, size=(16, 16))
+    (root / "images.txt").write_text("".join(f"{i} {name}\n" for i, name in enumerate(names, 1)))
+    (root / "image_class_labels.txt").write_text("1 1\n2 1\n3 2\n")
+    (root / "train_test_split.txt").write_text("1 1\n2 0\n3 1\n")
+    (root / "classes.txt").write_text("1 001.A\n2 002.B\n")
+    (root / "bounding_boxes.txt").write_text("1 0.0 0.0 4.0 8.0\n2 4.0 2.0 3.0 5.0\n3 0.0 0.0 1.0 1.0\n")
+    train, tests = data.open_sets(parse("--dataset", "cub", "--data_path", str(tmp_path)))
+    assert [y for _, y in train.samples] == [0, 1] and [p.name for p, _ in tests["test"].samples] == ["y.jpg"]
+    masks = data.foreground(tests["test"], 16)
+    assert masks is not None and masks.sum() == 15 and masks[0, 2:7, 4:7].all()
+
+
+def test_aircraft_and_cars(tmp_path: Path) -> None:
+    from scipy.io import savemat
+
+    root = tmp_path / "fgvc-aircraft-2013b/data"
+    for key in ("1", "2"):
+        image(root / "images" / f"{key}.jpg")
+    (root / "variants.txt").write_text("707-320\nA 300 B4\n")
+    (root / "images_variant_trainval.txt").write_text("1 A 300 B4\n")
+    (root / "images_variant_test.txt").write_text("2 707-320\n")
+    train, tests = data.open_sets(parse("--dataset", "aircraft", "--data_path", str(tmp_path)))
+    assert train.samples[0][1] == 1 and tests["test"].samples[0][1] == 0
+    cars = tmp_path / "stanford_cars"
+    for folder, annos in (("cars_train", "cars_train_annos"), ("cars_test", "cars_test_annos_withlabels")):
+        kind = np.dtype([("fname", object), ("class", object)])
+        rows = np.array([("1.jpg", 2), ("2.jpg", 1)], dtype=kind)
+        for name in ("1.jpg", "2.jpg"):
+            image(cars / folder / name)
+        (cars / "devkit").mkdir(exist_ok=True)
+        savemat(cars / "devkit" / f"{annos}.mat", {"annotations": rows})
+    savemat(cars / "devkit/cars_meta.mat", {"class_names": np.array(["Audi", "BMW"], dtype=object)})
+    train, tests = data.open_sets(parse("--dataset", "cars", "--data_path", str(tmp_path)))
+    assert train.classes == ["Audi", "BMW"] and [y for _, y in train.samples] == [1, 0] and len(tests["test"]) == 2
+
+
+def test_lists_of_a_long_tail(tmp_path: Path) -> None:
+    for name in ("train/a/1.jpg", "train/b/2.jpg", "val/a/3.jpg"):
+        image(tmp_path / name)
+    (tmp_path / "train.txt").write_text("train/a/1.jpg 0\ntrain/b/2.jpg 1\n")
+    (tmp_path / "val.txt").write_text("val/a/3.jpg 0\n")
+    lists = ["--train_list", str(tmp_path / "train.txt"), "--val_list", str(tmp_path / "val.txt")]
+    train, tests = data.open_sets(parse("--data_path", str(tmp_path), *lists))
+    assert [y for _, y in train.samples] == [0, 1] and tests["val"].classes == train.classes == ["0", "1"]
+
+
+def test_other_classes_in_a_test_are_refused(tmp_path: Path) -> None:
+    for name in ("train/a/1.png", "train/b/1.png", "val/a/1.png"):
+        image(tmp_path / name)
+    with pytest.raises(UserError, match=r"val: its classes are not those of .*train \(first: b\)"):
+        data.open_sets(parse("--data_path", str(tmp_path)))
+
+
+def test_few_shot_splits(tmp_path: Path) -> None:
+    for split, name in (("train", "a"), ("val", "b"), ("test", "c")):
+        (tmp_path / f"{split}.csv").write_text(f"filename,label\n{name}2.jpg,{name}\n{name}1.jpg,{name}\n")
+        for i in (1, 2):
+            image(tmp_path / "images" / f"{name}{i}.jpg")
+    splits = data.read_fewshot(tmp_path)
+    assert [p.name for p, _ in splits["test"].samples] == ["c1.jpg", "c2.jpg"] and splits["val"].classes == ["b"]
+    (tmp_path / "test.csv").write_text("filename,label\na1.jpg,a\n")
+    with pytest.raises(UserError, match="class a is in train and in test"):
+        data.read_fewshot(tmp_path)
+    (tmp_path / "test.csv").write_text("filename,label\nd1.jpg,d\n")
+    with pytest.raises(UserError, match=r"d1.jpg: no such file"):
+        data.read_fewshot(tmp_path)
+
+
+def test_unlabelled_images_are_training_images(tmp_path: Path) -> None:  # trap 15
+    for name in ("train/a/1.png", "train/b/1.png", "val/a/1.png"):
+        image(tmp_path / name)
+    found = data.open_unlabelled(parse("--data_path", str(tmp_path)))
+    assert len(found) == 2 and found.labels.tolist() == [-1, -1] and all("train" in str(p) for p, _ in found.samples)

@@ -1,0 +1,538 @@
+"""The training scripts of mra: arms and tasks, exact resume, two processes, bad input, occlusion, the picture."""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from mra import (
+    data,
+    engine,
+    eval_occlusion,
+    main_fewshot,
+    main_fixmatch,
+    main_pretrain,
+    main_supervised,
+    nets,
+    visualize,
+)
+from mra.models_mae import MAE, Size
+from mra.mra import MRA
+from shared_utils import UserError, checkpoint
+from shared_utils.run import Diverged, Run
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMON = "--input_size 16 --workers 0 --threads 1 --log-every 1".split()
+PRE = ["--model", "mae_tiny_patch4", *"--enc_dim 16 --enc_depth 2 --enc_heads 2 --dec_dim 8 --dec_heads 2".split()]
+PRE += "--batch_size 8 --epochs 2 --warmup_epochs 1 --lr 0.003 --ckpt_freq 1".split()
+SUP = "--arch resnet8 --width 4 --crop padded --batch_size 8 --epochs 2 --lr 0.05 --wd 5e-4".split()
+FIX = "--arch resnet8 --width 4 --per_class 4 --batch_size 4 --mu 2 --iterations 6 --epoch_steps 3 --lr 0.05".split()
+FIX += "--threshold 0.3 --ema 0.9".split()
+FEW = "--arch resnet8 --width 4 --crop padded --batch_size 8 --epochs 1 --lr 0.05".split()
+FEW += "--decay cos --n_way 2 --n_query 3 --episodes 20".split()
+SCRIPTS = {"pretrain": main_pretrain, "supervised": main_supervised, "fixmatch": main_fixmatch, "fewshot": main_fewshot}
+FLAGS = {"pretrain": PRE, "supervised": SUP, "fixmatch": FIX, "fewshot": FEW}
+
+
+def draw(root: Path, split: str, names: list[str], count: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for y, name in enumerate(names):
+        for i in range(count):
+            noise = rng.integers(0, 120, (16, 16, 3)) + 100 * np.eye(3, dtype=np.int64)[y % 3]
+            file = root / split / name / f"{i:02d}.png"
+            mask = root / "masks" / split / name / f"{i:02d}.png"
+            for path, array in ((file, noise.astype(np.uint8)), (mask, np.pad(np.full((8, 8), 255, np.uint8), 4))):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(path)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("images")
+    draw(root, "train", ["a", "b", "c"], 8, 0)
+    draw(root, "val", ["a", "b", "c"], 4, 1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def novel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("novel")
+    for i, split in enumerate(("train", "val", "test")):
+        draw(root, split, [f"{split}{c}" for c in range(3)], 8, i)
+    return root
+
+
+@pytest.fixture(scope="module")
+def mae(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("mae")
+    train("pretrain", images, out)
+    return out / "checkpoint.pth"
+
+
+def train(job: str, data: Path, out: Path, *extra: str) -> list[dict]:
+    argv = [*COMMON, *FLAGS[job], "--data_path", str(data), "--output-dir", str(out), *extra]
+    assert SCRIPTS[job].main(argv) == 0
+    return rows(out)
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def result(out: Path) -> dict:
+    return json.loads((out / "result.json").read_text())
+
+
+def differing(a: Path, b: Path) -> list[str]:
+    def flat(name: str, thing: object) -> dict[str, torch.Tensor]:
+        if isinstance(thing, torch.Tensor):
+            return {name: thing}
+        pairs = (
+            thing.items() if isinstance(thing, dict) else enumerate(thing) if isinstance(thing, list | tuple) else []
+        )
+        return {k: v for key, value in pairs for k, v in flat(f"{name}/{key}", value).items()}
+
+    x, y = (flat("", checkpoint.load(out / "checkpoint.pth")) for out in (a, b))
+    assert x.keys() == y.keys() and len(x) > 40
+    return [key for key in x if not torch.equal(x[key], y[key])]
+
+
+# --- pretraining ------------------------------------------------------------------------------------------------------
+
+
+def test_pretraining_leaves_what_mae_leaves(images: Path, mae: Path) -> None:
+    log = rows(mae.parent)
+    assert len(log) == 6 and log[0]["lr"] == 0 and log[0].keys() >= {"step", "epoch", "loss", "lr", "data_wait"}
+    assert result(mae.parent)["loss"] == pytest.approx(log[-1]["loss"], abs=1e-6)
+    kept = checkpoint.load(mae.parent / "checkpoint-1.pth")
+    assert set(kept) == {"model", "epoch", "args"} and kept["epoch"] == 1
+    assert torch.equal(kept["model"]["cls_token"], checkpoint.load(mae)["model"]["cls_token"])
+
+
+def test_learning_rate_and_decay_of_mae() -> None:
+    args = main_pretrain.get_parser().parse_args([])
+    expected = {"batch_size": 64, "epochs": 400, "accum_iter": 1, "mask_ratio": 0.75, "weight_decay": 0.05, "lr": None,
+                "blr": 1e-3, "min_lr": 0.0, "warmup_epochs": 40, "norm_pix_loss": False, "input_size": 224,
+                "model": "mae_mini_patch16"}  # fmt: skip
+    assert {k: getattr(args, k) for k in expected} == expected
+    args.lr = 1.0
+    assert [main_pretrain.learning_rate(args, e) for e in (0, 20, 40, 220, 400)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    free, decayed = main_pretrain.groups(MAE(16, Size(4, (16, 1, 2), (8, 1, 2))), 0.05)
+    assert free["weight_decay"] == 0 and all(p.ndim <= 1 for p in free["params"]) and decayed["weight_decay"] == 0.05
+    assert sum(p.ndim == 3 for p in decayed["params"]) == 2  # class and mask token; positions are not trained
+
+
+def test_accumulated_passes_are_one_batch(images: Path, tmp_path: Path) -> None:
+    train("pretrain", images, tmp_path / "one", "--batch_size", "8")
+    train("pretrain", images, tmp_path / "two", "--batch_size", "4", "--accum_iter", "2")
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["lr"] == b["lr"]
+
+
+def test_crops_on_the_device(images: Path, tmp_path: Path) -> None:
+    log = train("pretrain", images, tmp_path / "a", "--resident", "--norm_pix_loss")
+    assert len(log) == 6
+    g = torch.Generator().manual_seed(0)
+    theta = data.crop_matrices(2000, 0.2, g)
+    w, h = theta[:, 0, 0].abs(), theta[:, 1, 1]
+    assert (w * h).min() > 0.19 and w.max() <= 1 and 0.45 < (theta[:, 0, 0] < 0).float().mean() < 0.55
+    assert ((theta[:, 0, 2].abs() + w) <= 1 + 1e-6).all() and ((theta[:, 1, 2].abs() + h) <= 1 + 1e-6).all()
+    grid = F.affine_grid(torch.tensor([[[-1.0, 0, 0], [0, 1, 0]]]), [1, 3, 4, 4], align_corners=False)
+    x = torch.randn(1, 3, 4, 4)
+    torch.testing.assert_close(F.grid_sample(x, grid, "bicubic", align_corners=False), x.flip(3), rtol=0, atol=1e-5)
+
+
+# --- supervised arms --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        "", "--mra_prob 0.5", "--mask_strategy random", "--mask_strategy attn_inverse --attn_source last_attn",
+        "--compose erase --mix cutmix", "--compose full --mix mixup",
+        "--mean_std half --mix cutout --policy randaugment",
+        "--amp bf16 --eval_every 0", "--imbalance 4 --preset longtail_cifar --batch_size 4",
+    ],
+)  # fmt: skip
+def test_every_arm_trains(arm: str, images: Path, mae: Path, tmp_path: Path) -> None:
+    before = mae.read_bytes()
+    log = train("supervised", images, tmp_path, "--mae_ckpt", str(mae), *arm.split())
+    assert all(np.isfinite(row["loss"]) for row in log) and 0 <= log[0]["mra/entropy"] <= 1.001
+    found = result(tmp_path)
+    assert 0 <= found["top1"] <= 100 and found["test"] == "val" and len(found["mae_md5"]) == 32
+    assert ("few" in found) == ("imbalance" in arm)
+    assert mae.read_bytes() == before
+    saved = checkpoint.load(tmp_path / "checkpoint.pth")
+    assert not any("mae" in key or "decoder" in key for key in saved["state_dict"])
+    assert len(saved["info"]["history"]) == (1 if "eval_every 0" in arm else 2)
+
+
+def test_probability_0_is_the_baseline_to_the_bit(images: Path, mae: Path, tmp_path: Path) -> None:
+    train("supervised", images, tmp_path / "base")
+    for name, flags in (("never", ["--mra_prob", "0"]), ("nothing", ["--mask_ratio", "0"])):
+        train("supervised", images, tmp_path / name, "--mae_ckpt", str(mae), *flags)
+        assert differing(tmp_path / "base", tmp_path / name) == []
+    train("supervised", images, tmp_path / "mra", "--mae_ckpt", str(mae))
+    assert differing(tmp_path / "base", tmp_path / "mra") != []
+
+
+def test_what_a_step_sees(images: Path, mae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MRA gets the crops, the classifier MRA's images with the labels of the crops; tests see clean images."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    call = MRA.__call__
+
+    def spy(self, x, noise, use):
+        out = call(self, x, noise, use)
+        seen.append((x.clone(), out.clone()))
+        return out
+
+    fed: list[torch.Tensor] = []
+    forward = nets.Classifier.forward
+
+    def feed(self, x):
+        fed.append(x.clone())
+        return forward(self, x)
+
+    monkeypatch.setattr(MRA, "__call__", spy)
+    monkeypatch.setattr(engine, "estimate", lambda *_: "")
+    monkeypatch.setattr(nets.Classifier, "forward", feed)
+    train("supervised", images, tmp_path, "--mae_ckpt", str(mae), "--epochs", "1")
+    assert len(seen) == 3 and all(torch.equal(out, x) for (_, out), x in zip(seen, fed))
+    assert all(not torch.equal(x, out) for x, out in seen)
+    assert len(fed) == 4 and fed[3].shape[0] == 12  # the test's batch never went through MRA
+
+
+def test_cutout_and_mixing() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(400, 3, 12, 12)
+    hidden = engine.cutout(x, 6)[:, 0] == 0
+    assert hidden.sum((1, 2)).max() == 36 and hidden.sum((1, 2)).min() < 36 and len(hidden.unique(dim=0)) > 50
+    assert (hidden.any(1).sum(1) * hidden.any(2).sum(1) == hidden.sum((1, 2))).all()  # one rectangle each
+    args = argparse.Namespace(mix="cutmix", mix_prob=1.0, mix_alpha=1.0, cutout_size=0)
+    y = torch.tensor([0, 1, 2, 3] * 100)
+    ramp = y.float().view(-1, 1, 1, 1).expand(400, 3, 12, 12).contiguous()
+    mix, target = engine.mixed(args, ramp, y, 4, (0, 1))
+    share = torch.stack([(mix[:, 0] == c).float().mean((1, 2)) for c in range(4)], 1)
+    torch.testing.assert_close(target, share, rtol=0, atol=1e-5)
+    again = engine.mixed(args, ramp, y, 4, (0, 1))
+    assert torch.equal(mix, again[0]) and not torch.equal(mix, engine.mixed(args, ramp, y, 4, (0, 2))[0])
+    args.mix_prob = 0.0
+    assert engine.mixed(args, ramp, y, 4, (0, 1))[0] is ramp
+
+
+def test_shot_groups_and_schedules() -> None:
+    table, counts = torch.tensor([[5.0, 2, 1], [10, 10, 10]]), torch.tensor([200, 100, 3])
+    assert main_supervised.shot_groups(table, counts) == {"many": 50.0, "medium": 20.0, "few": 10.0}
+    args = main_supervised.get_parser().parse_args(["--preset", "cutmix", "--batch_size", "64"])
+    main_supervised.resolve(args)
+    assert (args.epochs, args.batch_size, args.lr, args.schedule, args.wd) == (300, 64, 0.1, [75, 150, 225], 1e-4)
+    assert [engine.learning_rate(args, e) for e in (0, 75, 224, 225)] == pytest.approx([0.1, 0.01, 1e-3, 1e-4])
+
+
+@pytest.mark.parametrize("arch", [a for a in nets.ARCHS if a not in ("wrn28-8", "wrn28-10", "resnet34", "resnet50")])
+def test_networks(arch: str) -> None:
+    net = nets.build(arch, 7, 0 if arch in nets.IMAGENET else 4, "cifar").eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert net.features(x).shape == (2, net.num_features)
+        assert torch.equal(net(x), net.fc(net.features(x))) and net(x).shape == (2, 7)
+    convs = sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in net.modules())
+    depth = {"resnet18": 17, "resnet8": 7, "resnet20": 19, "resnet32": 31, "resnet12": 12, "wrn28-2": 25, "wrn37-2": 37}
+    assert convs == depth[arch]
+
+
+# --- FixMatch and few-shot --------------------------------------------------------------------------------------------
+
+
+def test_fixmatch_loss_by_hand() -> None:
+    labelled, y = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
+    weak = torch.tensor([[3.0, 0.0], [0.1, 0.0]], requires_grad=True)
+    strong = torch.tensor([[0.0, 1.0], [5.0, 0.0]], requires_grad=True)
+    l_x, l_u, mask = main_fixmatch.fixmatch_loss(labelled, y, weak, strong, 0.9)
+    assert mask.tolist() == [1, 0]
+    assert float(l_x) == pytest.approx(np.log(1 + np.exp(-2)))
+    assert float(l_u.detach()) == pytest.approx(np.log(1 + np.exp(1)) / 2)  # over both images
+    l_u.backward()
+    assert weak.grad is None and strong.grad is not None and strong.grad[1].abs().sum() == 0
+
+
+def test_fixmatch_uses_mra_on_the_strong_views_alone(images, mae, tmp_path, monkeypatch) -> None:  # trap 14
+    seen: list[torch.Tensor] = []
+    call = MRA.__call__
+
+    def spy(self, x, noise, use):
+        seen.append(x)
+        return call(self, x, noise, use)
+
+    batches: list = []
+    original = Run.batches
+
+    def watch(self, *args):
+        for epoch, batch in original(self, *args):
+            batches.append(batch)
+            yield epoch, batch
+
+    monkeypatch.setattr(MRA, "__call__", spy)
+    monkeypatch.setattr(Run, "batches", watch)
+    log = train("fixmatch", images, tmp_path, "--mae_ckpt", str(mae))
+    assert len(seen) == 6 and all(torch.equal(x, u[1]) for x, (_, u) in zip(seen, batches))
+    assert all(len(x) == 4 and len(u[0]) == len(u[1]) == 8 for (x, _, _), u in batches)
+    assert [row["lr"] for row in log] == pytest.approx(
+        [0.05 * np.cos(7 * np.pi * k / (16 * 6)) for k in range(6)], rel=1e-4
+    )
+    found = result(tmp_path)
+    assert {"top1", "top1_median20", "minutes"} <= set(found)
+    saved = checkpoint.load(tmp_path / "checkpoint.pth")
+    key = "body.0.weight"
+    assert not torch.equal(saved["ema"]["shadow"][key], saved["state_dict"][key])
+    network, _ = nets.load_run(tmp_path / "checkpoint.pth", torch.device("cpu"))
+    assert torch.equal(network.state_dict()[key], saved["ema"]["shadow"][key])
+
+
+def test_ema_by_hand() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    ema = main_fixmatch.Ema(net, 0.9)
+    old = net[0].weight.detach().clone()
+    with torch.no_grad():
+        net[0].weight.add_(1)
+        net[1].running_mean.fill_(3)
+    ema.update(net)
+    torch.testing.assert_close(ema.network[0].weight, old + 0.1)
+    assert bool((ema.network[1].running_mean == 3).all())
+
+
+def test_fewshot(novel: Path, mae: Path, tmp_path: Path) -> None:
+    base = train("fewshot", novel, tmp_path / "a", "--mae_ckpt", str(mae))
+    train("fewshot", novel, tmp_path / "b", "--mae_ckpt", str(mae), "--mra_on_support")
+    a, b = result(tmp_path / "a"), result(tmp_path / "b")
+    assert len(base) == 3 and {"1shot", "5shot", "1shot_ci", "val_1shot"} <= set(a)
+    assert a["1shot"] != b["1shot"] or a["5shot"] != b["5shot"]
+    with pytest.raises(UserError, match="--mra_on_support needs an autoencoder"):
+        train("fewshot", novel, tmp_path / "c", "--mra_on_support")
+    with pytest.raises(UserError, match="9-way episodes of 4 images a class: the split has 3 classes of 8"):
+        train("fewshot", novel, tmp_path / "c", "--n_way", "9")
+
+
+def test_episodes_and_prototypes_by_loop() -> None:
+    labels = torch.arange(4).repeat_interleave(torch.tensor([5, 6, 7, 5]))
+    episodes = main_fewshot.draw_episodes(labels, 3, 4, 300, 0)
+    assert episodes.shape == (300, 3, 4)
+    for e in episodes[:50]:
+        assert len(e.unique()) == 12 and all(len(labels[row].unique()) == 1 for row in e)
+        assert len(labels[e[:, 0]].unique()) == 3
+    assert len(episodes.unique()) == 23  # every image has its turn
+    feats = torch.randn(23, 6, generator=torch.Generator().manual_seed(0))
+    got = main_fewshot.episode_accuracy(feats, feats[None], episodes, 2)
+    unit = F.normalize(feats, dim=1)
+    for e, value in zip(episodes[:40], got):
+        protos = [F.normalize(unit[row[:2]].mean(0), dim=0) for row in e]
+        right = [max(range(3), key=lambda k: float(unit[q] @ protos[k])) == w for w in range(3) for q in e[w, 2:]]
+        assert float(value) == pytest.approx(sum(right) / 6)
+
+
+# --- resume, processes, errors ----------------------------------------------------------------------------------------
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Run.log
+
+    def patched(self, *args, **kwargs):
+        log(self, *args, **kwargs)
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "log", patched)
+
+
+LONG = {"pretrain": ["--resident"], "supervised": ["--mask_strategy", "random", "--mra_prob", "0.7", "--mix", "cutmix"],
+        "fixmatch": ["--mask_strategy", "random"], "fewshot": ["--epochs", "2"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("job", list(SCRIPTS))
+def test_terminated_and_resumed_is_bit_identical(job, images, novel, mae, tmp_path, monkeypatch) -> None:
+    source = novel if job == "fewshot" else images
+    extra = [*LONG[job], *([] if job == "pretrain" else ["--mae_ckpt", str(mae)])]
+    whole = train(job, source, tmp_path / "whole", *extra)
+    with monkeypatch.context() as patch:
+        stop_at(3, patch)
+        with pytest.raises(SystemExit) as stopped:
+            train(job, source, tmp_path / "cut", *extra)
+    assert stopped.value.code == 143
+    shutil.copytree(tmp_path / "cut", tmp_path / "spoilt")
+    resumed = train(job, source, tmp_path / "cut", *extra, "--workers", "0" if job == "pretrain" else "1")
+    assert differing(tmp_path / "whole", tmp_path / "cut") == []
+    assert [(r["step"], r["loss"]) for r in resumed] == [(r["step"], r["loss"]) for r in whole]
+    saved = checkpoint.load(tmp_path / "spoilt" / "checkpoint.pth")  # the negative test
+    saved["optimizer"]["state"] = {}
+    checkpoint.save(tmp_path / "spoilt" / "checkpoint.pth", saved)
+    train(job, source, tmp_path / "spoilt", *extra)
+    assert differing(tmp_path / "whole", tmp_path / "spoilt") != []
+
+
+def test_another_autoencoder_is_refused_on_resume(images: Path, mae: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mae.pth"
+    shutil.copy(mae, file)
+    train("supervised", images, tmp_path / "out", "--mae_ckpt", str(file))
+    saved = checkpoint.load(file)
+    saved["model"]["cls_token"].add_(1)
+    checkpoint.save(file, saved)
+    with pytest.raises(UserError, match="--mae-md5 was"):
+        train("supervised", images, tmp_path / "out", "--mae_ckpt", str(file))
+
+
+@pytest.mark.parametrize("job", ["pretrain", "supervised"])
+def test_two_processes_are_one_on_the_whole_batch(job: str, images: Path, mae: Path, tmp_path: Path) -> None:
+    extra = ["--mae_ckpt", str(mae), "--mask_strategy", "random", "--sync_bn", "--lr", "0.01"]
+    extra = extra if job == "supervised" else ["--batch_size", "4", "--resident"]
+    one = extra if job == "supervised" else ["--batch_size", "8", "--resident"]
+    train(job, images, tmp_path / "one", *one)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += [f"mra.main_{job}", *COMMON, *FLAGS[job], *extra]
+    command += ["--data_path", str(images), "--output-dir", str(tmp_path / "two")]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
+    name = "model" if job == "pretrain" else "state_dict"
+    one_state, two_state = (checkpoint.load(tmp_path / n / "checkpoint.pth")[name] for n in ("one", "two"))
+    for key, value in one_state.items():
+        torch.testing.assert_close(value, two_state[key], rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("job", "flags", "message"),
+    [
+        ("pretrain", "--data_path {tmp}/nowhere", r"nowhere: no such folder"),
+        ("pretrain", "--mask_ratio 1", r"--mask_ratio must lie between 0 and 1"),
+        ("pretrain", "--mask_ratio 0.99", r"--mask_ratio 0.99 keeps all or none of 16 patches"),
+        ("pretrain", "--input_size 18", r"18 pixels do not divide into patches of 4"),
+        ("pretrain", "--batch_size 64", r"a global batch of 64 needs as many samples, the data has 24"),
+        ("supervised", "--data_path {tmp}/nowhere", r"nowhere/train: no such folder"),
+        ("supervised", "--mae_ckpt {tmp}/nothing.pth", r"nothing.pth: no such checkpoint file"),
+        ("supervised", "--per_class 9", r"--per_class 9: class a has 8 images"),
+        ("supervised", "--mae_ckpt {mae} --mask_ratio 2", r"--mask_ratio 2.0"),
+        ("supervised", "--imbalance 0.5", r"--imbalance 0.5"),
+        ("supervised", "--batch_size 1", r"--batch_size 1 does not give"),
+        ("supervised", "--arch resnet18 --width 8", r"--width 8: resnet18 has its own"),
+        ("supervised", "--tests nosuch", r"nosuch: no such folder"),
+        ("supervised", "--dataset cifar10", r"cifar10 not found"),
+        ("supervised", "--dataset cub", r"CUB_200_2011/images.txt: no such file"),
+        ("supervised", "--dataset aircraft", r"variants.txt: no such file"),
+        ("supervised", "--dataset cars", r"cars_meta.mat: no such file"),
+        ("supervised", "--dataset stl10", r"stl10 not found"),
+        ("supervised", "--train_list {tmp}/a.txt", r"go together"),
+        ("fixmatch", "--iterations 7", r"--iterations 7 is no multiple of --epoch_steps 3"),
+        ("fixmatch", "--ema 1", r"--ema in 0..1"),
+        ("fewshot", "--data_path {tmp}/nowhere", r"nowhere/train: no such folder"),
+        ("supervised", "--output-dir /dev/null/x", r"/dev/null/x: cannot write here"),
+    ],
+)
+def test_bad_input_is_one_line(job, flags, message, images, mae, tmp_path) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        train(job, images, tmp_path / "out", *flags.format(tmp=tmp_path, mae=mae).split())
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_diverged_run_stops(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "learning_rate", lambda args, epoch: 0.05 if epoch < 1 else float("inf"))
+    with pytest.raises(Diverged, match=r"step \d: the loss is"):
+        train("supervised", images, tmp_path, "--epochs", "3")
+    assert checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["step"] == 3
+
+
+# --- occlusion and the picture ----------------------------------------------------------------------------------------
+
+
+def test_occlusion_of_known_cells() -> None:
+    x, order = torch.ones(2, 3, 8, 8), torch.tensor([[3, 0, 1, 2], [1, 2, 3, 0]])
+    out = eval_occlusion.occlude(x, order, 0.5, 4)
+    assert (out[0, :, 4:, 4:] == 0).all() and (out[0, :, :4, :4] == 0).all() and out[0].sum() == 96
+    assert (out[1, :, :4, 4:] == 0).all() and (out[1, :, 4:, :4] == 0).all()
+    assert torch.equal(eval_occlusion.occlude(x, order, 0.0, 4), x)
+    assert eval_occlusion.area([80.0] * 10) == pytest.approx(80)
+    assert eval_occlusion.area([10.0, 20, 30]) == pytest.approx(20)
+
+
+def test_occlusion_and_diagnostics(images: Path, mae: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train("supervised", images, run, "--mean_std", "half")
+    argv = ["--checkpoint", str(run / "checkpoint.pth"), "--cell", "4", "--threads", "1"]
+    assert eval_occlusion.main([*argv, "--mae_ckpt", str(mae), "--batch_size", "5"]) == 0
+    found = result(tmp_path / "run-test")
+    assert found["curves"]["random"][0] == pytest.approx(result(run)["top1"], abs=1e-3)
+    assert {len(curve) for curve in found["curves"].values()} == {10} and len(found["curves"]) == 3
+    for name, curve in found["curves"].items():
+        assert found[f"occlusion_{name}"] == pytest.approx(eval_occlusion.area(curve), abs=1e-2)
+    # 9 of 16 patches kept; the object is the 4 patches in the middle, whole ones
+    kept, inverse, by_chance = (found[f"kept_{n}"] for n in ("foreground", "inverse", "random"))
+    assert all(round(v * 12 * 4 / 100, 6).is_integer() for v in (kept, inverse, by_chance))
+    assert found["mse"] > 0 and found["mse_mean"] > 0 and 0 < found["entropy"] <= 1.001 and found["minutes"] >= 0
+    assert eval_occlusion.main([*argv, "--images", "4", "--output-dir", str(tmp_path / "few")]) == 0
+    few = result(tmp_path / "few")
+    assert few["images"] == 4 and set(few["curves"]) == {"random"} and "kept_foreground" not in few
+    for flags, message in (
+        (["--cell", "5"], "--cell 5: must divide"),
+        (["--cell", "2", "--mae_ckpt", str(mae)], "--cell 2: must be a multiple of the autoencoder's patch of 4"),
+    ):
+        with pytest.raises(UserError, match=message):
+            eval_occlusion.main([*argv, *flags])
+    with pytest.raises(UserError, match="not a checkpoint of mra.main_supervised"):
+        eval_occlusion.main(["--checkpoint", str(mae)])
+
+
+def test_diagnostics_by_loop(images: Path, mae: Path) -> None:
+    from mra import models_mae
+
+    val = data.image_folder(images / "val")
+    val.transform = data.test_transform(16)
+    loaded = models_mae.load(mae, 16).mae
+    args = eval_occlusion.get_parser().parse_args(["--checkpoint", "x", "--input_size", "16", "--batch_size", "7"])
+    found = eval_occlusion.diagnose(loaded, val, args, torch.device("cpu"), data.STATS["imagenet"])
+    kept = total = error = mean_error = 0.0
+    for i in range(len(val)):
+        x = val[i][0][None]
+        parts = MRA(loaded).parts(x, torch.zeros(1, 16))
+        for patch in range(16):
+            r, c = divmod(patch, 4)
+            cut = (slice(None), slice(None), slice(4 * r, 4 * r + 4), slice(4 * c, 4 * c + 4))
+            object_pixels = 16.0 if r in (1, 2) and c in (1, 2) else 0.0
+            total += object_pixels
+            if parts.mask[0, patch] == 0:
+                kept += object_pixels
+            else:
+                error += float((parts.reconstruction[cut] - x[cut]).square().sum())
+                mean_error += float((x.mean((2, 3), keepdim=True) - x[cut]).square().sum())
+    erased = len(val) * 7 * 48
+    assert found["kept_foreground"] == pytest.approx(100 * kept / total)
+    assert found["mse"] == pytest.approx(error / erased, rel=1e-4)
+    assert found["mse_mean"] == pytest.approx(mean_error / erased, rel=1e-4)
+
+
+def test_the_picture(images: Path, mae: Path, tmp_path: Path) -> None:
+    argv = ["--data_path", str(images / "val"), "--input_size", "16", "--mae_ckpt", str(mae), "--threads", "1"]
+    assert visualize.main([*argv, "--count", "4", "--zoom", "1", "--out", str(tmp_path / "a/mra.png")]) == 0
+    picture = np.asarray(Image.open(tmp_path / "a/mra.png"))
+    assert picture.shape == (5 * 18 + 2, 4 * 18 + 2, 3)
+    first = np.asarray(Image.open(sorted((images / "val").rglob("*.png"))[0]))
+    assert np.abs(picture[2:18, 2:18].astype(int) - first).max() <= 1
+    with pytest.raises(UserError, match="--mae_ckpt is missing"):
+        visualize.main(["--data_path", str(images)])
+    with pytest.raises(UserError, match="cannot be written"):
+        visualize.main([*argv, "--out", "/dev/null/x.png"])
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mra.main_supervised", "--data_path", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
