@@ -47,11 +47,11 @@ _PAPERS = """
 uvos_dino | Betrayed by Attention: A Simple yet Effective Approach for Self-supervised Video Object Segmentation
   | 2311.17893 | segment videos from DINO attention | shvdiwnkozbw/SSL-UVOS (training cannot start) | -
 mra | Masked Autoencoders are Robust Data Augmentors
-  | 2206.04846 | masked autoencoder reconstructions as augmentation | haohang96/MRA (holds no code) | -
+  | 2206.04846 | masked autoencoder reconstructions as augmentation | haohang96/MRA (holds no code) | in1k-mra
 sage | Semantic-Aware Generation for Self-Supervised Visual Representation Learning
   | 2111.13163 | BYOL plus perceptual view generation | sunsmarterjie/SaGe (cannot run as uploaded) | cityscapes-miou
 fame | Motion-aware Contrastive Video Representation Learning via Foreground-background Merging
-  | 2109.15130 | moving foreground, another video's background | Mark12Ding/FAME | -
+  | 2109.15130 | moving foreground, another video's background | Mark12Ding/FAME | v1-ucf101
 bingo | Bag of Instances Aggregation Boosts Self-supervised Distillation
   | 2107.01691 | distil bags of teacher neighbours | haohang96/bingo (no licence, no weights)
   | linear-bingo-r50w2-resnet18-top1
