@@ -213,7 +213,9 @@ def cluster(rows: "Rows | Given", frames: int, tau: float = 1.0) -> Clusters:
     found = []
     for p in rows:
         if not bool(torch.isfinite(p.sum())):
-            raise UserError("the attention is not finite: the block's weights have diverged; take an earlier checkpoint")
+            raise UserError(
+                "the attention is not finite: the block's weights have diverged; take an earlier checkpoint"
+            )
         found.append(window_centroids(p, tau))
     centroids = merge(torch.cat(found), tau)
     labels = torch.cat([assign(p, centroids).cpu() for p in rows])

@@ -6,6 +6,7 @@ head, so width, depth, patch and position table tell everything.
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +68,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
         rates = torch.linspace(0, drop_path, depth).tolist()
-        norm = lambda dim: nn.LayerNorm(dim, eps=NORM_EPS)  # noqa: E731
+        norm = partial(nn.LayerNorm, eps=NORM_EPS)
         self.blocks = nn.ModuleList(
             Block(embed_dim, self.num_heads, 4.0, qkv_bias=True, drop_path=rate, norm_layer=norm)  # type: ignore[arg-type]
             for rate in rates
