@@ -72,14 +72,24 @@ def replace_rows(results: Path, prefix: str, rows: Sequence[Mapping[str, str]]) 
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What made the run in `folder`: commit, hardware, date, minutes. UserError where no commit names its code."""
+    """What made the run in `folder`: commit, hardware, date, minutes. UserError where no commit names its code.
+
+    The minutes are the checkpoint's, or where that was not kept those that an evaluation beside the run has noted.
+    """
     config = json.loads((folder / "config.json").read_text())
     if config.get("git_dirty"):
         raise UserError(f"{folder}: made with uncommitted changes, so no commit names its code")
-    seconds = checkpoint.load(folder / "checkpoint.pth")["progress"]["seconds"]
+    if (folder / "checkpoint.pth").is_file():
+        minutes = round(checkpoint.load(folder / "checkpoint.pth")["progress"]["seconds"] / 60, 2)
+    else:
+        results = [json.loads(file.read_text()) for file in folder.parent.glob(f"{folder.name}-*/result.json")]
+        noted = [result["minutes"] for result in results if "minutes" in result]
+        if not noted:
+            raise UserError(f"{folder}: no checkpoint.pth, and no result beside it tells the minutes of the run")
+        minutes = noted[0]
     return {
         "commit": config["git_commit"], "hardware": config["hardware"], "date": config["date"],
-        "minutes": round(seconds / 60, 2),
+        "minutes": minutes,
     }  # fmt: skip
 
 

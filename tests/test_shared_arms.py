@@ -140,6 +140,16 @@ def test_new_seeds_and_arms_stand_beside_those_recorded_before(arms: Arms, runs:
     assert len(full[3]["curve"]) == 22 and full[3]["curve"][-1]["step"] == 620 and "lr" not in full[3]["curve"][0]
 
 
+def test_minutes_of_a_run_whose_checkpoint_was_not_kept(arms: Arms, runs: Path) -> None:
+    (runs / "full" / "seed0" / "checkpoint.pth").unlink()
+    with pytest.raises(UserError, match="full/seed0: no checkpoint.pth, and no result beside it tells the minutes"):
+        arms.record(runs)
+    result = runs / "full" / "seed0-knn" / "result.json"
+    result.write_text(json.dumps(json.loads(result.read_text()) | {"minutes": 3.5}))
+    arms.record(runs)
+    assert [run["facts"]["minutes"] for run in arms.logs("cifar10")["full"].values()] == [3.5, 2.0, 2.0]
+
+
 def test_what_no_commit_names_is_no_row(arms: Arms, runs: Path) -> None:
     finish(runs / "full" / "seed0", {"knn": 25.0, "linear": 45.0}, git_dirty=True)
     before = (arms.home / "results.csv").read_text()
