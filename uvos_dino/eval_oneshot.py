@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     device = chosen_device(args.device)
     set_threads(args.threads, 0, device)
     videos = open_videos(args.dataset, args.basepath, args.split, args.sequences)
-    model, loaded = load_model(args.resume_path, {"num_heads": args.num_heads})
+    model, loaded, minutes = load_model(args.resume_path, {"num_heads": args.num_heads})
     model.to(device)
     binary = LAYOUTS[args.dataset].binary
     if args.resolution[0] > 0:
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"  {video.name}: {last} frames, {found.count} clusters, {time.perf_counter() - started:.1f} s", flush=True
         )
-    meta = {"flags": plain(args), **provenance()}
+    meta = {"minutes": minutes, "flags": plain(args), **provenance()}
     return evaluate.score(args, videos, args.save_path, meta)
 
 

@@ -50,8 +50,8 @@ def segment(
     return clustering.cluster(rows, len(frames), tau)
 
 
-def load_model(path: str | Path, flags: Mapping[str, Any] | None = None) -> tuple[AttEncoder, str]:
-    """The trained model of a checkpoint (a run of ours, or the released `model_state_dict`) and a line about it.
+def load_model(path: str | Path, flags: Mapping[str, Any] | None = None) -> tuple[AttEncoder, str, float | None]:
+    """The trained model of a checkpoint (a run of ours, or the released one), a line about it, its minutes of training.
 
     The sizes are read off the weights; the heads of the block are 8 where neither the checkpoint's flags nor `flags` say
     otherwise. UserError for a file that lacks a single tensor.
@@ -73,5 +73,7 @@ def load_model(path: str | Path, flags: Mapping[str, Any] | None = None) -> tupl
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     progress = saved.get("progress")
-    step = progress.get("step") if isinstance(progress, Mapping) else saved.get("iteration", "?")
-    return model.eval(), f"{path}: iteration {step}, {num_t} block(s) of {heads} heads; {report}"
+    step, minutes = saved.get("iteration", "?"), None
+    if isinstance(progress, Mapping):
+        step, minutes = progress["step"], round(progress["seconds"] / 60, 2)
+    return model.eval(), f"{path}: iteration {step}, {num_t} block(s) of {heads} heads; {report}", minutes
