@@ -1,8 +1,8 @@
 """Hierarchical clustering of attention rows under the symmetric (Jeffreys) divergence, for a whole video at once.
 
-Labels equal the release's (src/eval_oneshot.py). What is fast here: a row's logarithm is taken once, tokens with the
-same neighbourhood are smoothed once, sums over nearly equal neighbourhoods differ by few rows, and the greedy pass
-compares leaders alone with the rest instead of everybody with everybody.
+Labels equal the release's (src/eval_oneshot.py). What is fast here: distances take one product instead of two, tokens
+with the same neighbourhood are smoothed once, and the greedy pass compares leaders alone with the rest instead of
+everybody with everybody.
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,7 @@ from shared_utils import UserError
 
 TINY = 1e-30  # a probability of exactly 0 would make every distance to it NaN
 WINDOW = 3  # frames that are clustered together first
-HUBS = 16  # neighbourhoods that others are written as differences to
-SPARSE = 12  # a sum over scattered rows costs so many times what a dense product does, by the row
+SPARSE = 12  # a scattered sum costs so many times what a dense product does, by the entry
 
 
 class Clusters(NamedTuple):
@@ -76,7 +75,7 @@ def neighbourhoods(p: Tensor, tau: float, chunk: int = 2**24) -> Tensor:
     W = torch.empty(cross.shape, dtype=torch.bool, device=p.device)
     step = max(1, chunk // len(p))
     for i in range(0, len(p), step):
-        d = -cross[i : i + step] - cross[:, i : i + step].T - h[i : i + step, None] - h
+        d = -(cross[i : i + step] + cross[:, i : i + step].T) - (h[i : i + step, None] + h)  # symmetric to the bit
         W[i : i + step] = d <= tau
     return W.fill_diagonal_(True)
 
@@ -92,25 +91,22 @@ def distinct(W: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(first[order]).to(W.device), torch.from_numpy(rank[inverse.ravel()]).to(W.device)
 
 
-def sums(W: Tensor, p: Tensor, weight: Tensor) -> Tensor:
-    """W @ p for boolean W [U, n] and p [n, D], through differences to a few common rows where that is cheaper.
+def smoothed(W: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """W p with rows that sum to 1, for symmetric boolean W [n, n] and p [n, D]: the different rows [U, D], in the order
+    in which they first occur, and how many tokens have each [U].
 
-    `weight` [U]: how many tokens have this row; the most frequent ones are the common rows.
+    Tokens with equal rows of W have equal columns too, so their rows of p are added up first. Nothing is ever
+    subtracted: the tiny entries, whose logarithms count, keep their precision.
     """
-    hubs = weight.topk(min(HUBS, len(W))).indices
-    ones = W.float()
-    size = ones.sum(1)
-    differ = size[:, None] + size[hubs] - 2 * ones @ ones[hubs].T  # [U, hubs] entries where two rows differ
-    fewest, hub = differ.min(1)
-    dense = SPARSE * fewest > W.shape[1]
-    out = (ones[hubs] @ p)[hub]
-    if bool(dense.any()):
-        out[dense] = ones[dense] @ p
-    rest = torch.where(~dense & (fewest > 0))[0]
-    if len(rest):
-        change = ones[rest] - ones[hubs[hub[rest]]]  # -1, 0 or 1
-        out[rest] += torch.sparse.mm(change.to_sparse(), p)
-    return out
+    first, whose = distinct(W)
+    count = torch.bincount(whose, minlength=len(first)).to(p)
+    total = p.new_zeros(len(first), p.shape[1]).index_add_(0, whose, p)
+    M = W[first][:, first]  # [U, U]
+    if SPARSE * int(M.sum()) < M.numel():
+        out = torch.sparse.mm(M.to(p).to_sparse(), total)
+    else:
+        out = M.to(p) @ total
+    return out / out.sum(1, keepdim=True), count
 
 
 def greedy(p: Tensor, tau: float, weight: Tensor | None = None) -> Tensor:
@@ -148,11 +144,8 @@ def greedy(p: Tensor, tau: float, weight: Tensor | None = None) -> Tensor:
 
 def window_centroids(p: Tensor, tau: float) -> Tensor:
     """Stage A for the rows [n, D] of a window: smooth each over its neighbourhood, then greedy leaders."""
-    W = neighbourhoods(p, tau)
-    first, whose = distinct(W)
-    weight = torch.bincount(whose, minlength=len(first)).to(p)
-    smooth = sums(W[first], p, weight)
-    return greedy(smooth / smooth.sum(1, keepdim=True), tau, weight)
+    rows, count = smoothed(neighbourhoods(p, tau), p)
+    return greedy(rows, tau, count)
 
 
 def merge(centroids: Tensor, tau: float, passes: int = 10000) -> Tensor:
