@@ -63,7 +63,8 @@ ARMS = Arms(
         "step", "loss", "slot_loss", "motion_loss", "train/attn_entropy", "train/attn_frame_share", "probe/clusters",
         "probe/J",
     ),
-    command="export DATA_ROOT=/path/to/data SET={set} && ARMS='{arms}' SEEDS='{seeds}' bash uvos_dino/run_arms.sh small",
+    command="export DATA_ROOT=/path/to/data SET={set} && "
+    "ARMS='{arms}' SEEDS='{seeds}' bash uvos_dino/run_arms.sh small",
     read=read,
 )  # fmt: skip
 

@@ -24,7 +24,7 @@ class Clusters(NamedTuple):
     centroids: Tensor  # [K, D] float32, mean rows
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         return len(self.centroids)
 
 

@@ -99,7 +99,7 @@ def release(root: Path) -> Iterator[SimpleNamespace]:
         einops = importlib.import_module("einops")
 
         def both(z: Tensor, A: Tensor, P: Tensor, frames: int) -> tuple[Tensor, Tensor]:
-            scope = {"torch": torch, "F": torch.nn.functional, "einops": einops, "motion_mask": A, "slot": z}
+            scope: dict[str, Any] = {"torch": torch, "F": torch.nn.functional, "einops": einops, "motion_mask": A, "slot": z}
             scope |= {"sample": P, "num_points": len(P), "num_frames": frames}
             exec(statements, scope)
             return scope["slot_loss"], scope["motion_loss"]
@@ -126,7 +126,7 @@ def compare_losses(code: SimpleNamespace) -> Iterator[Row]:
             z, A, P = fixed_clip(dtype)
             z.requires_grad_(), A.requires_grad_()
             terms = (losses.semantic(z, A, P), losses.motion(A, P, 3)) if mine else code.losses(z, A, P, 3)
-            sum(terms).backward()
+            (terms[0] + terms[1]).backward()
             found.append((*terms, z.grad, A.grad))
         for name, ours, theirs in zip(("L_sem", "L_mot", "gradient to z", "gradient to A"), *found):
             yield row(f"{name}, {str(dtype)[6:]}", ours, theirs, limit)
@@ -273,7 +273,7 @@ def speed(code: SimpleNamespace, frames: int) -> bool:
     z, A, P = fixed_clip(torch.float32, 1, 3, 24 * 48, 384)
     z.requires_grad_(), A.requires_grad_()
     ours_s, _ = timed(lambda: (losses.semantic(z, A, P) + losses.motion(A, P, 3)).backward())
-    theirs_s, _ = timed(lambda: sum(code.losses(z, A, P, 3)).backward())
+    theirs_s, _ = timed(lambda: torch.stack(code.losses(z, A, P, 3)).sum().backward())
     print(f"both losses with gradients, 3 frames of 24 x 48: {ours_s:.2f} s, release {theirs_s:.2f} s, ", end="")
     print(f"{theirs_s / ours_s:.1f} times as fast")
     return same and equal and theirs >= 5 * mine and slow >= 5 * fast and theirs_s > ours_s

@@ -4,7 +4,7 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -46,7 +46,9 @@ LAYOUTS = {
         mask=r".*\.(png|bmp|jpg)",
     ),
     "YTVIS": Layout("{split}/JPEGImages", ("{split}/Annotations",), "ImageSets/{split}.txt", False),
-    "MOVi": Layout("{split}", ("{split}",), "ImageSets/{split}.txt", False, r"rgba?_\d+\.(png|jpg)", r"seg\w*_\d+\.png"),
+    "MOVi": Layout(
+        "{split}", ("{split}",), "ImageSets/{split}.txt", False, r"rgba?_\d+\.(png|jpg)", r"seg\w*_\d+\.png"
+    ),
 }  # fmt: skip
 
 
@@ -127,7 +129,7 @@ def training_videos(root: Path) -> list[list[Path]]:
 
 def read_frame(path: Path, size: tuple[int, int]) -> Tensor:
     """[3, H, W] in 0..1, stretched to (H, W); (-1, -1): its own size, cut to multiples of 8 by scaling."""
-    rgb = np.asarray(load_image(path), np.float32) / 255
+    rgb: Any = np.asarray(load_image(path), np.float32) / 255
     height, width = size if size[0] > 0 else (rgb.shape[0] // 8 * 8, rgb.shape[1] // 8 * 8)
     if rgb.shape[:2] != (height, width):
         rgb = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_LINEAR)
@@ -157,7 +159,7 @@ def read_mask(path: Path, binary: bool) -> np.ndarray:
 
 
 def clip_indices(length: int, frames: int, gap: int, rng: random.Random | None = None) -> list[int]:
-    """Frames centre - gap, centre, centre + gap of a video; the gap shrinks until they fit (to 0: one frame repeated)."""
+    """Frames centre - gap, centre, centre + gap of a video; the gap shrinks until they fit, to 0 if need be."""
     half = frames // 2
     while gap > 0 and 2 * gap * half >= length - 1:
         gap -= 1

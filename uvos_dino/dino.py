@@ -1,4 +1,4 @@
-"""A small DINO (arXiv 2104.14294): head, loss and multi-crop views of a batch at once, so that no download is needed."""
+"""A small DINO (arXiv 2104.14294): head, loss and multi-crop views of a batch at once, so nothing is downloaded."""
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,10 @@ class Head(nn.Module):
             nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
         )
         self.prototypes = nn.Parameter(torch.randn(out, bottleneck))
-        for layer in self.mlp[::2]:
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(self.mlp(x), dim=-1) @ F.normalize(self.prototypes, dim=-1).T
@@ -39,7 +40,7 @@ class Network(nn.Module):
 
 
 class DinoLoss(nn.Module):
-    """Cross-entropy between the teacher's centred, sharpened output of a global crop and the student's of another crop."""
+    """Cross-entropy between the teacher's centred, sharpened output of a global crop and the student's of another."""
 
     center: Tensor
 

@@ -28,8 +28,8 @@ def get_parser() -> argparse.ArgumentParser:
     a = p.add_argument
     a("--resume_path", "--pretrained", type=Path, required=True, help="checkpoint: a run's, or the released one")
     a("--num_heads", type=int, help="heads of the block; default: the checkpoint's flag, else 8")
-    a("--resolution", type=int, nargs=2, default=[320, 480], metavar=("H", "W"), help="-1 -1: the frames' own size, cut "
-      "to multiples of 8")  # fmt: skip
+    a("--resolution", type=int, nargs=2, default=[320, 480], metavar=("H", "W"), help="-1 -1: the frames' own size, "
+      "cut to multiples of 8")  # fmt: skip
     a("--eval_norm", choices=list(NORMS), default="release", help="release: Kinetics' statistics, unlike in training")
     a("--drop_last_frame", type=_bool, default=True, help="leave the last frame out, as released; its mask is then the "
       "one before it")  # fmt: skip
@@ -116,14 +116,14 @@ def main(argv: list[str] | None = None) -> int:
         labels = found.labels.view(last, h, w)
         file = args.save_path / f"{video.name}.pth"
         if args.release_masks:
-            onehot = torch.nn.functional.one_hot(labels, found.count).permute(0, 3, 1, 2).float()  # [T, K, h, w]
+            onehot = torch.nn.functional.one_hot(labels, found.number).permute(0, 3, 1, 2).float()  # [T, K, h, w]
             checkpoint.save(file, {t: [masks[None, :, None]] for t, masks in enumerate(onehot)})
         else:
-            checkpoint.save(file, {"labels": labels.to(torch.int32), "clusters": found.count})
-        if args.png and found.count <= PNG_LIMIT:
+            checkpoint.save(file, {"labels": labels.to(torch.int32), "clusters": found.number})
+        if args.png and found.number <= PNG_LIMIT:
             write_pngs(args.save_path / video.name, video, labels.numpy(), binary)
         print(
-            f"  {video.name}: {last} frames, {found.count} clusters, {time.perf_counter() - started:.1f} s", flush=True
+            f"  {video.name}: {last} frames, {found.number} clusters, {time.perf_counter() - started:.1f} s", flush=True
         )
     meta = {"minutes": minutes, "flags": plain(args), **provenance()}
     return evaluate.score(args, videos, args.save_path, meta)

@@ -33,7 +33,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     a("--split", default="val")
     a("--sequences", type=lambda text: text.split(","), default=[], help="only these, comma-separated")
     a("--synthetic", action="store_true", help="the mini data, generated, instead of --basepath")
-    a("--match", choices=MATCHES, default="frame", help="which matching the printed headline has (both are computed): a "
+    a("--match", choices=MATCHES, default="frame", help="which matching is printed first (both are computed): a "
       "new one in each frame, as released, or one a sequence, as in the official package")  # fmt: skip
     a("--max_proposals", type=int, default=metrics.MAX_PROPOSALS, help="clusters that are accepted; 0: any number (the "
       "official package: 20, the release: 300)")  # fmt: skip
@@ -68,16 +68,16 @@ def read_results(folder: Path, video: Video) -> Segmentation:
     paths = sorted((folder / video.name).glob("*.png"))
     if not paths:
         raise UserError(f"{folder}: nothing for {video.name}; expected {video.name}.pth or {video.name}/00000.png, ...")
-    labels = [np.asarray(load_image(path, None)) for path in paths]
-    odd = next((p for p, x in zip(paths, labels) if x.ndim != 2 or x.shape != labels[0].shape), None)
+    arrays = [np.asarray(load_image(path, None)) for path in paths]
+    odd = next((p for p, x in zip(paths, arrays) if x.ndim != 2 or x.shape != arrays[0].shape), None)
     if odd is not None:
         raise UserError(f"{odd}: not a palette PNG of the size of the others")
-    whole = np.stack(labels).astype(np.int32)
+    whole = np.stack(arrays).astype(np.int32)
     return Segmentation(whole - 1, int(whole.max()))
 
 
 def pairs(found: Segmentation, video: Video, binary: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Labels at the annotation's size and the annotation [H, W], a frame after the other; missing frames repeat the last."""
+    """Labels at the annotation's size and the annotation [H, W], frame after frame; missing frames repeat the last."""
     for t, path in video.masks.items():
         truth = read_mask(path, binary)
         yield metrics.upsample(found.labels[min(t, len(found.labels) - 1)], *truth.shape), truth

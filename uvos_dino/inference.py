@@ -53,8 +53,8 @@ def segment(
 def load_model(path: str | Path, flags: Mapping[str, Any] | None = None) -> tuple[AttEncoder, str, float | None]:
     """The trained model of a checkpoint (a run of ours, or the released one), a line about it, its minutes of training.
 
-    The sizes are read off the weights; the heads of the block are 8 where neither the checkpoint's flags nor `flags` say
-    otherwise. UserError for a file that lacks a single tensor.
+    The sizes are read off the weights; the heads of the block are 8 where neither the checkpoint's flags nor `flags`
+    say otherwise. UserError for a file that lacks a single tensor.
     """
     saved = checkpoint.load(path)
     state = saved.get("model_state_dict") if isinstance(saved, Mapping) else None

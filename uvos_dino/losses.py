@@ -68,8 +68,8 @@ def motion(
 ) -> Tensor:
     """L_mot: near patches of the same frame spread their attention over all frames as the query does, far ones do not.
 
-    S(q, a) = sum_c q_c log(a_c + 1e-10) is minus the cross-entropy of rows that sum to 1; every pair of a positive j+ and
-    a negative j- gives max(0, S(q, a_j-) - S(q, a_j+) + margin).
+    S(q, a) = sum_c q_c log(a_c + 1e-10) is minus the cross-entropy of rows that sum to 1; every pair of a positive j+
+    and a negative j- gives max(0, S(q, a_j-) - S(q, a_j+) + margin).
 
     Args:
         A: attention [B, T N, T N]; P: positions [n].
@@ -94,7 +94,7 @@ def motion(
 
 @torch.no_grad()
 def watch(A: Tensor, T: int) -> dict[str, Tensor]:
-    """What to look at: entropy of the attention over that of a uniform one (1: diffuse), share that stays in the frame."""
+    """Entropy of the attention over that of a uniform one (1: diffuse), and the share of it that stays in the frame."""
     B, n, _ = A.shape
     rows = F.normalize(A, p=1, dim=-1)
     entropy = -(rows * (rows + EPS).log()).sum(-1).mean() / torch.log(torch.tensor(float(n)))

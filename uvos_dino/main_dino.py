@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     criterion = DinoLoss(args.out_dim, args.student_temp, args.teacher_temp).to(run.device)
     decayed = [p for p in student.parameters() if p.dim() > 1]
     plain = [p for p in student.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.wd, fused=run.device.type == "cuda")
     trained: nn.Module = nn.parallel.DistributedDataParallel(student) if run.world > 1 else student
     run.track(student=student, teacher=teacher, optimizer=optimizer, dino_loss=criterion)

@@ -1,11 +1,11 @@
 """J, F, their statistics, the matching of clusters to objects, FG-ARI and mIoU, on label maps.
 
-J and F equal davis2017-evaluation's (BSD-3, davisvideochallenge). A frame's clusters are one map of numbers, so J of all
-pairs is one joint histogram, boundaries are found once, and only what lies near an object's boundary is dilated.
+J and F equal davis2017-evaluation's (BSD-3, davisvideochallenge). A frame's clusters are one map of numbers, so J of
+all pairs is one joint histogram, boundaries are found once, and only what lies near an object's boundary is dilated.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import cv2
@@ -47,8 +47,9 @@ def upsample(labels: np.ndarray, height: int, width: int) -> np.ndarray:
 def boundary_pixels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Flat pixel index and label of every boundary pixel of every label of a map [H, W].
 
-    A pixel is on the boundary of a label when that label is among the pixel, its right, lower and lower-right neighbour,
-    but is not all of them; in the last row and column only the neighbour inside counts, the last pixel never does.
+    A pixel is on the boundary of a label when that label is among the pixel, its right, lower and lower-right
+    neighbour, but is not all of them; in the last row and column only the neighbour inside counts, the
+    last pixel never does.
     """
     H, W = labels.shape
     across, down = labels[:, :-1] != labels[:, 1:], labels[:-1] != labels[1:]
@@ -66,16 +67,18 @@ def boundary_pixels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.broadcast_to(where, four.shape)[new], four[new]
 
 
-def joint_counts(labels: np.ndarray, truth: np.ndarray, K: int, O: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels [K + 1, O + 1] that have cluster k (K: none) and object o (0: background), void left out; and both maps
-    [H, W] as they count: void is no cluster and no object.
+def joint_counts(
+    labels: np.ndarray, truth: np.ndarray, K: int, objects: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels [K + 1, objects + 1] that have cluster k (K: none) and object o (0: background), void left out; and
+    both maps [H, W] as they count: void is no cluster and no object.
     """
     void = truth == VOID
-    gt = np.where(void | (truth > O), 0, truth).astype(np.int32)
+    gt = np.where(void | (truth > objects), 0, truth).astype(np.int32)
     own = np.where(void | (labels < 0) | (labels >= K), K, labels).astype(np.int32)
-    size = (K + 1) * (O + 1)
-    joint = np.bincount(np.where(void, size, own * (O + 1) + gt).ravel(), minlength=size)[:size]
-    return joint.reshape(K + 1, O + 1), own, gt
+    size = (K + 1) * (objects + 1)
+    joint = np.bincount(np.where(void, size, own * (objects + 1) + gt).ravel(), minlength=size)[:size]
+    return joint.reshape(K + 1, objects + 1), own, gt
 
 
 def ious(joint: np.ndarray) -> np.ndarray:
@@ -143,7 +146,7 @@ def frame_scores(labels: np.ndarray, truth: np.ndarray, clusters: int, objects: 
     return J, F
 
 
-def video_scores(labels: Sequence[np.ndarray], truth: Sequence[np.ndarray], clusters: int, objects: int) -> Scores:
+def video_scores(labels: Iterable[np.ndarray], truth: Iterable[np.ndarray], clusters: int, objects: int) -> Scores:
     """All frames; fewer clusters than objects are filled up with empty ones, as in the official package."""
     clusters = max(clusters, objects)
     pairs = [frame_scores(a, b, clusters, objects) for a, b in zip(labels, truth, strict=True)]
@@ -178,8 +181,8 @@ def check_proposals(name: str, clusters: int, limit: int) -> None:
     """UserError when a sequence has more clusters than the evaluator accepts (0: any number)."""
     if limit and clusters > limit:
         raise UserError(
-            f"{name}: {clusters} clusters, the evaluation takes {limit}; the count grows with training: take an earlier "
-            "checkpoint, raise --tau, or lift --max_proposals (0: any number)"
+            f"{name}: {clusters} clusters, the evaluation takes {limit}; the count grows with training: take an "
+            "earlier checkpoint, raise --tau, or lift --max_proposals (0: any number)"
         )
 
 
@@ -202,7 +205,7 @@ def rand_index(labels: np.ndarray, truth: np.ndarray) -> float:
 
 
 def mean_iou(labels: np.ndarray, truth: np.ndarray, clusters: int) -> float:
-    """mIoU: IoU of each object over the whole video [T, H, W] with its cluster of a Hungarian matching, the mean of them."""
+    """mIoU: IoU of each object over the whole video [T, H, W] with its cluster (Hungarian), the mean."""
     objects = np.unique(truth[truth != VOID])
     objects = objects[objects > 0]
     if not len(objects):

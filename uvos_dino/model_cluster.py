@@ -1,6 +1,6 @@
 """The model: a frozen DINO encoder and a spatio-temporal block over the keys of all frames of a clip."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ class Out(NamedTuple):
 
 
 class AttEncoder(nn.Module):
-    """Encoder and block under the release's names (`encoder.*`, `temporal_transformer.0.*`); section 2.1 of the release.
+    """Encoder and block under the release's names (`encoder.*`, `temporal_transformer.0.*`).
 
     Args:
         encoder: frozen here: no gradient, always in eval mode.
@@ -68,6 +68,6 @@ class AttEncoder(nn.Module):
 
         At inference the release has neither class tokens nor values, projection and MLP.
         """
-        block = self.temporal_transformer[0]
+        block: Any = self.temporal_transformer[0]
         q, key, _ = block.attn.heads(block.norm1(k))
         return q, key, block.attn.scale

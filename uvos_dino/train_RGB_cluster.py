@@ -148,17 +148,17 @@ class Probe:
         ]
 
     def __call__(self, model: AttEncoder, device: torch.device) -> dict[str, float]:
-        """`probe/clusters`, mean number of them, and `probe/J`, mean over objects and frames, matched frame by frame."""
+        """`probe/clusters`, mean number of them, and `probe/J`, mean over objects and frames, matched by frame."""
         model.eval()
         counts, scores = [], []
         for frames, masks in self.videos:
             found = segment(model, frames, device, "imagenet", self.args.ratio, self.args.tau)
-            counts.append(found.count)
+            counts.append(found.number)
             labels = found.labels.view(len(frames), -1, frames.shape[-1] // model.encoder.patch_size).numpy()
             first = next(iter(masks.values()))
             objects = int(first[first != metrics.VOID].max())
             for t, mask in masks.items():
-                J = metrics.frame_ious(metrics.upsample(labels[t], *mask.shape), mask, found.count, objects)
+                J = metrics.frame_ious(metrics.upsample(labels[t], *mask.shape), mask, found.number, objects)
                 scores.append(metrics.best_mean(J))
         model.train()
         return {"probe/clusters": sum(counts) / len(counts), "probe/J": 100 * sum(scores) / len(scores)}
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
             checkpoint.save(run.dir / f"checkpoint_{run.step + 1}.pth", {**kept, "args": {"num_heads": args.num_heads}})
 
     run.finish(
-        f"evaluate: python -m uvos_dino.eval_oneshot --resume_path {quote(f'{run.dir}/checkpoint.pth')} --basepath DAVIS"
+        f"next: python -m uvos_dino.eval_oneshot --basepath DAVIS --resume_path {quote(str(run.dir))}/checkpoint.pth"
     )
     return 0
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
-        rates = torch.linspace(0, drop_path, depth).tolist()
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
         norm = partial(nn.LayerNorm, eps=NORM_EPS)
         self.blocks = nn.ModuleList(
             Block(embed_dim, self.num_heads, 4.0, qkv_bias=True, drop_path=rate, norm_layer=norm)  # type: ignore[arg-type]
@@ -110,14 +110,14 @@ class VisionTransformer(nn.Module):
 
     def last_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, heads, 1 + N, 64] of the last block for its input [B, 1 + N, C]."""
-        last = self.blocks[-1]
+        last: Any = self.blocks[-1]
         qkv = last.attn.qkv(last.norm1(x)).unflatten(-1, (3, self.num_heads, HEAD_DIM))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         return q, k, v
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The rest of the last block: its input [B, n, C] and the attended values [B, heads, n, 64] -> [B, n, C]."""
-        last = self.blocks[-1]
+        last: Any = self.blocks[-1]
         x = x + last.drop_path1(last.attn.proj(mixed.transpose(1, 2).flatten(2)))
         return x + last.drop_path2(last.mlp(last.norm2(x)))
 
@@ -127,7 +127,7 @@ class VisionTransformer(nn.Module):
         return self._map(self.last_qkv(x)[1], h, w)
 
     def keys_and_cls(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [B, C, h, w] and the class token after the last block [B, C]; the last block runs for that token only."""
+        """Keys [B, C, h, w] and the class token after the last block [B, C]; the last block runs for that alone."""
         x, h, w = self.tokens(images)
         q, k, v = self.last_qkv(x)
         mixed = F.scaled_dot_product_attention(q[:, :, :1], k, v)
@@ -171,8 +171,8 @@ def for_weights(state: Mapping[str, Tensor], source: str) -> VisionTransformer:
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     if absent or not depth:
         raise UserError(
-            f"{source}: not a DINO ViT ({absent[0] if absent else 'blocks.0'} is missing); give its backbone-only file, "
-            "its full checkpoint, or a run of uvos_dino.main_dino"
+            f"{source}: not a DINO ViT ({absent[0] if absent else 'blocks.0'} is missing); give its backbone-only "
+            "file, its full checkpoint, or a run of uvos_dino.main_dino"
         )
     patch = state["patch_embed.proj.weight"].shape[-1]
     dim, table = state["cls_token"].shape[-1], state["pos_embed"].shape[1] - 1

@@ -1,7 +1,7 @@
 """Look at a segmentation: python -m uvos_dino.visualize --resume_path CHECKPOINT --basepath DAVIS --sequences dog
 
 A strip of frames, and below it the clusters in colours; with --point Y X (in shares of the frame) also the attention of
-that point of the first frame, in DINO and in the block. `--gif` writes every frame with its clusters as a moving picture.
+that point of the first frame, in DINO and in the block. `--gif` writes all of it as a moving picture.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
             rows += [heat(pictures[chosen], blank), heat(pictures[chosen], block)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in rows])).save(args.out)
-    print(f"{video.name}: {found.count} clusters -> {args.out}")
+    print(f"{video.name}: {found.number} clusters -> {args.out}")
     if args.gif:
         moving = [Image.fromarray(x) for x in overlay(pictures, labels)]
         moving[0].save(args.gif, save_all=True, append_images=moving[1:], duration=100, loop=0)
