@@ -278,7 +278,7 @@ def test_thresholds_at_their_ends_and_equal_frames() -> None:  # properties 3 an
     rows = torch.rand(5, 12, 20, generator=torch.Generator().manual_seed(0)).mul(3).softmax(-1)
     assert clustering.cluster(clustering.Given(rows), 5, math.inf).number == 1
     assert clustering.cluster(clustering.Given(rows), 5, 0.0).number == 60
-    same = clustering.cluster(clustering.Given(rows[:1].expand(5, 12, 20)), 5, 0.3)
+    same = clustering.cluster(clustering.Given(rows[:1].expand(5, 12, 20)), 5, 1.2)
     assert (same.labels == same.labels[0]).all() and 1 < same.number < 12
     with pytest.raises(UserError, match="not finite"):
         clustering.cluster(clustering.Given(torch.full((1, 2, 3), math.nan)), 1, 1.0)
