@@ -278,7 +278,7 @@ def test_thresholds_at_their_ends_and_equal_frames() -> None:  # properties 3 an
     rows = torch.rand(5, 12, 20, generator=torch.Generator().manual_seed(0)).mul(3).softmax(-1)
     assert clustering.cluster(clustering.Given(rows), 5, math.inf).number == 1
     assert clustering.cluster(clustering.Given(rows), 5, 0.0).number == 60
-    same = clustering.cluster(clustering.Given(rows[:1].expand(5, 12, 20)), 5, 1.2)
+    same = clustering.cluster(clustering.Given(rows[:1].expand(5, 12, 20)), 5, 0.8)
     assert (same.labels == same.labels[0]).all() and 1 < same.number < 12
     with pytest.raises(UserError, match="not finite"):
         clustering.cluster(clustering.Given(torch.full((1, 2, 3), math.nan)), 1, 1.0)
@@ -300,6 +300,7 @@ def toy_clip(B: int, T: int, generator: torch.Generator) -> tuple[Tensor, Tensor
     """Tokens [B, T, 1 + 96, 32] and labels [B, T, 8, 12]: a background and two moving rectangles, a random prototype
     each, unit noise; the class token is the mean.
     """
+
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
 

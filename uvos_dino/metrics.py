@@ -135,10 +135,12 @@ def frame_scores(labels: np.ndarray, truth: np.ndarray, clusters: int, objects: 
         fg_match = np.bincount(bl, minlength=K)
         gt_match = np.zeros(K)
         for c in np.flatnonzero(fg_match):
-            spot = np.zeros_like(edge)
-            at = bl == c
-            spot[by[at], bx[at]] = 1
-            gt_match[c] = cv2.dilate(spot, kernel)[y - y0, x - x0].sum()
+            cy, cx = by[bl == c], bx[bl == c]  # what this cluster reaches: its own pixels' box and `radius` around
+            top, left = max(0, cy.min() - radius), max(0, cx.min() - radius)
+            around = edge[top : cy.max() + radius + 1, left : cx.max() + radius + 1]
+            spot = np.zeros_like(around)
+            spot[cy - top, cx - left] = 1
+            gt_match[c] = np.count_nonzero(cv2.dilate(spot, kernel) & around)
         precision = np.divide(fg_match, n_fg, out=np.ones(K), where=n_fg > 0)
         recall = gt_match / n_gt
         both = precision + recall
