@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         each = distributed.all_sum(torch.stack([loss, slot_loss, motion_loss]).detach()) / run.world
         run.log(each[0], lr=lr, slot_loss=each[1], motion_loss=each[2], **{"train/loss": each[0]}, **watched)
         if args.keep_every and (run.step + 1) % args.keep_every == 0 and run.rank == 0:
-            kept = {"iteration": run.step + 1, "model_state_dict": model.state_dict(), "loss": float(loss)}
+            kept = {"iteration": run.step + 1, "model_state_dict": model.state_dict(), "loss": float(loss.detach())}
             checkpoint.save(run.dir / f"checkpoint_{run.step + 1}.pth", {**kept, "args": {"num_heads": args.num_heads}})
 
     run.finish(
