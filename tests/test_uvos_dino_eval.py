@@ -134,8 +134,8 @@ def test_frames_are_resized_as_floats(tmp_path: Path) -> None:
     rgb = np.random.default_rng(0).integers(0, 256, (21, 35, 3)).astype(np.uint8)
     Image.fromarray(rgb).save(tmp_path / "a.png")
     exact = cv2.resize(rgb / 255.0, (24, 16), interpolation=cv2.INTER_LINEAR)  # the release's float64
-    assert torch.allclose(data.read_frame(tmp_path / "a.png", (16, 24)), torch.from_numpy(exact).permute(2, 0, 1).float(),
-                          atol=1e-6)  # fmt: skip
+    ours = data.read_frame(tmp_path / "a.png", (16, 24)).permute(1, 2, 0)
+    assert torch.allclose(ours.double(), torch.from_numpy(exact), atol=1e-6)
     assert data.read_frame(tmp_path / "a.png", (-1, -1)).shape == (3, 16, 32)
 
 

@@ -106,15 +106,12 @@ def test_tensorboard_has_the_promised_names(davis: Path, tmp_path: Path) -> None
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = train(davis, tmp_path, *f"--probe_every 2 --val_basepath {davis} --probe_videos 1".split())
-    assert [("probe/clusters" in row, "probe/J" in row) for row in log] == [(True, True)] * 2 + [
-        (False, False),
-        (True, True),
-    ]
+    assert ["probe/clusters" in row and "probe/J" in row for row in log] == [True, True, False, True]
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert set(events.Tags()["scalars"]) >= {
-        "train/loss", "train/slot_loss", "train/motion_loss", "train/lr", "train/attn_entropy", "train/attn_frame_share",
-        "probe/clusters", "probe/J",
+        "train/loss", "train/slot_loss", "train/motion_loss", "train/lr", "train/attn_entropy",
+        "train/attn_frame_share", "probe/clusters", "probe/J",
     }  # fmt: skip
 
 
@@ -318,4 +315,6 @@ def test_arms_are_recorded_from_the_json_files_alone(tmp_path: Path, monkeypatch
     log = json.loads((home / "logs" / "davis2016-both.json").read_text())["0"]
     assert log["facts"]["minutes"] == 1.5 and log["metrics"]["clusters_other"] == 5.0
     assert log["curve"][-1] == {"step": 300, "loss": 2.0, "probe/clusters": 5.0, "probe/J": 30.0}
-    assert len({*Image.open(tmp_path / "plot.png").getdata()}) > 2  # white, black and the colours of the lines
+    assert (
+        len(np.unique(np.asarray(Image.open(tmp_path / "plot.png")).reshape(-1, 3), axis=0)) > 2
+    )  # white, black and the colours of the lines
