@@ -96,7 +96,7 @@ def release(root: Path) -> Iterator[SimpleNamespace]:
         }  # fmt: skip
         code = SimpleNamespace(**{key: importlib.import_module(name) for key, name in names.items()})
         statements = loss_statements((root / "src/train_RGB_cluster.py").read_text(encoding="utf-8"))
-        einops = importlib.import_module("einops")
+        einops = importlib.import_module(list(PACKAGES)[0])
 
         def both(z: Tensor, A: Tensor, P: Tensor, frames: int) -> tuple[Tensor, Tensor]:
             scope: dict[str, Any] = {
