@@ -31,8 +31,9 @@ def waves(module: torch.nn.Module) -> torch.nn.Module:
     return module.double().eval()
 
 
-def points(x: torch.Tensor) -> list[float]:
+def points(x: torch.Tensor | None) -> list[float]:
     """Norm, a projection, the first and the last element."""
+    assert x is not None  # for the type checker
     x = x.detach().double().flatten()
     w = torch.cos(torch.arange(x.numel(), dtype=torch.float64))
     return [float(v) for v in (x.norm(), (x * w).sum(), x[0], x[-1])]
