@@ -1,8 +1,7 @@
 """What the losses add to the block at the paper's sizes, for `python tests/bench.py uvos_dino`.
 
 One clip of 3 frames of 24 x 48 patches, the release's batch on a GPU. The floor is what the paper demands anyway: the
-frozen encoder's forward pass (on a CPU a smaller one stands for ViT-S/8, scaled by its tokens) and the block's forward
-and backward passes. The method is both losses with their gradients to tokens and attention.
+frozen encoder's forward pass and the block's forward and backward passes. The method is both losses with their gradients to tokens and attention.
 
 The clustering is timed against its own floor, the one product of all rows of a window with their logarithms.
 """
@@ -20,7 +19,7 @@ N = H * W
 
 
 def cases(device: torch.device) -> list[dict[str, Any]]:
-    """Cases for tests/bench.py; on a CPU the encoder sees one of the three frames and the time is scaled."""
+    """Cases for tests/bench.py."""
     torch.manual_seed(0)
     model = AttEncoder(build("vit_small", 8)).to(device).train()
     frames = torch.randn(T, 3, 8 * H, 8 * W, device=device)
