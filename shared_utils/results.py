@@ -45,7 +45,8 @@ class Paper:
 
 _PAPERS = """
 uvos_dino | Betrayed by Attention: A Simple yet Effective Approach for Self-supervised Video Object Segmentation
-  | 2311.17893 | segment videos from DINO attention | shvdiwnkozbw/SSL-UVOS (training cannot start) | -
+  | 2311.17893 | segment videos from DINO attention | shvdiwnkozbw/SSL-UVOS (training cannot start)
+  | davis17-fork-jf
 mra | Masked Autoencoders are Robust Data Augmentors
   | 2206.04846 | masked autoencoder reconstructions as augmentation | haohang96/MRA (holds no code) | in1k-mra
 sage | Semantic-Aware Generation for Self-Supervised Visual Representation Learning

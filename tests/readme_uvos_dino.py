@@ -1,0 +1,17 @@
+"""What the mini runs of uvos_dino's README must have shown; called by test_readme.py on the folder that they wrote."""
+
+import json
+from pathlib import Path
+
+
+def check(runs: Path) -> None:
+    rows = [json.loads(line) for line in (runs / "uvos_dino/train/mini/log.jsonl").read_text().splitlines()]
+    assert rows[0]["motion_loss"] > 0.8 and rows[-1]["motion_loss"] < 0.7, "the motion loss stays at its margin"
+    start = rows[0]["probe/J"]  # after one step: still one cluster, as by chance
+    assert rows[0]["probe/clusters"] < 2
+    result = json.loads((runs / "uvos_dino/eval/mini/result.json").read_text())
+    end = result["frame"]["J-Mean"]
+    assert end > start + 10, f"J is {start:.1f} after one iteration and {end:.1f} at the end"
+    assert 2 <= result["clusters"] <= 20, f"{result['clusters']} clusters a sequence"
+    assert (runs / "uvos_dino/eval/mini/frame/global_results-val.csv").is_file()
+    assert (runs / "uvos_dino/eval/mini/digits-val-00/00011.png").is_file()

@@ -1,0 +1,352 @@
+"""uvos_dino's data, scores and evaluation scripts."""
+
+import csv
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+
+from shared_utils import UserError, checkpoint
+from shared_utils.mini import davis_palette
+from uvos_dino import data, eval_oneshot, evaluate, metrics, visualize
+from uvos_dino.inference import load_model
+from uvos_dino.model_cluster import AttEncoder
+from uvos_dino.vision_transformer import VisionTransformer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def davis(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sequences of five frames 32 x 48 with two moving squares, as DAVIS-2016 (white) and 2017 (palette)."""
+    root, rng = tmp_path_factory.mktemp("davis"), np.random.default_rng(0)
+    for name in ("aa", "bb"):
+        for t in range(5):
+            mask = np.zeros((32, 48), np.uint8)
+            mask[4:14, 4 + 2 * t : 14 + 2 * t], mask[16:30, 30:42], mask[:2, :9] = 1, 2, 255
+            rgb = rng.integers(0, 60, (32, 48, 3)) + np.array([[20, 20, 20], [190, 0, 0], [0, 190, 0]])[mask % 253 % 3]
+            for kind, image in (
+                ("JPEGImages", Image.fromarray(rgb.astype(np.uint8))),
+                ("Annotations_unsupervised", Image.fromarray(mask)),
+                ("Annotations", Image.fromarray((mask == 1).astype(np.uint8) * 255)),
+            ):
+                file = root / kind / "480p" / name / f"{t:05d}.{'jpg' if kind == 'JPEGImages' else 'png'}"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                if kind == "Annotations_unsupervised":
+                    image.putpalette(davis_palette())
+                image.save(file)
+    for year, lines in (
+        ("2016", "/JPEGImages/480p/aa/00000.jpg /Annotations/480p/aa/00000.png\n"),
+        ("2017", "aa\nbb\n"),
+    ):
+        (root / "ImageSets" / year).mkdir(parents=True)
+        (root / "ImageSets" / year / "val.txt").write_text(lines)
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "checkpoint.pth"
+    model = AttEncoder(VisionTransformer(8, 64, 1, 32), num_heads=4)
+    checkpoint.save(file, {"iteration": 7, "model_state_dict": model.state_dict(), "args": {"num_heads": 4}})
+    return file
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_layouts(davis: Path) -> None:
+    one = data.open_videos("DAVIS", davis, "val")
+    assert [v.name for v in one] == ["aa"] and list(one[0].masks) == [0, 1, 2, 3, 4]
+    two = data.open_videos("DAVIS2017", davis, "val", ["bb"])
+    assert "Annotations_unsupervised" in str(two[0].masks[0])
+    assert set(np.unique(data.read_mask(two[0].masks[0], False))) == {0, 1, 2, 255}
+    assert set(np.unique(data.read_mask(one[0].masks[0], True))) == {0, 1}
+    assert len(data.training_videos(davis)) == 2
+
+
+@pytest.mark.parametrize(
+    ("dataset", "frames", "masks", "first"),
+    [
+        ("FBMS", "FBMS/x/marple_{:03d}.jpg", "FBMS_annotation/x/marple_{:03d}.png", 40),
+        ("STv2", "STv2_img/JPEGImages/x/a{:03d}.png", "STv2_gt&pred/STv2_gt/GroundTruth/x/b{:03d}.png", 1),
+        ("YTVIS", "val/JPEGImages/x/{:05d}.jpg", "val/Annotations/x/{:05d}.png", 0),
+        ("MOVi", "val/x/rgba_{:05d}.png", "val/x/segmentation_{:05d}.png", 0),
+    ],
+)
+def test_other_layouts(dataset: str, frames: str, masks: str, first: int, tmp_path: Path) -> None:
+    for t in range(4):
+        for name in [frames] + [masks] * (t % 2 == 0):  # every second frame is annotated
+            file = tmp_path / name.format(first + t)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8), t, np.uint8)).save(file)
+    (video,) = data.open_videos(dataset, tmp_path, "val")
+    assert len(video.frames) == 4 and list(video.masks) == [0, 2]
+    assert video.masks[2].name.endswith(f"{first + 2}.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda root: shutil.rmtree(root / "JPEGImages" / "480p" / "bb"), "bb: no frames; expected 00000.jpg"),
+        (lambda root: shutil.rmtree(root / "Annotations_unsupervised" / "480p" / "bb"), "bb: no annotation"),
+        (lambda root: [shutil.rmtree(root / name) for name in ("ImageSets", "JPEGImages")], "no DAVIS2017 here"),
+    ],
+)
+def test_a_broken_tree_is_named(davis: Path, tmp_path: Path, change, said: str) -> None:
+    root = shutil.copytree(davis, tmp_path / "davis")
+    change(root)
+    with pytest.raises(UserError, match=said):
+        data.open_videos("DAVIS2017", root, "val")
+
+
+def test_clips() -> None:
+    rng = random.Random(0)
+    found = {tuple(data.clip_indices(20, 3, 4, rng)) for _ in range(300)}
+    assert found == {(c - 4, c, c + 4) for c in range(4, 16)}
+    assert {tuple(data.clip_indices(4, 3, 4, rng)) for _ in range(50)} == {(0, 1, 2), (1, 2, 3)}
+    assert data.clip_indices(1, 3, 4) == [0, 0, 0] and set(data.clip_indices(2, 3, 4)) <= {0, 1}
+
+
+def test_augmentation_is_the_same_for_all_frames() -> None:
+    augment = data.ClipAugment((16, 24), 0)
+    frame = torch.rand(3, 16, 24)
+    random.seed(1), torch.manual_seed(1)
+    out = [augment(frame.expand(3, 3, 16, 24)) for _ in range(8)]
+    assert all(torch.allclose(x, x[:1].expand_as(x), atol=1e-6) for x in out)
+    plain = data.normalise(frame, "imagenet")
+    assert any(not torch.allclose(x[0], plain, atol=1e-3) for x in out)
+    assert torch.equal(data.ClipAugment((16, 24), 0, on=False)(frame[None])[0], plain)
+    assert 0.1 <= augment.sigma <= 2 and augment.sigma == data.ClipAugment((16, 24), 0).sigma
+
+
+def test_frames_are_resized_as_floats(tmp_path: Path) -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (21, 35, 3)).astype(np.uint8)
+    Image.fromarray(rgb).save(tmp_path / "a.png")
+    exact = cv2.resize(rgb / 255.0, (24, 16), interpolation=cv2.INTER_LINEAR)  # the release's float64
+    ours = data.read_frame(tmp_path / "a.png", (16, 24)).permute(1, 2, 0)
+    assert torch.allclose(ours.double(), torch.from_numpy(exact), atol=1e-6)
+    assert data.read_frame(tmp_path / "a.png", (-1, -1)).shape == (3, 16, 32)
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def slow_boundary(mask: np.ndarray) -> np.ndarray:
+    H, W = mask.shape
+    out = np.zeros((H, W), bool)
+    for y in range(H):
+        for x in range(W):
+            near = {mask[min(y + dy, H - 1), min(x + dx, W - 1)] for dy in (0, 1) for dx in (0, 1)}
+            out[y, x] = len(near) > 1
+    return out
+
+
+def slow_f(own: np.ndarray, gt: np.ndarray) -> float:
+    """F by distances between all pairs of boundary pixels."""
+    a, b = np.argwhere(slow_boundary(own)), np.argwhere(slow_boundary(gt))
+    if not len(a) or not len(b):
+        return float(len(a) == len(b))
+    radius = math.ceil(0.008 * math.hypot(*own.shape))
+    close = ((a[:, None] - b[None]) ** 2).sum(-1) <= radius**2
+    p, r = close.any(1).mean(), close.any(0).mean()
+    return 0.0 if p + r == 0 else 2 * p * r / (p + r)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_scores_against_a_loop(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = metrics.upsample(rng.integers(-1, 4, (4, 5)), 23, 31)
+    truth = metrics.upsample(rng.integers(0, 4, (3, 4)), 23, 31).astype(np.uint8)
+    truth[5:7, :20] = 255
+    J, F = metrics.frame_scores(labels, truth, 5, 2)  # the third object and the fifth cluster: nothing
+    valid = truth != 255
+    for k in range(5):
+        for o in range(2):
+            a, b = (labels == k) & valid, (truth == o + 1) & valid
+            assert J[k, o] == pytest.approx((a & b).sum() / (a | b).sum() if (a | b).any() else 1.0)
+            assert F[k, o] == pytest.approx(slow_f(a, b))
+
+
+def test_matching_by_frame_and_by_sequence() -> None:  # property 10
+    truth = np.zeros((6, 20, 24), np.uint8)
+    truth[:, 2:9, 2:9], truth[:, 11:18, 12:22] = 1, 2
+    swapped = truth.copy()
+    swapped[3:] = np.array([0, 2, 1])[truth[3:]]
+    scores = metrics.video_scores(list(swapped.astype(int)), list(truth), 3, 2)
+    by_frame, by_sequence = (metrics.matched(scores, match) for match in ("frame", "sequence"))
+    assert by_frame.J.min() == by_frame.F.min() == 1
+    assert (by_sequence.J.mean() + by_sequence.F.mean()) / 2 < 0.7
+    permuted = metrics.matched(metrics.video_scores(list(np.array([2, 0, 1])[truth]), list(truth), 3, 2), "sequence")
+    assert permuted.J.min() == permuted.F.min() == 1
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        some = metrics.Scores(rng.random((4, 3, 5)), rng.random((4, 3, 5)))
+        total = {m: sum(x.sum() for x in metrics.matched(some, m)) for m in ("frame", "sequence")}
+        assert total["frame"] >= total["sequence"] - 1e-12
+
+
+def test_void_does_not_count_and_too_few_clusters_are_padded() -> None:
+    truth = np.zeros((16, 20), np.uint8)
+    truth[4:10, 4:10], truth[10:14, 4:10] = 1, 255
+    exact, more = (truth == 1).astype(int) - 1, ((truth == 1) | (truth == 255)).astype(int) - 1
+    for labels in (exact, more):
+        J, F = metrics.frame_scores(labels, truth, 1, 1)
+        assert J[0, 0] == F[0, 0] == 1
+    scores = metrics.video_scores([exact], [np.where(truth == 255, 2, truth)], 1, 2)
+    assert scores.J.shape == (2, 2, 1) and metrics.matched(scores, "frame").J[:, 0].tolist() == [1, 0]
+    metrics.check_proposals("dog", 300, 300)
+    metrics.check_proposals("dog", 999, 0)
+    with pytest.raises(UserError, match="dog: 301 clusters, the evaluation takes 300"):
+        metrics.check_proposals("dog", 301, 300)
+
+
+def test_nearest_is_pytorchs_and_statistics_are_the_official_ones() -> None:
+    labels = torch.arange(35).view(1, 1, 5, 7)
+    for size in ((13, 30), (11, 7), (40, 61)):
+        exact = torch.nn.functional.interpolate(labels.float(), size).long()[0, 0].numpy()
+        assert (metrics.upsample(labels[0, 0].numpy(), *size) == exact).all()
+    mean, recall, decay = metrics.statistics(np.linspace(1, 0, 9))
+    assert (mean, recall, decay) == (pytest.approx(0.5), pytest.approx(4 / 9), pytest.approx(0.75))
+
+
+def test_foreground_scores() -> None:
+    from sklearn.metrics import adjusted_rand_score
+
+    rng = np.random.default_rng(0)
+    truth, labels = rng.integers(0, 4, (3, 9, 9)).astype(np.uint8), rng.integers(0, 5, (3, 9, 9))
+    truth[0, 0] = 255
+    inside = (truth > 0) & (truth < 255)
+    expected = adjusted_rand_score(truth[inside], labels[inside])
+    assert metrics.rand_index(labels, truth) == pytest.approx(expected)
+    assert metrics.rand_index(truth.astype(int), truth) == 1 and metrics.mean_iou(truth.astype(int), truth, 4) == 1
+    assert 0 < metrics.mean_iou(labels, truth, 5) < 0.4
+    assert math.isnan(metrics.rand_index(labels, 0 * truth)) and math.isnan(metrics.mean_iou(labels, 0 * truth, 5))
+
+
+# --- scripts ---------------------------------------------------------------------------------------------------------
+
+
+def flags(davis: Path, weights: Path, out: Path, *more: str) -> list[str]:
+    words = f"--resume_path {weights} --basepath {davis} --resolution 32 48 --ratio 3 --tau 1e-4 --save_path {out}"
+    return [*words.split(), "--threads", "1", *more]
+
+
+def test_segmentation_is_written_and_scored(davis: Path, weights: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "own"
+    assert eval_oneshot.main(flags(davis, weights, out, "--foreground")) == 0
+    saved = checkpoint.load(out / "aa.pth")
+    assert saved["labels"].shape == (4, 4, 6) and saved["clusters"] > 1  # the last frame is left out
+    pngs = sorted((out / "bb").glob("*.png"))
+    assert len(pngs) == 5
+    last, before = (Image.open(path) for path in pngs[:2:-1])
+    assert last.mode == "P" and last.getpalette()[:9] == davis_palette()[:9]
+    assert (np.asarray(last) == np.asarray(before)).all() and np.asarray(last).min() >= 1
+    result = json.loads((out / "result.json").read_text())
+    rows = list(csv.reader((out / "sequence" / "per-sequence_results-val.csv").open()))
+    assert rows[0] == ["Sequence", "J-Mean", "F-Mean"] and [r[0] for r in rows[1:]] == ["aa_1", "aa_2", "bb_1", "bb_2"]
+    head = list(csv.reader((out / "frame" / "global_results-val.csv").open()))
+    assert head[0] == list(evaluate.COLUMNS) and float(head[1][0]) == pytest.approx(
+        result["frame"]["J&F-Mean"] / 100, abs=1e-3
+    )
+    assert result["FG-ARI"] <= 100 and result["clusters"] > 1 and "git_commit" in result
+
+    # PNGs alone, and the release's one-hot files, score the same.
+    assert evaluate.main(["--results", str(out), "--basepath", str(davis)]) == 0
+    for name in ("aa", "bb"):
+        (out / f"{name}.pth").unlink()
+    assert evaluate.main(["--results", str(out), "--basepath", str(davis), "--match", "sequence"]) == 0
+    again = json.loads((out / "result.json").read_text())
+    assert again["frame"] == pytest.approx(result["frame"]) and again["sequence"] == pytest.approx(result["sequence"])
+    other = tmp_path / "release"
+    assert eval_oneshot.main(flags(davis, weights, other, "--release_masks", "--png", "false")) == 0
+    masks = checkpoint.load(other / "aa.pth")
+    assert list(masks) == [0, 1, 2, 3] and masks[0][0].shape == (1, saved["clusters"], 1, 4, 6)
+    assert json.loads((other / "result.json").read_text())["frame"] == pytest.approx(result["frame"])
+    assert "matched by frame" in capsys.readouterr().out
+
+
+def test_all_frames_and_memory_and_own_size(davis: Path, weights: Path, tmp_path: Path) -> None:
+    for name, more in (("kept", ()), ("again", ("--memory_gb", "0")), ("own", ("--resolution", "-1", "-1"))):
+        argv = flags(davis, weights, tmp_path / name, "--drop_last_frame", "false", *more)
+        assert eval_oneshot.main(argv) == 0
+    kept, again, own = (checkpoint.load(tmp_path / name / "bb.pth")["labels"] for name in ("kept", "again", "own"))
+    assert kept.shape == (5, 4, 6) and torch.equal(kept, again) and torch.equal(kept, own)
+    argv = flags(davis, weights, tmp_path / "norm", "--drop_last_frame", "false", "--eval_norm", "imagenet")
+    assert eval_oneshot.main(argv) == 0
+    assert not torch.equal(checkpoint.load(tmp_path / "norm" / "bb.pth")["labels"], kept)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--resolution", "30", "48"], "multiples of the encoder's patch"),
+        (["--ratio", "0"], "--ratio and --frame_batch"),
+        (["--sequences", "zz"], "--sequences zz: not in DAVIS2017"),
+        (["--max_proposals", "1"], "clusters, the evaluation takes 1"),
+        (["--device", "nosuch"], "--device nosuch: not available"),
+        (["--resume_path", "nosuch.pth"], "nosuch.pth: no such checkpoint"),
+        (["--basepath", "nosuch"], "nosuch: no DAVIS2017 here"),
+    ],
+)
+def test_bad_input_is_one_line(davis: Path, weights: Path, tmp_path: Path, more: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        eval_oneshot.main(flags(davis, weights, tmp_path / "out", *more))
+
+
+def test_checkpoints_of_others(weights: Path, tmp_path: Path) -> None:
+    saved = checkpoint.load(weights)
+    model, said, minutes = load_model(weights)
+    assert "iteration 7" in said and "4 heads" in said and minutes is None and not model.training
+    released = {k: saved[k] for k in ("iteration", "model_state_dict")} | {
+        "optimizer_state_dict": {},
+        "loss": torch.ones(()),
+    }
+    checkpoint.save(tmp_path / "released.pth", released)
+    assert "8 heads" in load_model(tmp_path / "released.pth")[1]
+    del released["model_state_dict"]["temporal_transformer.0.attn.proj.bias"]
+    checkpoint.save(tmp_path / "short.pth", released)
+    with pytest.raises(UserError, match=r"1 missing \(temporal_transformer.0.attn.proj.bias\)"):
+        load_model(tmp_path / "short.pth")
+    checkpoint.save(tmp_path / "other.pth", {"state_dict": {}})
+    with pytest.raises(UserError, match="holds no model_state_dict"):
+        load_model(tmp_path / "other.pth")
+
+
+def test_results_that_are_not_there(davis: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing for aa; expected aa.pth or aa/00000.png"):
+        evaluate.main(["--results", str(tmp_path), "--basepath", str(davis)])
+    checkpoint.save(tmp_path / "aa.pth", {"x": torch.ones(1)})
+    with pytest.raises(UserError, match="neither labels of uvos_dino.eval_oneshot nor the release's masks"):
+        evaluate.main(["--results", str(tmp_path), "--basepath", str(davis)])
+
+
+def test_pictures(davis: Path, weights: Path, tmp_path: Path) -> None:
+    argv = f"--resume_path {weights} --basepath {davis} --resolution 32 48 --ratio 2 --out {tmp_path}/a.png".split()
+    assert visualize.main([*argv, "--count", "3", "--point", "0.2", "0.2", "--gif", f"{tmp_path}/a.gif"]) == 0
+    assert (
+        Image.open(tmp_path / "a.png").size == (3 * 48, 4 * 32)
+        and len(list(ImageSequence.Iterator(Image.open(tmp_path / "a.gif")))) == 5
+    )
+    with pytest.raises(UserError, match="--point 2.0 0.0"):
+        visualize.main([*argv, "--point", "2", "0"])
+
+
+def test_an_error_ends_the_command_with_code_2(weights: Path) -> None:
+    command = [sys.executable, "-m", "uvos_dino.eval_oneshot", "--resume_path", str(weights), "--basepath", "nosuch"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: nosuch: no DAVIS2017")
+        and "\n" not in done.stderr.strip()
+    )

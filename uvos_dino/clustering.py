@@ -1,0 +1,216 @@
+"""Hierarchical clustering of attention rows under the symmetric (Jeffreys) divergence, for a whole video at once.
+
+Labels equal the release's (src/eval_oneshot.py). What is fast here: distances take one product instead of two, tokens
+with the same neighbourhood are smoothed once, and the greedy pass compares leaders alone with the rest instead of
+everybody with everybody.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared_utils import UserError
+
+TINY = 1e-30  # a probability of exactly 0 would make every distance to it NaN
+WINDOW = 3  # frames that are clustered together first
+SPARSE = 12  # a scattered sum costs so many times what a dense product does, by the entry
+
+
+class Clusters(NamedTuple):
+    labels: Tensor  # [T, N] int64 on the CPU, 0..K-1; a cluster may be empty
+    centroids: Tensor  # [K, D] float32, mean rows
+
+    @property
+    def number(self) -> int:
+        return len(self.centroids)
+
+
+def key_frames(frames: int, ratio: int) -> Tensor:
+    """Frames whose tokens are keys: 0, r, 2 r, ..., floor(T / r) of them, at least one (the release stops at none)."""
+    return torch.arange(max(1, frames // ratio)) * ratio
+
+
+def entropies(p: Tensor, log_p: Tensor) -> Tensor:
+    """H of rows [n, D] -> [n]."""
+    return -torch.linalg.vecdot(p, log_p)
+
+
+def jeffreys(p: Tensor, q: Tensor) -> Tensor:
+    """d(p, q) = KL(p||q) + KL(q||p) of rows [n, D], [m, D] -> [n, m], as cross-entropies minus entropies."""
+    log_p, log_q = p.log(), q.log()
+    cross = -(p @ log_q.T) - log_p @ q.T
+    return cross - entropies(p, log_p)[:, None] - entropies(q, log_q)
+
+
+def attention(q: Tensor, k: Tensor, scale: float, chunk: int = 0) -> Tensor:
+    """Mean over the heads of the softmax over all key tokens.
+
+    Args:
+        q: queries [t, heads, N, d]; k: keys [K, heads, N, d], both float32.
+        chunk: entries of the largest temporary; 0: a million on a CPU (its cache), 64 times that on a GPU.
+
+    Returns: [t N, K N], rows sum to 1 and have no entry below 1e-30.
+    """
+    heads = q.shape[1]
+    queries = q.transpose(0, 1).flatten(1, 2)  # [heads, t N, d]
+    keys = k.transpose(0, 1).flatten(1, 2).transpose(1, 2)  # [heads, d, K N]
+    out = q.new_empty(queries.shape[1], keys.shape[2])
+    chunk = chunk or (2**26 if q.is_cuda else 2**20)
+    step = max(1, chunk // keys.shape[2])
+    for first in range(0, len(out), step):
+        part = out[first : first + step]
+        part.zero_()
+        for head in range(heads):
+            part += (queries[head, first : first + step] @ keys[head]).mul_(scale).softmax(-1)
+    return out.div_(heads).clamp_min_(TINY)
+
+
+def neighbourhoods(p: Tensor, tau: float, chunk: int = 2**24) -> Tensor:
+    """W: which rows of p [n, D] lie within tau of each other, [n, n] bool; a row is its own neighbour."""
+    log_p = p.log()
+    h = entropies(p, log_p)
+    cross = p @ log_p.T  # [n, n]; minus the cross-entropies in one direction, its transpose the other
+    W = torch.empty(cross.shape, dtype=torch.bool, device=p.device)
+    step = max(1, chunk // len(p))
+    for i in range(0, len(p), step):
+        d = -(cross[i : i + step] + cross[:, i : i + step].T) - (h[i : i + step, None] + h)  # symmetric to the bit
+        W[i : i + step] = d <= tau
+    return W.fill_diagonal_(True)
+
+
+def distinct(W: Tensor) -> tuple[Tensor, Tensor]:
+    """Different rows of a boolean matrix [n, n]: which row shows each first, in this order, and whose each row is."""
+    packed = np.ascontiguousarray(np.packbits(W.cpu().numpy(), axis=1))
+    whole = packed.view(np.dtype((np.void, packed.shape[1])))[:, 0]
+    _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return torch.from_numpy(first[order]).to(W.device), torch.from_numpy(rank[inverse.ravel()]).to(W.device)
+
+
+def smoothed(W: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """W p with rows that sum to 1, for symmetric boolean W [n, n] and p [n, D]: the different rows [U, D], in the order
+    in which they first occur, and how many tokens have each [U].
+
+    Tokens with equal rows of W have equal columns too, so their rows of p are added up first. Nothing is ever
+    subtracted: the tiny entries, whose logarithms count, keep their precision.
+    """
+    first, whose = distinct(W)
+    count = torch.bincount(whose, minlength=len(first)).to(p)
+    total = p.new_zeros(len(first), p.shape[1]).index_add_(0, whose, p)
+    M = W[first][:, first]  # [U, U]
+    if SPARSE * int(M.sum()) < M.numel():
+        out = torch.sparse.mm(M.to(p).to_sparse(), total)
+    else:
+        out = M.to(p) @ total
+    return out / out.sum(1, keepdim=True), count
+
+
+def greedy(p: Tensor, tau: float, weight: Tensor | None = None) -> Tensor:
+    """One pass of greedy leaders over rows [n, D] in their order -> centroids [K, D].
+
+    The first row that is not taken leads; it takes all rows not taken within tau (itself always) and gives their mean.
+    `weight` [n]: how many equal rows each stands for.
+    """
+    log_p = p.log()
+    h = entropies(p, log_p)
+    weight = p.new_ones(len(p)) if weight is None else weight.to(p)
+    free = np.ones(len(p), bool)
+    centroids, step, start = [], 1, 0
+    while free[start:].any():
+        # The next candidates at once: some may be taken by one before them, so the step grows as long as none is.
+        lead = start + np.flatnonzero(free[start:])[:step]
+        index = torch.from_numpy(lead).to(p.device)
+        cross = p[index] @ log_p.T + log_p[index] @ p.T
+        near = ((-cross - h[index, None] - h) <= tau).cpu().numpy()  # [step, n]
+        members, used = [], 0
+        for row, i in enumerate(lead):
+            if not free[i]:
+                continue
+            near[row, i] = True
+            taken = near[row] & free
+            free &= ~taken
+            members.append(taken)
+            used += 1
+        chosen = torch.from_numpy(np.stack(members)).to(p.device, p.dtype) * weight  # [leaders, n]
+        centroids.append(chosen @ p / chosen.sum(1, keepdim=True))
+        start = int(lead[-1]) + 1
+        step = min(256, 2 * step) if 2 * used > step else max(1, step // 2)
+    return torch.cat(centroids)
+
+
+def window_centroids(p: Tensor, tau: float) -> Tensor:
+    """Stage A for the rows [n, D] of a window: smooth each over its neighbourhood, then greedy leaders."""
+    rows, count = smoothed(neighbourhoods(p, tau), p)
+    return greedy(rows, tau, count)
+
+
+def merge(centroids: Tensor, tau: float, passes: int = 10000) -> Tensor:
+    """Stage B: greedy passes over the centroids, sizes not carried along, until their number stays."""
+    for _ in range(passes):
+        fewer = greedy(centroids, tau)
+        if len(fewer) == len(centroids):
+            break
+        centroids = fewer
+    return fewer
+
+
+def assign(p: Tensor, centroids: Tensor) -> Tensor:
+    """Stage C: nearest centroid of each row [n, D] -> [n]; the row's own entropy does not matter to the argmin."""
+    log_c, log_p = centroids.log(), p.log()
+    d = -(log_p @ centroids.T) - p @ log_c.T - entropies(centroids, log_c)
+    return d.argmin(1)
+
+
+class Rows:
+    """Attention rows of a video, window by window: kept where they fit in `memory` bytes, else computed again.
+
+    Args:
+        q: queries [T, heads, N, d]; k: keys [K, heads, N, d].
+        device: where a window is computed (the whole stays where q is).
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, scale: float, memory: float, device: torch.device):
+        self.q, self.k, self.scale, self.device = q, k.to(device), scale, device
+        self.kept: dict[int, Tensor] = {}
+        self.room = memory
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for first in range(0, len(self.q), WINDOW):
+            rows = self.kept.get(first)
+            if rows is None:
+                rows = attention(self.q[first : first + WINDOW].to(self.device), self.k, self.scale)
+                size = rows.numel() * rows.element_size()
+                if size <= self.room:
+                    self.kept[first], self.room = rows, self.room - size
+            yield rows
+
+
+class Given:
+    """The same for rows [T, N, D] that are there already, L1-normalised as the release does."""
+
+    def __init__(self, rows: Tensor):
+        self.rows = (rows.float() / rows.float().sum(-1, keepdim=True)).clamp_min(TINY)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for part in self.rows.split(WINDOW):
+            yield part.flatten(0, 1)
+
+
+@torch.no_grad()
+def cluster(rows: "Rows | Given", frames: int, tau: float = 1.0) -> Clusters:
+    """All three stages. UserError where a row is not finite (weights that have diverged)."""
+    found = []
+    for p in rows:
+        if not bool(torch.isfinite(p.sum())):
+            raise UserError(
+                "the attention is not finite: the block's weights have diverged; take an earlier checkpoint"
+            )
+        found.append(window_centroids(p, tau))
+    centroids = merge(torch.cat(found), tau)
+    labels = torch.cat([assign(p, centroids).cpu() for p in rows])
+    return Clusters(labels.view(frames, -1), centroids)

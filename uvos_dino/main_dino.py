@@ -1,0 +1,183 @@
+"""A small DINO of our own on frames or images: python -m uvos_dino.main_dino --data_dir FRAMES
+
+Self-distillation with multi-crop, small enough for one CPU core; `--dino_path RUN/checkpoint.pth` takes the teacher.
+"""
+
+import argparse
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from shared_utils import UserError, distributed, mini
+from shared_utils.data import EpochSampler, mix_key
+from shared_utils.evaluation import available_memory
+from shared_utils.run import Parser, Run, add_run_flags, cli
+from uvos_dino import vision_transformer
+from uvos_dino.data import read_frame, training_videos
+from uvos_dino.dino import DinoLoss, Network, views
+
+
+def get_parser() -> argparse.ArgumentParser:
+    p = Parser(prog="uvos_dino.main_dino", description=__doc__.splitlines()[0])
+    a = p.add_argument
+    a("--data_dir", type=Path, default=Path("data/frames"), help="folders of *.jpg anywhere below it")
+    a("--synthetic", action="store_true", help="generate the mini data and train on its frames, no download")
+    a("--image_size", type=int, nargs=2, default=[120, 214], metavar=("H", "W"), help="images are kept at this size")
+    a("--every", type=int, default=1, help="take every so many-th image of a folder")
+    a("--arch", choices=list(vision_transformer.ARCHS), default="vit_little")
+    a("--patch_size", type=int, default=8)
+    a("--drop_path", type=float, default=0.1, help="stochastic depth of the student")
+    a("--out_dim", type=int, default=1024, help="K, prototypes")
+    a("--hidden_dim", type=int, default=512)
+    a("--bottleneck_dim", type=int, default=128)
+    a("--global_size", type=int, default=96, help="pixels of the two global crops")
+    a("--local_size", type=int, default=48, help="pixels of the local crops")
+    a("--local_crops", type=int, default=4)
+    a("--global_scale", type=float, nargs=2, default=[0.25, 1.0], help="area of a global crop")
+    a("--local_scale", type=float, nargs=2, default=[0.05, 0.25], help="area of a local crop")
+    a("--student_temp", type=float, default=0.1)
+    a("--teacher_temp", type=float, default=0.04)
+    a("--momentum_teacher", type=float, default=0.99, help="of the teacher's weights, cosine to 1")
+    a("--batch_size", type=int, default=64, help="images a step, all processes together")
+    a("--epochs", type=int, default=100)
+    a("--lr", type=float, default=5e-4, help="peak, cosine to 1e-6")
+    a("--warmup", type=float, default=0.1, help="share of the steps with a rising rate")
+    a("--freeze_last", type=float, default=0.02, help="share of the steps in which the prototypes stay")
+    a("--wd", type=float, default=0.04)
+    a("--clip_grad", type=float, default=3.0)
+    add_run_flags(p, "uvos_dino/dino/default")
+    return p
+
+
+def check_flags(args: argparse.Namespace, world: int) -> None:
+    """UserError for flags that make no sense, before anything is loaded."""
+    positive = ("every", "patch_size", "out_dim", "hidden_dim", "bottleneck_dim", "batch_size", "epochs", "log_every")
+    for name in positive:
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if args.local_crops < 0:
+        raise UserError(f"--local_crops {args.local_crops}: must not be negative")
+    for name in ("global_size", "local_size"):
+        if getattr(args, name) < args.patch_size or getattr(args, name) % args.patch_size:
+            raise UserError(f"--{name} {getattr(args, name)}: must be a multiple of --patch_size {args.patch_size}")
+    for name in ("global_scale", "local_scale"):
+        low, high = getattr(args, name)
+        if not 0 < low <= high <= 1:
+            raise UserError(f"--{name} {low} {high}: must rise, above 0 and up to 1")
+    if not args.lr > 0 or not args.student_temp > 0 or not args.teacher_temp > 0:
+        raise UserError("--lr, --student_temp and --teacher_temp must be above 0")
+    if args.batch_size % world:
+        raise UserError(f"--batch_size {args.batch_size} does not divide over {world} processes")
+
+
+class Frames(Dataset):
+    """All images in memory, 8 bits [N, 3, H, W]; indexed by the sampler's (epoch, index). UserError if too many."""
+
+    def __init__(self, folders: list[list[Path]], size: tuple[int, int], every: int):
+        paths = [path for folder in folders for path in folder[::every]]
+        need = len(paths) * 3 * size[0] * size[1]
+        if need > available_memory() / 2:
+            raise UserError(
+                f"{len(paths)} images of {size[0]} x {size[1]} take {need / 2**30:.0f} GiB, more than half of what is "
+                "available; give --every or a smaller --image_size"
+            )
+        self.images = torch.empty(len(paths), 3, *size, dtype=torch.uint8)
+        for image, path in zip(self.images, paths):
+            image.copy_((read_frame(path, size) * 255).round())
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        return self.images[key[1]]
+
+
+def schedule(args: argparse.Namespace, step: int, steps: int) -> tuple[float, float]:
+    """Learning rate (linear warm-up, cosine to 1e-6) and the teacher's momentum (cosine to 1)."""
+    warm = max(1, round(args.warmup * steps))
+    lr = args.lr * (step + 1) / warm
+    if step >= warm:
+        lr = 1e-6 + 0.5 * (args.lr - 1e-6) * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    return lr, 1 - 0.5 * (1 - args.momentum_teacher) * (1 + math.cos(math.pi * step / steps))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
+    run = Run(args, "uvos_dino", "dino")
+    check_flags(args, run.world)
+    if args.synthetic:
+        if run.rank == 0:
+            mini.ensure("davis")
+        distributed.barrier()
+        args.data_dir = mini.ensure("davis") / "JPEGImages" / "480p"
+    frames = Frames(training_videos(args.data_dir), tuple(args.image_size), args.every)
+    sampler = EpochSampler(len(frames), args.batch_size // run.world, args.seed, run.rank, run.world)
+    loader = run.loader(frames, sampler)
+    steps = args.epochs * sampler.steps_per_epoch
+
+    backbone = vision_transformer.build(args.arch, args.patch_size, args.global_size, args.drop_path)
+    student = Network(backbone, args.out_dim, args.hidden_dim, args.bottleneck_dim).to(run.device)
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    criterion = DinoLoss(args.out_dim, args.student_temp, args.teacher_temp).to(run.device)
+    decayed = [p for p in student.parameters() if p.dim() > 1]
+    plain = [p for p in student.parameters() if p.dim() <= 1]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.wd, fused=run.device.type == "cuda")
+    trained: nn.Module = nn.parallel.DistributedDataParallel(student) if run.world > 1 else student
+    run.track(student=student, teacher=teacher, optimizer=optimizer, dino_loss=criterion)
+    run.preflight(
+        {
+            "data": f"{args.data_dir}: {len(frames)} images at {args.image_size[0]} x {args.image_size[1]}",
+            "batch": f"{args.batch_size}, {sampler.steps_per_epoch} steps an epoch, {steps} in all; "
+            f"2 crops of {args.global_size} and {args.local_crops} of {args.local_size}",
+            "learning rate": f"{args.lr}; DINO's .0005 for 256 images would be {0.0005 * args.batch_size / 256:.3g}",
+            "parameters": f"{sum(p.numel() for p in backbone.parameters()) / 1e6:.2f} M of the encoder",
+            "expected initial loss": f"about {math.log(args.out_dim):.2f} = log K",
+        }
+    )
+
+    crops = 2 + args.local_crops
+    for _, images in run.batches(loader, sampler, args.epochs):
+        lr, m = schedule(args, run.step, steps)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr
+        images = images.to(run.device, non_blocking=True).float() / 255  # [B, 3, H, W]
+        dealt = torch.Generator().manual_seed(mix_key(args.seed, run.step, 5) % 2**63)
+        sizes = [(args.global_size, args.global_scale)] * 2 + [(args.local_size, args.local_scale)] * args.local_crops
+        seen = [views(images, size, tuple(scale), dealt, run.rank, run.world) for size, scale in sizes]
+        groups_ = [torch.cat(seen[:2])] + ([torch.cat(seen[2:])] if args.local_crops else [])
+
+        with run.autocast():
+            with torch.no_grad():
+                taught = teacher(groups_[:1])  # [2 B, K]
+            said = trained(groups_)  # [crops B, K]
+        loss = criterion(said, taught, crops)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), args.clip_grad)
+        if run.step < args.freeze_last * steps:
+            student.head.prototypes.grad = None
+        optimizer.step()
+        criterion.update(taught)
+        with torch.no_grad():
+            for slow, fast in zip(teacher.parameters(), student.parameters()):
+                slow.lerp_(fast, 1 - m)
+
+        watched: dict[str, Any] = {}
+        if run.log_due():  # both near log K: collapsed to uniform; both near 0: collapsed to one prototype
+            p = ((taught.float() - criterion.center) / args.teacher_temp).softmax(-1)
+            watched["teacher/entropy"] = -(p * (p + 1e-10).log()).sum(-1).mean()
+            watched["teacher/entropy_of_mean"] = -(p.mean(0) * (p.mean(0) + 1e-10).log()).sum()
+        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
+
+    run.finish(f"train the block on it: --dino_path {run.dir}/checkpoint.pth")
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)
