@@ -95,12 +95,17 @@ def test_other_layouts(dataset: str, frames: str, masks: str, first: int, tmp_pa
     assert video.masks[2].name.endswith(f"{first + 2}.png")
 
 
+def remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda root: shutil.rmtree(root / "JPEGImages" / "480p" / "bb"), "bb: no frames; expected 00000.jpg"),
         (lambda root: shutil.rmtree(root / "Annotations_unsupervised" / "480p" / "bb"), "bb: no annotation"),
-        (lambda root: [shutil.rmtree(root / name) for name in ("ImageSets", "JPEGImages")], "no DAVIS2017 here"),
+        (lambda root: remove(root / "ImageSets", root / "JPEGImages"), "no DAVIS2017 here"),
     ],
 )
 def test_a_broken_tree_is_named(davis: Path, tmp_path: Path, change, said: str) -> None:

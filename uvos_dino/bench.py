@@ -1,7 +1,8 @@
 """What the losses add to the block at the paper's sizes, for `python tests/bench.py uvos_dino`.
 
 One clip of 3 frames of 24 x 48 patches, the release's batch on a GPU. The floor is what the paper demands anyway: the
-frozen encoder's forward pass and the block's forward and backward passes. The method is both losses with their gradients to tokens and attention.
+frozen encoder's forward pass and the block's forward and backward passes. The method is both losses with their
+gradients to tokens and attention.
 
 The clustering is timed against its own floor, the one product of all rows of a window with their logarithms.
 """
