@@ -164,6 +164,12 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def statistics(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The running statistics of batch norms in a state_dict, which are each process's own, on the CPU."""
+    last = ("running_mean", "running_var", "num_batches_tracked")
+    return {key: value.cpu() for key, value in state.items() if str(key).rsplit(".", 1)[-1] in last}
+
+
 def set_threads(threads: int, workers: int, device: torch.device) -> None:
     """Threads of this process; 0 on a CPU means the cores that the data workers leave.
 
@@ -285,8 +291,9 @@ class Run:
         absent = [name for name in self._tracked if name not in saved]
         if absent:
             raise UserError(f"{path}: lacks {', '.join(absent)}; it belongs to another job")
+        own = saved["local"][self.rank] if self.world > 1 and "local" in saved else {}
         for name, thing in self._tracked.items():
-            thing.load_state_dict(saved[name])
+            thing.load_state_dict({**saved[name], **own[name]} if own.get(name) else saved[name])
         progress = saved["progress"]
         self.step, self.epoch, self.step_in_epoch = progress["step"], progress["epoch"], progress["step_in_epoch"]
         self._seconds_before = progress["seconds"]
@@ -416,9 +423,12 @@ class Run:
     def save(self) -> None:
         """Everything that the run needs to go on exactly, to checkpoint.pth, atomically."""
         rng: list[Any] = [checkpoint.rng_state()]
+        local: list[Any] = []
         if self.world > 1:
-            rng = [None] * self.world
+            rng, local = [None] * self.world, [None] * self.world
             torch.distributed.all_gather_object(rng, checkpoint.rng_state())
+            own = {name: statistics(thing.state_dict()) for name, thing in self._tracked.items()}
+            torch.distributed.all_gather_object(local, own)
         if self.rank == 0:
             progress = {
                 "step": self.step, "epoch": self.epoch, "step_in_epoch": self.step_in_epoch,
@@ -426,6 +436,8 @@ class Run:
             }  # fmt: skip
             state = {name: thing.state_dict() for name, thing in self._tracked.items()}
             meta = {"epoch": self.epoch, "args": plain(self.args), "progress": progress, "rng": rng}
+            if self.world > 1:
+                meta["local"] = local
             checkpoint.save(self.dir / "checkpoint.pth", {**state, **meta})
         distributed.barrier()
 

@@ -1,0 +1,75 @@
+"""Checkpoints of several processes: what differs between them comes back to each."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from shared_utils import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Trains four steps of two processes with batch norms of their own, and prints each one's running statistics. STOP ends
+# the run after so many steps, as a crash would: the last checkpoint is the one of --save-every.
+TRAIN = """
+import os, sys
+import torch
+from torch import nn
+from shared_utils.data import EpochSampler, Keyed
+from shared_utils.run import Parser, Run, add_run_flags
+
+class Wrapped:
+    def __init__(self, model): self.model = model
+    def state_dict(self): return {f"module.{k}": v for k, v in self.model.state_dict().items()}
+    def load_state_dict(self, state): self.model.load_state_dict({k[7:]: v for k, v in state.items()})
+
+class Noise(torch.utils.data.Dataset):
+    def __len__(self): return 16
+    def __getitem__(self, i): return torch.randn(3, 2, 2) * (1 + i)
+
+p = Parser()
+add_run_flags(p, "x")
+run = Run(p.parse_args(), "shared", "test")
+torch.manual_seed(0)
+model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+sgd = torch.optim.SGD(model.parameters(), 0.1)
+sampler = EpochSampler(16, 2, 0, run.rank, run.world)
+loader = run.loader(Keyed(Noise(), 0), sampler)
+run.track(state_dict=Wrapped(model), optimizer=sgd)
+run.preflight({})
+for epoch, x in run.batches(loader, sampler, 1):
+    if run.step == int(os.environ.get("STOP", 9)):
+        os._exit(3)
+    loss = ddp(x).square().mean()
+    sgd.zero_grad()
+    loss.backward()
+    sgd.step()
+    run.log(loss)
+where = os.environ["OUT"] + f"/rank{run.rank}.pth"
+torch.save({k: v.clone() for k, v in model.state_dict().items()}, where)
+run.finish()
+"""
+
+
+def train(folder: Path, out: Path, **environment: str) -> int:
+    """Two processes; what each ends with lies in out/rankN.pth. Returns the exit code."""
+    out.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command += [sys.executable, "-c", TRAIN, "--output-dir", str(folder), "--save-every", "2", "--workers", "0"]
+    variables = {**os.environ, "OUT": str(out), "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([*command, "--device", "cpu"], cwd=ROOT, env=variables, capture_output=True).returncode
+
+
+def test_each_process_gets_its_own_statistics_back(tmp_path: Path) -> None:
+    assert train(tmp_path / "whole", tmp_path / "a") == 0
+    assert train(tmp_path / "broken", tmp_path / "b", STOP="3") != 0
+    assert checkpoint.load(tmp_path / "broken" / "checkpoint.pth")["progress"]["step"] == 2
+    assert train(tmp_path / "broken", tmp_path / "b") == 0
+    ends = [[torch.load(tmp_path / name / f"rank{r}.pth", weights_only=True) for r in (0, 1)] for name in "ab"]
+    for whole, resumed in zip(*ends):
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert not torch.equal(ends[0][0]["1.running_mean"], ends[0][1]["1.running_mean"])  # they do differ
+    assert torch.equal(ends[0][0]["0.weight"], ends[0][1]["0.weight"])
