@@ -79,6 +79,7 @@ run_one() { # arm seed [flags]
 
 last=linear
 if [ "$set_name" = mini_attributes ]; then last=attributes; fi
+trap '[ $? = 0 ] || echo "error: did not finish: $arm, seed $seed; see the logs in $out" >&2' EXIT
 for seed in ${SEEDS:-0}; do
   for arm in ${ARMS:-byol pixel sage random byol_sum}; do
     if [ -f "$out/$arm/seed$seed-$last/result.json" ]; then continue; fi

@@ -441,10 +441,13 @@ def test_workflow_forgets_no_folder(tmp_path: Path) -> None:
     assert listed_by_workflow(small, tmp_path / "there") == ["fame", "mdp"]
 
 
+@pytest.mark.parametrize("finished", [0, 150])
 @pytest.mark.parametrize("folder", sorted(path.parent.name for path in ROOT.glob("*/run_arms.sh")))
-def test_an_arm_that_fails_is_not_lost(folder: str, tmp_path: Path) -> None:
-    """It fails while the script looks through 150 seeds that are finished, so that no job is left to wait for."""
-    seeds = range(151)
+def test_an_arm_that_fails_is_not_lost(folder: str, finished: int, tmp_path: Path) -> None:
+    """Where the script waits for it, and where it fails while 150 seeds that are finished are looked through, so that
+    no job is left to wait for.
+    """
+    seeds = range(1 + finished)
     for seed in seeds[1:]:
         for job in ("linear", "test", "attributes"):  # the last evaluation of an arm, by folder
             result = tmp_path / folder / "arms" / "mini" / "nonsense" / f"seed{seed}-{job}" / "result.json"
@@ -453,6 +456,6 @@ def test_an_arm_that_fails_is_not_lost(folder: str, tmp_path: Path) -> None:
     env = {**os.environ, "SKIP_ENV": "1", "PYTHON": "true", "RUNS": str(tmp_path), "JOBS": "2", "ARMS": "nonsense"}
     env["SEEDS"] = " ".join(map(str, seeds))
     done = subprocess.run(["bash", f"{folder}/run_arms.sh", "mini"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode != 0
+    assert done.returncode != 0 and "did not finish: nonsense, seed 0" in done.stderr
     logs = [file.read_text() for file in tmp_path.rglob("nonsense-seed0.log")]
     assert len(logs) == 1 and "unknown arm 'nonsense'" in logs[0]

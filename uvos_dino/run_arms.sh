@@ -75,7 +75,7 @@ if [ ! -f "$dino" ] && [ "$tier" != paper ]; then bash uvos_dino/run_dino.sh "$t
 rm -f "$out/failed" # a job may fail between two looks at the jobs: it leaves its name there
 for seed in ${SEEDS:-0}; do
   for arm in ${ARMS:-random semantic motion uniform both}; do
-    while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n || exit; done
+    while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n || true; done
     if [ "$arm" = dino ] || [ -f "$out/$arm/seed$seed-test/result.json" ]; then continue; fi
     echo "arm $arm, seed $seed -> $out/$arm-seed$seed.log"
     (
@@ -84,7 +84,7 @@ for seed in ${SEEDS:-0}; do
     ) >"$out/$arm-seed$seed.log" 2>&1 &
   done
 done
-while [ -n "$(jobs -rp)" ]; do wait -n || exit; done
+while [ -n "$(jobs -rp)" ]; do wait -n || true; done
 if [ -f "$out/failed" ]; then
   echo "error: did not finish: $(paste -sd ';' "$out/failed"); see the logs in $out" >&2
   exit 1
