@@ -262,8 +262,7 @@ def open_videos(args: argparse.Namespace, train: bool, target: str | None = None
             seen[row[1]] += 1
             kept += [row] if seen[row[1]] <= args.per_class else []
         listed = kept
-    cache = args.index_cache if distributed.rank() == 0 else None
-    found = scan([path for path, _, _ in listed], cache)
+    found = scan([path for path, _, _ in listed], args.index_cache, keep=distributed.rank() == 0)
     span = args.frame_per_clip * args.stride
     bad, videos, labels = [], [], []
     for (path, name, _), video in zip(listed, found):
