@@ -186,6 +186,21 @@ def test_retrieval():
     torch.testing.assert_close(video_feature(clips), torch.tensor([[0.5, 0.5]]))
 
 
+def test_a_process_without_videos_takes_part_in_retrieval(data, pretrained, tmp_path, monkeypatch):
+    """Five videos over four processes are shares of 2, 2, 1 and 0."""
+    shapes: list[torch.Size] = []
+
+    def gathered(rows: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
+        shapes.append(rows.shape)
+        return torch.rand(count, *rows.shape[1:])
+
+    monkeypatch.setattr(main_retrieve, "outputs", lambda *args: iter(()))
+    monkeypatch.setattr(main_retrieve, "gather_rows", gathered)
+    flags = [str(data), "--pretrained", str(pretrained), "--output-dir", str(tmp_path), "--workers", "0"]
+    assert main_retrieve.main([*flags, "--index_cache", str(tmp_path / "i.pth")]) == 0
+    assert shapes == [(0, 16), (0, 16)]
+
+
 def test_retrieval_and_probes_of_a_checkpoint(data, pretrained, tmp_path, capsys):
     common = [str(data), "--pretrained", str(pretrained), "-cpv", "2", "--workers", "0", "--cache"]
     common += ["--index_cache", str(tmp_path / "i.pth")]
