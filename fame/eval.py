@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
 
     best = max(scores.history, key=lambda row: row[1])
-    result = {"acc1": scores.history[-1][1], "acc5": scores.history[-1][2], "best_acc1": best[1]}
+    result: dict[str, Any] = {"acc1": scores.history[-1][1], "acc5": scores.history[-1][2], "best_acc1": best[1]}
     result |= {"history": scores.history}  # epoch, top-1, top-5 of each test: the log has only steps that were due
     result |= {"best_epoch": int(best[0]), "chance": 100 * majority(val), "epochs": args.epochs}
     write_result(run.dir, result | {"pretrained": args.pretrained})
