@@ -100,9 +100,13 @@ def _stored(path: Path) -> Path:
 
 def list_k400(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
     folder = _first(root, ("train",) if train else ("val", "test"), "k400")
-    classes = _classes(folder)
+    present = classes = _classes(folder)
+    if not train and (root / "train").is_dir():  # labels are numbered by the training classes
+        classes = _classes(root / "train")
+        if new := sorted(set(present) - set(classes)):
+            raise UserError(f"{folder / new[0]}: {root / 'train'} has no such class")
     found: Listed = []
-    for name in classes:
+    for name in present:
         entries = sorted(os.scandir(folder / name), key=lambda entry: entry.name)
         videos = [e for e in entries if e.is_dir() or Path(e.name).suffix.lower() in SUFFIXES]
         if not videos:
@@ -149,13 +153,19 @@ def list_diving48(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]
         entries = [(str(row["vid_name"]), int(row["label"])) for row in json.loads(file.read_text())]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a list of vid_name and label ({error})") from None
-    classes = [f"{label:02d}" for label in range(max(48, 1 + max(label for _, label in entries)))]
+    for name, label in entries:
+        if not 0 <= label < 48:
+            raise UserError(f"{file}: {name} has the label {label}; diving48 numbers its classes 0 to 47")
+    classes = [f"{label:02d}" for label in range(48)]
     return [(_stored(folder / f"{name}.mp4"), classes[label], name) for name, label in entries], classes
 
 
 def list_fight(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
     """Split by source: every third source is tested, fold says which; clips of unknown source are in neither part."""
     rows = _attributes(root, "fight")
+    for key, row in rows.items():
+        if not row.get("class") or not (row.get("source_video") or "").removeprefix("-").isdecimal():
+            raise UserError(f"{root / 'clips.csv'}: {key} needs a class and a source_video, a number (-1: unknown)")
     sources = sorted({int(row["source_video"]) for row in rows.values()} - {-1})
     tested = set(sources[fold - 1 :: 3])
     found = [
@@ -175,7 +185,10 @@ def _attributes(root: Path, dataset: str) -> dict[str, dict[str, str]]:
     """{path or clip: row} of the set's table."""
     file = _first(root, ("clips.csv", "attributes.csv"), dataset)
     with open(file, newline="") as handle:
-        return {row.get("path") or row["clip"]: row for row in csv.DictReader(handle)}
+        rows = {row.get("path") or row.get("clip") or "": row for row in csv.DictReader(handle)}
+    if not rows or "" in rows:
+        raise UserError(f"{file}: a table with a column `path` or `clip` is expected, and a row for each video")
+    return rows
 
 
 def listing(root: Path, dataset: str, train: bool, fold: int = 1, target: str = "class") -> tuple[Listed, list[str]]:
@@ -192,6 +205,8 @@ def listing(root: Path, dataset: str, train: bool, fold: int = 1, target: str = 
         if target not in columns:
             raise UserError(f"--target {target}: no such column in the table of {root}; it has {', '.join(columns)}")
         other, _ = READERS[dataset](root, not train, fold)
+        if absent := [key for _, _, key in found + other if not table.get(key, {}).get(target)]:
+            raise UserError(f"--target {target}: the table of {root} says nothing of {absent[0]}")
         here, there = ({table[key][target] for _, _, key in part} for part in (found, other))
         if not here & there:
             everything = sorted(found + other, key=lambda row: row[2])
@@ -262,8 +277,7 @@ def open_videos(args: argparse.Namespace, train: bool, target: str | None = None
             seen[row[1]] += 1
             kept += [row] if seen[row[1]] <= args.per_class else []
         listed = kept
-    cache = args.index_cache if distributed.rank() == 0 else None
-    found = scan([path for path, _, _ in listed], cache)
+    found = scan([path for path, _, _ in listed], args.index_cache, keep=distributed.rank() == 0)
     span = args.frame_per_clip * args.stride
     bad, videos, labels = [], [], []
     for (path, name, _), video in zip(listed, found):

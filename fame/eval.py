@@ -17,7 +17,7 @@ from fame.backbone import build
 from fame.data import OneClip, VideoSet, add_data_flags, check_data_flags, open_videos
 from fame.moco.builder import ReleaseKeys
 from fame.network import add_network_flags, load, outputs, resolve, trunk
-from fame.train import keyed, learning_rate
+from fame.train import check_optimizer, keyed, learning_rate
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.evaluation import freeze, same_buffers, topk, unchanged, write_result
@@ -65,6 +65,7 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if not args.lr > 0 or not 0 <= args.dropout < 1:
         raise UserError("--lr must be above 0, and --dropout from 0 to below 1")
+    check_optimizer(args)
     if args.batch_size % world:
         raise UserError(f"--batch_size {args.batch_size} does not divide over {world} processes")
     if args.warmup and not args.schedule:
@@ -190,7 +191,8 @@ def main(argv: list[str] | None = None) -> int:
         optimizer.step()
         watched: dict[str, float] = {}
         if run.log_due():  # the GPU is waited for
-            watched = {"lincls_train/acc1": 100 * float(topk(logits, target)[0]) / len(target)}
+            hits = distributed.all_sum(topk(logits, target).to(run.device))
+            watched = {"lincls_train/acc1": 100 * float(hits[0]) / args.batch_size}
         last = run.step_in_epoch + 1 == sampler.steps_per_epoch
         if last and (epoch % args.eval_every == 0 or epoch + 1 == args.epochs):
             scores.history.append([epoch, *test()])
@@ -204,7 +206,8 @@ def main(argv: list[str] | None = None) -> int:
         run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
 
     best = max(scores.history, key=lambda row: row[1])
-    result = {"acc1": scores.history[-1][1], "acc5": scores.history[-1][2], "best_acc1": best[1]}
+    result: dict[str, Any] = {"acc1": scores.history[-1][1], "acc5": scores.history[-1][2], "best_acc1": best[1]}
+    result |= {"history": scores.history}  # epoch, top-1, top-5 of each test: the log has only steps that were due
     result |= {"best_epoch": int(best[0]), "chance": 100 * majority(val), "epochs": args.epochs}
     write_result(run.dir, result | {"pretrained": args.pretrained})
     run.finish()

@@ -65,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def features(videos: VideoSet) -> tuple[Tensor, Tensor]:
         rows = [video_feature(out).cpu() for out, _ in outputs(model, videos, args, device, stats)]
-        return gather_rows(torch.cat(rows), len(videos), device), torch.tensor(videos.labels)
+        own = torch.cat(rows) if rows else torch.empty(0, model.num_features)  # type: ignore[call-overload]
+        return gather_rows(own, len(videos), device), torch.tensor(videos.labels)
 
     train, test = open_videos(args, train=True), open_videos(args, train=False)
     if distributed.rank() == 0:

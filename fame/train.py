@@ -74,8 +74,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 def check_flags(args: argparse.Namespace, world: int) -> None:
     """Fill in what depends on other flags; UserError for flags that contradict each other, before data is opened."""
-    args.moco_k = args.moco_k or QUEUE.get(args.dataset, 2048)
-    args.blur_sigma = args.blur_sigma or augment.draw_sigma(args.seed)
+    args.moco_k = QUEUE.get(args.dataset, 2048) if args.moco_k is None else args.moco_k
+    args.blur_sigma = augment.draw_sigma(args.seed) if args.blur_sigma is None else args.blur_sigma
     for name in (
         "width",
         "bins",
@@ -93,6 +93,7 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
         raise UserError("--moco_t, --lr, --blur_sigma and --laplace must be above 0")
     if not 0 <= args.moco_m <= 1 or not 0 <= args.beta <= 1 or not 0 <= args.alpha <= 1:
         raise UserError("--moco_m, --beta and --alpha must lie in 0..1")
+    check_optimizer(args)
     if args.warmup and not args.schedule:
         raise UserError("--warmup climbs up to the first entry of --schedule, which is empty")
     if args.batch_size % (world * args.bn_splits):
@@ -104,6 +105,12 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
             "1 clip a process (or --bn_splits share): the background comes from another clip of it, so nothing would "
             "be merged; raise --batch_size or lower --bn_splits"
         )
+
+
+def check_optimizer(args: argparse.Namespace) -> None:
+    """UserError for flags of SGD and its schedule that are out of range."""
+    if not args.momentum >= 0 or not args.wd >= 0 or not args.wp_lr >= 0 or not args.lr_decay > 0:
+        raise UserError("--momentum, --wd and --wp_lr must not be negative, --lr_decay must be above 0")
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
@@ -118,8 +125,12 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
 
 @torch.no_grad()
 def telemetry(q: list[Tensor], k: list[Tensor], logits: list[tuple[Tensor, Tensor]], model: MoCo) -> dict[str, Tensor]:
-    """What to watch, from unit embeddings [B, D] of views 0 and 1: the release's accuracies, signs of collapse."""
-    rank = contrast_rank(logits)
+    """What to watch, over all processes: the release's accuracies, signs of collapse.
+
+    Args: q, k: unit embeddings [B, D] of views 0 and 1 of this process.
+    """
+    rank = distributed.gather(contrast_rank(logits))
+    q, k = [distributed.gather(x) for x in q], [distributed.gather(x) for x in k]
     out = {f"moco_train/acc{n}": 100 * (rank < n).float().mean() for n in (1, 5)}
     out["feat/std"] = q[1].std(0).mean() * q[1].shape[1] ** 0.5  # 1: spread over the sphere, 0: collapsed
     out["sim/positive"], out["sim/negative"] = (q[0] * k[1]).sum(1).mean(), (q[0] @ model.queue.mean(1)).mean()

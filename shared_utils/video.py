@@ -19,6 +19,7 @@ from shared_utils import UserError, checkpoint
 from shared_utils.data import EXTENSIONS, load_image
 
 SUFFIXES = {".avi", ".mp4", ".mkv", ".webm", ".mov", ".mpg", ".mpeg", ".m4v"}
+INDEX_VERSION = 2  # of what `scan` keeps; 1 counted frames that an edit list cuts off
 
 
 class BadVideo(UserError):
@@ -79,7 +80,7 @@ def inspect(path: Path) -> Video:
     with import_error_first as container:
         try:
             for packet in container.demux(video=0):
-                if packet.size:
+                if packet.size and not packet.is_discard:  # an edit list may cut frames off that are stored
                     times.append(packet.pts if packet.pts is not None else packet.dts)
         except (OSError, ValueError, av.error.FFmpegError) as error:
             raise BadVideo(f"{path}: damaged ({' '.join(str(error).split())[:80]})") from None
@@ -90,9 +91,11 @@ def inspect(path: Path) -> Video:
     return Video(path, len(times), np.sort(np.array(known, np.int64)) if unique else None)
 
 
-def scan(paths: Sequence[Path], cache: Path | None = None, threads: int = 8) -> list[Video | BadVideo]:
+def scan(
+    paths: Sequence[Path], cache: Path | None = None, threads: int = 8, keep: bool = True
+) -> list[Video | BadVideo]:
     """`inspect` for many videos, each result or its error in their order; files that have not changed since they were
-    written to `cache` are not opened again.
+    written to `cache` are not opened again. Of several processes one alone should `keep` what it found there.
 
     UserError: PyAV is missing.
     """
@@ -100,7 +103,7 @@ def scan(paths: Sequence[Path], cache: Path | None = None, threads: int = 8) -> 
 
     def stamp(path: Path) -> list[int]:
         facts = path.stat()
-        return [facts.st_mtime_ns, facts.st_size]
+        return [INDEX_VERSION, facts.st_mtime_ns, facts.st_size]
 
     def look(path: Path) -> Video | BadVideo:
         try:
@@ -113,10 +116,12 @@ def scan(paths: Sequence[Path], cache: Path | None = None, threads: int = 8) -> 
             return inspect(path)
         except BadVideo as error:
             return error
+        except OSError as error:
+            return BadVideo(f"{path}: cannot be read ({error.strerror})")
 
     with ThreadPoolExecutor(threads) as pool:
         found = list(pool.map(look, paths))
-    if cache is not None:
+    if cache is not None and keep:
         files = [v for v in found if isinstance(v, Video) and not v.names]
         new = {
             str(v.path): {

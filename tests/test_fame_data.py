@@ -65,6 +65,16 @@ def test_kinetics(tmp_path):
         listing(tmp_path, "k400", True)
 
 
+def test_kinetics_numbers_test_videos_by_the_training_classes(tmp_path):
+    for name in ("train/a/v", "train/b/v", "train/c/v", "val/a/v", "val/c/v"):
+        folder(tmp_path / name, 4)
+    videos = open_videos(flags(tmp_path, "--dataset", "k400"), False)
+    assert videos.classes == ["a", "b", "c"] and videos.labels == [0, 2]
+    folder(tmp_path / "val/d/v")
+    with pytest.raises(UserError, match="val/d: .*train has no such class"):
+        listing(tmp_path, "k400", False)
+
+
 @pytest.mark.parametrize(("data", "lists"), [("data", "anno"), ("UCF-101", "ucfTrainTestlist")])
 def test_ucf101(data, lists, tmp_path):
     for name in ("B/v1", "A/v2", "A/v3"):
@@ -103,6 +113,13 @@ def test_diving48(tmp_path):
     found, classes = listing(tmp_path, "diving48", True)
     assert len(classes) == 48 and names(found) == [("x_00001", "03")]
     assert names(listing(tmp_path, "diving48", False)[0]) == [("x_00001", "47")]
+    for label in (-1, 48):
+        (tmp_path / "Diving48_V2_test.json").write_text(json.dumps([{"vid_name": "x_00001", "label": label}]))
+        with pytest.raises(UserError, match=f"x_00001 has the label {label}"):
+            listing(tmp_path, "diving48", False)
+    (tmp_path / "Diving48_V2_test.json").write_text("[]")
+    with pytest.raises(UserError, match="the test part of diving48 is empty"):
+        listing(tmp_path, "diving48", False)
     (tmp_path / "Diving48_V2_test.json").write_text("[1]")
     with pytest.raises(UserError, match="not a list of vid_name and label"):
         listing(tmp_path, "diving48", False)
@@ -131,6 +148,30 @@ def test_fight_clips_are_split_by_source(tmp_path):
     assert not {key for _, _, key in train[0]} & {key for _, _, key in test[0]}
     with pytest.raises(UserError, match="--target colour: no such column .* it has clip, class, source_video"):
         listing(root, "fight", True, 1, "colour")
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ("", "a table with a column `path` or `clip` is expected"),
+        ("name,class,source_video\na,fight,1\n", "a table with a column `path` or `clip` is expected"),
+        ("clip,class\na,fight\n", "a needs a class and a source_video"),
+        ("clip,class,source_video\na,fight,first\n", "a needs a class and a source_video"),
+        ("clip,class,source_video\na,fight\n", "a needs a class and a source_video"),
+    ],
+)
+def test_a_damaged_table_of_the_fight_clips(table, expected, tmp_path):
+    (tmp_path / "clips.csv").write_text(table)
+    with pytest.raises(UserError, match=expected):
+        listing(tmp_path, "fight", True)
+
+
+def test_a_table_that_lacks_a_video(tmp_path):
+    for name in ("train/a/v", "val/a/w"):
+        folder(tmp_path / name)
+    (tmp_path / "attributes.csv").write_text("path,background\na/v,sea\n")
+    with pytest.raises(UserError, match="--target background: the table of .* says nothing of a/w"):
+        listing(tmp_path, "k400", True, 1, "background")
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def evaluate(data: Path, weights: Path | str, out: Path, *extra: str) -> dict:
 def test_finetuning_trains_everything_and_its_checkpoint_tests_alike(data, pretrained, tmp_path):
     found = evaluate(data, pretrained, tmp_path / "a", "--finetune", "--dropout", "0", "--epochs", "6")
     assert found["acc1"] == 100 and found["chance"] == 50 and found["acc5"] == 100
+    assert [row[0] for row in found["history"]] == [0, 5] and found["history"][-1][1:] == [100, 100]
     before = checkpoint.read_weights(pretrained)
     after = checkpoint.read_weights(tmp_path / "a/checkpoint.pth")
     assert not torch.equal(before["features.0.weight"], after["features.0.weight"])
@@ -185,6 +186,21 @@ def test_retrieval():
     torch.testing.assert_close(video_feature(clips), torch.tensor([[0.5, 0.5]]))
 
 
+def test_a_process_without_videos_takes_part_in_retrieval(data, pretrained, tmp_path, monkeypatch):
+    """Five videos over four processes are shares of 2, 2, 1 and 0."""
+    shapes: list[torch.Size] = []
+
+    def gathered(rows: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
+        shapes.append(rows.shape)
+        return torch.rand(count, *rows.shape[1:])
+
+    monkeypatch.setattr(main_retrieve, "outputs", lambda *args: iter(()))
+    monkeypatch.setattr(main_retrieve, "gather_rows", gathered)
+    flags = [str(data), "--pretrained", str(pretrained), "--output-dir", str(tmp_path), "--workers", "0"]
+    assert main_retrieve.main([*flags, "--index_cache", str(tmp_path / "i.pth")]) == 0
+    assert shapes == [(0, 16), (0, 16)]
+
+
 def test_retrieval_and_probes_of_a_checkpoint(data, pretrained, tmp_path, capsys):
     common = [str(data), "--pretrained", str(pretrained), "-cpv", "2", "--workers", "0", "--cache"]
     common += ["--index_cache", str(tmp_path / "i.pth")]
@@ -212,6 +228,7 @@ def test_retrieval_and_probes_of_a_checkpoint(data, pretrained, tmp_path, capsys
         ("--evaluate", "--evaluate tests the classifier of a checkpoint"),
         ("--finetune --num_class 101", "--num_class 101: .* has 2"),
         ("--finetune --dropout 1", "--dropout from 0 to below 1"),
+        ("--finetune --wd -1", "--wd .* must not be negative"),
         ("--finetune --val_resize 20", "at least the crop's 32 pixels"),
         ("--finetune --clip_per_video 0", "must be at least 1"),
         ("--finetune --fold 2", "trainlist02.txt: no such list"),

@@ -175,15 +175,42 @@ def test_a_killed_run_resumes_to_the_bit(data, tmp_path, monkeypatch):
         pretrain(data, tmp_path / "cut", "--epochs", "3", "--beta", "0.3")
 
 
-def test_two_processes_equal_one_on_the_whole_batch(data, tmp_path):  # property 12, with batch norm in train mode too
-    pretrain(data, tmp_path / "one", "--epochs", "2")
-    flags = [*SMALL, "--bn_splits", "1", "--epochs", "2", "--index_cache", str(tmp_path / "i.pth")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "fame.train", str(data), *flags]
-    done = subprocess.run(
-        [*command, "--output-dir", str(tmp_path / "two")], cwd=ROOT, capture_output=True, text=True, timeout=300
+def two_processes(data: Path, out: Path, *extra: str, code: int = 0, **environment: str) -> list[dict]:
+    """Two processes of the training script; the rows of the log. With STOP=n the second gets SIGTERM in step n."""
+    script = out.with_suffix(".py")
+    script.write_text(
+        "import os, signal, sys\n"
+        "from fame import train\n"
+        "calls, info_nce = [], train.info_nce\n"
+        "def counted(*args):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 2 * int(os.environ.get('STOP', 0)) and os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return info_nce(*args)\n"
+        "train.info_nce = counted\n"
+        "sys.exit(train.main(sys.argv[1:]))\n"
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", str(script), str(data), *SMALL, "--bn_splits", "1", *extra]
+    done = subprocess.run(
+        [*command, "--index_cache", str(out / "i.pth"), "--output-dir", str(out)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode == 0) == (code == 0) and (not code or f"exitcode  : {code}" in done.stderr), done.stderr
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_equal_one_on_the_whole_batch(data, tmp_path):  # property 12, with batch norm in train mode too
+    alone = pretrain(data, tmp_path / "one", "--epochs", "2")
+    together = two_processes(data, tmp_path / "two", "--epochs", "2")
+    for a, b in zip(alone, together, strict=True):  # what is logged is of the whole batch
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"data_wait", "data_share"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
     one, two = (checkpoint.load(tmp_path / name / "checkpoint.pth")["state_dict"] for name in ("one", "two"))
     for key in one:
         if "running" in key or "num_batches" in key:  # each process has the statistics of its own share
@@ -196,6 +223,14 @@ def test_two_processes_equal_one_on_the_whole_batch(data, tmp_path):  # property
     assert not torch.allclose(one["module.queue"], joined["module.queue"], atol=1e-3)
 
 
+def test_two_processes_that_are_stopped_resume_to_the_bit(data, tmp_path):
+    two_processes(data, tmp_path / "whole", "--epochs", "3")
+    two_processes(data, tmp_path / "cut", "--epochs", "3", code=143, STOP="3")
+    assert checkpoint.load(tmp_path / "cut/checkpoint.pth")["progress"]["step"] == 3
+    two_processes(data, tmp_path / "cut", "--epochs", "3")
+    assert differing(tmp_path / "whole", tmp_path / "cut") == []
+
+
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
@@ -204,6 +239,11 @@ def test_two_processes_equal_one_on_the_whole_batch(data, tmp_path):  # property
         ("--moco_k 20", "must be a multiple of the global batch of 8.*take --moco_k 16"),
         ("--beta 1.2", "must lie in 0..1"),
         ("--moco_t 0", "must be above 0"),
+        ("--moco_k 0", "--moco_k 0: must be at least 1"),
+        ("--blur_sigma 0", "--blur_sigma .* must be above 0"),
+        ("--wd -1", "--wd .* must not be negative"),
+        ("--momentum -0.1", "--momentum.* must not be negative"),
+        ("--lr_decay 0", "--lr_decay must be above 0"),
         ("--bins 0", "--bins 0: must be at least 1"),
         ("--warmup --schedule", "--warmup climbs up to the first entry"),
         ("-b 32", "a global batch of 32 needs as many samples, the data has 16"),

@@ -90,6 +90,22 @@ def test_times_that_do_not_fit_fall_back_to_counting(avi):
     assert numbers(read(video.Video(avi, 30, 1000 + 7 * np.arange(30)), [7, 9])) == [7, 9]
 
 
+def test_frames_that_an_edit_list_cuts_off_do_not_count(mp4, tmp_path):
+    """Videos that were cut without being encoded anew keep a few frames before the cut, which players leave out."""
+    path = tmp_path / "cut.mp4"
+    with av.open(str(mp4)) as source, av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.dts is not None]
+        cut = packets[0].pts + 3 * packets[0].duration
+        for packet in packets:
+            packet.pts, packet.dts, packet.stream = packet.pts - cut, packet.dts - cut, stream
+            target.mux(packet)
+    found = inspect(path)
+    assert found.count == 27
+    for wanted in ([0, 1], [2, 5], [25, 26]):
+        assert numbers(read(found, wanted)) == [n + 3 for n in wanted]
+
+
 def test_folders_of_frames(tmp_path):
     for number in (1, 2, 10):
         Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(tmp_path / f"img_{number}.png")
@@ -134,9 +150,21 @@ def test_a_scan_is_kept_and_renewed_where_a_file_changes(tmp_path, monkeypatch):
     (second,) = scan([path], cache)
     assert isinstance(first, video.Video) and isinstance(second, video.Video) and not calls
     assert second.count == 12 and str(first.times) == str(second.times) and numbers(read(second, [7])) == [7]
+    (other,) = scan([write(tmp_path / "b.avi", 9)], cache, keep=False)  # reads the file and leaves it as it is
+    assert isinstance(other, video.Video) and len(calls) == 1 and len(video.checkpoint.load(cache)) == 1
+    calls.clear()
     write(path, 20)
     (third,) = scan([path], cache)
     assert isinstance(third, video.Video) and third.count == 20 and calls == [path]
+
+
+def test_a_folder_that_may_not_be_read_is_a_bad_video(tmp_path, monkeypatch):
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(video.os, "scandir", refuse)
+    (found,) = scan([tmp_path])
+    assert isinstance(found, BadVideo) and "cannot be read (Permission denied)" in str(found)
 
 
 def test_without_pyav_the_cure_is_named(avi, monkeypatch):
