@@ -122,7 +122,7 @@ def extract(run: Run, network: Any, images: ImageList, operator: MRA | None) -> 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     run = Run(args, "mra", "fewshot")
-    args.schedule = [int(x) for x in args.schedule.split(",") if x]
+    args.schedule = engine.epochs_of(args.schedule)
     engine.check_training_flags(args, run.world)
     for name in ("n_way", "n_query", "episodes"):
         if getattr(args, name) < 1:

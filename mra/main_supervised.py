@@ -51,7 +51,7 @@ def resolve(args: argparse.Namespace) -> None:
     for name, value in zip(("epochs", "batch_size", "lr", "decay", "schedule", "wd"), PRESETS[args.preset]):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.schedule = [int(x) for x in str(args.schedule).split(",") if x]
+    args.schedule = engine.epochs_of(args.schedule)
 
 
 def shot_groups(table: Tensor, counts: Tensor) -> dict[str, float]:
