@@ -124,9 +124,9 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(args, "mra", "fewshot")
     args.schedule = engine.epochs_of(args.schedule)
     engine.check_training_flags(args, run.world)
-    for name in ("n_way", "n_query", "episodes"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name, least in (("n_way", 2), ("n_query", 1), ("episodes", 2)):  # one episode has no interval
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
     if args.mra_on_support and args.mae_ckpt is None:
         raise UserError("--mra_on_support needs an autoencoder: give --mae_ckpt")
     if args.synthetic:

@@ -3,6 +3,7 @@
 Shapes: images [B, 3, H, H]; p: side of a patch; g = H / p; L = g * g patches; De, Dd: width of encoder and decoder.
 """
 
+import argparse
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -305,7 +306,8 @@ def load(path: Path, img_size: int, heads: Sequence[int] = (0, 0), norm_pix: str
     saved = checkpoint.load(path)
     state = checkpoint.read_weights(path, "auto")
     stored = saved.get("args") if isinstance(saved, Mapping) else None
-    flags: Mapping[str, Any] = stored if isinstance(stored, Mapping) else vars(stored) if stored is not None else {}
+    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
+    flags: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
     try:
         size = size_of(state, flags, heads)
         with torch.random.fork_rng(devices=[]):  # a classifier starts from the same weights with and without MRA

@@ -336,6 +336,10 @@ def test_fewshot(novel: Path, mae: Path, tmp_path: Path) -> None:
     a, b = result(tmp_path / "a"), result(tmp_path / "b")
     assert len(base) == 3 and {"1shot", "5shot", "1shot_ci", "val_1shot"} <= set(a)
     assert a["1shot"] != b["1shot"] or a["5shot"] != b["5shot"]
+    with pytest.raises(UserError, match="checkpoint.pth: of main_fewshot"):
+        eval_occlusion.main(["--checkpoint", str(tmp_path / "a/checkpoint.pth"), "--threads", "1"])
+    with pytest.raises(UserError, match="--episodes 1: must be at least 2"):
+        train("fewshot", novel, tmp_path / "c", "--episodes", "1")
     with pytest.raises(UserError, match="--mra_on_support needs an autoencoder"):
         train("fewshot", novel, tmp_path / "c", "--mra_on_support")
     with pytest.raises(UserError, match="9-way episodes of 4 images a class: the split has 3 classes of 8"):
@@ -546,6 +550,8 @@ def test_occlusion_and_diagnostics(images: Path, mae: Path, tmp_path: Path) -> N
     for flags, message in (
         (["--cell", "5"], "--cell 5: must divide"),
         (["--cell", "2", "--mae_ckpt", str(mae)], "--cell 2: must be a multiple of the autoencoder's patch of 4"),
+        (["--batch_size", "0"], "--batch_size must be at least 1"),
+        (["--images", "-1"], "--images 0 or more"),
     ):
         with pytest.raises(UserError, match=message):
             eval_occlusion.main([*argv, *flags])
@@ -592,6 +598,17 @@ def test_the_picture(images: Path, mae: Path, tmp_path: Path) -> None:
         visualize.main(["--data_path", str(images)])
     with pytest.raises(UserError, match="cannot be written"):
         visualize.main([*argv, "--out", "/dev/null/x.png"])
+
+
+def test_the_small_tier_is_tested_with_the_attention_that_it_was_trained_with(tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\necho "$@"\n')
+    fake.chmod(0o755)
+    env = {**os.environ, "SKIP_ENV": "1", "PYTHON": str(fake), "SET": "texture", "RUNS": str(tmp_path)}
+    for script in ("supervised", "occlusion"):
+        command = ["bash", str(ROOT / f"mra/run_{script}.sh"), "small"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        assert all("--attn_source last_attn" in line for line in done.stdout.splitlines()) and done.stdout
 
 
 def test_the_command_line(tmp_path: Path) -> None:
