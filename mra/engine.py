@@ -225,11 +225,15 @@ def telemetry(operator: MRA, x: Tensor, count: int = 32) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def estimate(run: Run, network: nn.Module, operator: MRA | None, steps: int) -> str:
-    """Minutes of the whole run from a timed forward pass (a backward pass counts as two) and a timed MRA."""
+def estimate(run: Run, network: nn.Module, operator: MRA | None, total: int, parts: tuple[int, int] = (1, 1)) -> str:
+    """Minutes of all `total` steps from a timed forward pass (a backward pass counts as two) and a timed MRA.
+
+    `parts`: batches of --batch_size that the network and MRA see in a step.
+    """
     args = run.args
     local = args.batch_size // run.world
-    x = torch.zeros(local, 3, args.input_size, args.input_size, device=run.device)
+    augmented = parts[1] * local
+    x = torch.zeros(parts[0] * local, 3, args.input_size, args.input_size, device=run.device)
     x = x.contiguous(memory_format=torch.channels_last)
     network.eval()
     for _ in range(2):
@@ -238,9 +242,8 @@ def estimate(run: Run, network: nn.Module, operator: MRA | None, steps: int) -> 
             network(x).sum().item()
             seconds.append(time.perf_counter())
             if operator is not None:
-                operator(x, *operator.draw(local, torch.Generator().manual_seed(0))).sum().item()
+                operator(x[:augmented], *operator.draw(augmented, torch.Generator().manual_seed(0))).sum().item()
             seconds.append(time.perf_counter())
     network.train()
     step = 3 * (seconds[1] - seconds[0]) + seconds[2] - seconds[1]
-    minutes = step * steps * args.epochs / 60
-    return f"about {max(1, round(minutes))} min for {steps * args.epochs} steps if data loading keeps up"
+    return f"about {max(1, round(step * total / 60))} min for {total} steps if data loading keeps up"

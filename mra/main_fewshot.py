@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
             "batch": f"{args.batch_size} x {sampler.steps_per_epoch} steps an epoch, {args.epochs} epochs",
             "learning rate": f"{args.lr}, {args.decay}",
             "expected initial loss": f"about log {len(train.classes)} = {math.log(len(train.classes)):.2f}",
-            "estimated time": engine.estimate(run, network, operator, sampler.steps_per_epoch),
+            "estimated time": engine.estimate(run, network, operator, sampler.steps_per_epoch * args.epochs),
         }
     )
 

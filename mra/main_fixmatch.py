@@ -214,6 +214,7 @@ def main(argv: list[str] | None = None) -> int:
             "learning rate": f"{args.lr} cos(7 pi k / 16 K)",
             "expected initial loss": f"about log {len(train.classes)} = {math.log(len(train.classes)):.2f}: no "
             "pseudo-label is confident at first",
+            "estimated time": engine.estimate(run, network, operator, args.iterations, (1 + 2 * args.mu, args.mu)),
         }
     )
     net: nn.Module = nn.parallel.DistributedDataParallel(network) if run.world > 1 else network

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
             "batch": f"{args.batch_size} x {steps} steps an epoch, {args.epochs} epochs",
             "learning rate": f"{args.lr}, {args.decay} ({args.preset}); linear layer x {args.head_lr_mult}",
             "expected initial loss": f"about log {len(train.classes)} = {math.log(len(train.classes)):.2f}",
-            "estimated time": engine.estimate(run, network, operator, steps),
+            "estimated time": engine.estimate(run, network, operator, steps * args.epochs),
         }
     )
 

@@ -267,7 +267,7 @@ def test_fixmatch_loss_by_hand() -> None:
     assert weak.grad is None and strong.grad is not None and strong.grad[1].abs().sum() == 0
 
 
-def test_fixmatch_uses_mra_on_the_strong_views_alone(images, mae, tmp_path, monkeypatch) -> None:  # trap 14
+def test_fixmatch_uses_mra_on_the_strong_views_alone(images, mae, tmp_path, monkeypatch, capsys) -> None:  # trap 14
     seen: list[torch.Tensor] = []
     call = MRA.__call__
 
@@ -285,7 +285,10 @@ def test_fixmatch_uses_mra_on_the_strong_views_alone(images, mae, tmp_path, monk
 
     monkeypatch.setattr(MRA, "__call__", spy)
     monkeypatch.setattr(Run, "batches", watch)
+    estimate = engine.estimate  # its own calls of MRA do not count
+    monkeypatch.setattr(engine, "estimate", lambda *words: (estimate(*words), seen.clear())[0])
     log = train("fixmatch", images, tmp_path, "--mae_ckpt", str(mae))
+    assert "estimated time: about 1 min for 6 steps" in capsys.readouterr().out
     assert len(seen) == 6 and all(torch.equal(x, u[1]) for x, (_, u) in zip(seen, batches))
     assert all(len(x) == 4 and len(u[0]) == len(u[1]) == 8 for (x, _, _), u in batches)
     assert [row["lr"] for row in log] == pytest.approx(
