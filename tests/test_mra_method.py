@@ -183,6 +183,12 @@ def test_names_and_shapes_are_those_of_public_files() -> None:  # property 13
         "decoder_blocks.7.attn.proj.bias": (512,), "decoder_pred.weight": (768, 512),
     }  # fmt: skip
     assert {k: state[k] for k in expected} == expected
+    for where, d, blocks in (("blocks", 768, 12), ("decoder_blocks", 512, 8)):
+        inner = {"norm1": (d,), "attn.qkv": (3 * d, d), "attn.proj": (d, d), "norm2": (d,), "mlp.fc1": (4 * d, d),
+                 "mlp.fc2": (d, 4 * d)}  # fmt: skip
+        for i in range(blocks):
+            for name, shape in inner.items():
+                assert state[f"{where}.{i}.{name}.weight"] == shape and state[f"{where}.{i}.{name}.bias"] == shape[:1]
     assert [k for k, p in mae.named_parameters() if not p.requires_grad] == ["pos_embed", "decoder_pos_embed"]
     sizes = {name: sum(p.numel() for p in MAE(96, s).parameters()) / 1e6
              for name, s in models_mae.SIZES.items() if "mini" in name or "tiny_patch8" in name}  # fmt: skip

@@ -30,6 +30,7 @@ from mra import (
 from mra.models_mae import MAE, Size
 from mra.mra import MRA
 from shared_utils import UserError, checkpoint
+from shared_utils.data import EpochSampler
 from shared_utils.run import Diverged, Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,12 +205,18 @@ def test_what_a_step_sees(images: Path, mae: Path, tmp_path: Path, monkeypatch: 
         fed.append(x.clone())
         return forward(self, x)
 
+    answers: list[torch.Tensor] = []
+    loss = F.cross_entropy
+    monkeypatch.setattr(engine.F, "cross_entropy", lambda logits, y: answers.append(y) or loss(logits, y))
     monkeypatch.setattr(MRA, "__call__", spy)
     monkeypatch.setattr(engine, "estimate", lambda *_: "")
     monkeypatch.setattr(nets.Classifier, "forward", feed)
     train("supervised", images, tmp_path, "--mae_ckpt", str(mae), "--epochs", "1")
     assert len(seen) == 3 and all(torch.equal(out, x) for (_, out), x in zip(seen, fed))
     assert all(not torch.equal(x, out) for x, out in seen)
+    train_set = data.image_folder(images / "train").labels
+    order = [[i for _, i in batch] for batch in EpochSampler(24, 8, 0).at(0)]
+    assert [y.tolist() for y in answers] == [train_set[rows].tolist() for rows in order]
     assert len(fed) == 4 and fed[3].shape[0] == 12  # the test's batch never went through MRA
 
 
@@ -511,6 +518,17 @@ def test_bad_input_is_one_line(job, flags, message, images, mae, tmp_path) -> No
     with pytest.raises(UserError, match=message) as error:
         train(job, images, tmp_path / "out", *flags.format(tmp=tmp_path, mae=mae).split())
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("job", ["supervised", "fixmatch"])
+def test_another_process_s_infinite_loss_stops_all_alike(job: str, images: Path, tmp_path: Path, monkeypatch) -> None:
+    """Else one process tests, where the others stop, and waits for them."""
+    all_sum = engine.distributed.all_sum
+    monkeypatch.setattr(engine.distributed, "all_sum", lambda x: all_sum(x) * (float("nan") if x.ndim == 0 else 1))
+    monkeypatch.setattr(engine, "accuracy", lambda *_, **__: pytest.fail("tested"))
+    one_step = ["--batch_size", "24"] if job == "supervised" else ["--epoch_steps", "1"]
+    with pytest.raises(Diverged, match="step 0: the loss is nan"):
+        train(job, images, tmp_path, *one_step)
 
 
 def test_a_diverged_run_stops(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
