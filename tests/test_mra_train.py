@@ -207,7 +207,12 @@ def test_what_a_step_sees(images: Path, mae: Path, tmp_path: Path, monkeypatch: 
 
     answers: list[torch.Tensor] = []
     loss = F.cross_entropy
-    monkeypatch.setattr(engine.F, "cross_entropy", lambda logits, y: answers.append(y) or loss(logits, y))
+
+    def ask(logits, y):
+        answers.append(y)
+        return loss(logits, y)
+
+    monkeypatch.setattr(engine.F, "cross_entropy", ask)
     monkeypatch.setattr(MRA, "__call__", spy)
     monkeypatch.setattr(engine, "estimate", lambda *_: "")
     monkeypatch.setattr(nets.Classifier, "forward", feed)
@@ -293,7 +298,13 @@ def test_fixmatch_uses_mra_on_the_strong_views_alone(images, mae, tmp_path, monk
     monkeypatch.setattr(MRA, "__call__", spy)
     monkeypatch.setattr(Run, "batches", watch)
     estimate = engine.estimate  # its own calls of MRA do not count
-    monkeypatch.setattr(engine, "estimate", lambda *words: (estimate(*words), seen.clear())[0])
+
+    def timed(*words):
+        found = estimate(*words)
+        seen.clear()
+        return found
+
+    monkeypatch.setattr(engine, "estimate", timed)
     log = train("fixmatch", images, tmp_path, "--mae_ckpt", str(mae))
     assert "estimated time: about 1 min for 6 steps" in capsys.readouterr().out
     assert len(seen) == 6 and all(torch.equal(x, u[1]) for x, (_, u) in zip(seen, batches))
