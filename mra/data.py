@@ -116,6 +116,23 @@ def _cars(root: Path) -> Sets:
     return Sets(ImageList(parts[0], classes), {"test": ImageList(parts[1], classes)})
 
 
+FINE: dict[str, tuple[Callable[[Path], Sets], str]] = {
+    "cub": (_cub, "CUB_200_2011"),
+    "aircraft": (_aircraft, "fgvc-aircraft-2013b/data"),
+    "cars": (_cars, "stanford_cars"),
+}
+
+
+def _check_labels(root: Path, sets: Sets) -> None:
+    """UserError: an empty split, a label out of range."""
+    for name, images in {"train": sets.train, **sets.tests}.items():
+        if not len(images):
+            raise UserError(f"{root}: its lists name no {name} image")
+        for path, y in images.samples:
+            if not 0 <= y < len(images.classes):
+                raise UserError(f"{root}: {path.name} has label {y + 1} of {len(images.classes)} classes")
+
+
 def _published(args: argparse.Namespace) -> Sets:
     """torchvision's files: CIFAR, STL-10 (with --per_class 100: the official fold --label_seed of 1,000 labels)."""
     kind: Any = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}[args.dataset]
@@ -142,6 +159,9 @@ def _folders(args: argparse.Namespace) -> Sets:
         if not (args.train_list and args.val_list):
             raise UserError("--train_list and --val_list go together")
         train, val = list_file(args.train_list, root), list_file(args.val_list, root)
+        for file, images in ((args.train_list, train), (args.val_list, val)):
+            if images.classes:  # read as CLASS/image, which `train/CLASS/image` is not
+                raise UserError(f"{file}: no labels; expected `train/CLASS/image.jpg LABEL` a line")
         classes = [str(y) for y in range(1 + max(int(train.labels.max()), int(val.labels.max())))]
         return Sets(ImageList(train.samples, classes), {"val": ImageList(val.samples, classes)})
     train = image_folder(root / "train")
@@ -174,12 +194,16 @@ def open_sets(args: argparse.Namespace) -> Sets:
         sets = _folders(args)
     elif args.dataset in ("cifar10", "cifar100", "stl10"):
         sets = _published(args)
-    elif args.dataset == "cub":
-        sets = _cub(root / "CUB_200_2011")
-    elif args.dataset == "aircraft":
-        sets = _aircraft(root / "fgvc-aircraft-2013b/data")
     else:
-        sets = _cars(root / "stanford_cars")
+        read, folder = FINE[args.dataset]
+        try:
+            sets = read(root / folder)
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise UserError(
+                f"{root / folder}: its lists of images and labels are damaged or not as published "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:80]})"
+            ) from None
+        _check_labels(root / folder, sets)
     train = sets.train
     if args.imbalance:
         train = subset(train, long_tail(train.labels, len(train.classes), args.imbalance, args.label_seed))
@@ -244,7 +268,11 @@ def read_fewshot(root: Path) -> dict[str, ImageList]:
             files: dict[str, list[Path]] = defaultdict(list)
             with open(file, newline="", encoding="utf-8") as handle:
                 for row in csv.DictReader(handle):
+                    if not row.get("filename") or not row.get("label"):
+                        raise UserError(f"{file}: expected the columns filename,label, found {','.join(map(str, row))}")
                     files[row["label"]].append(_need(root / "images" / row["filename"], f"the images of {file}"))
+            if not files:
+                raise UserError(f"{file}: names no image")
             names = sorted(files)
             out[split] = ImageList([(path, y) for y, name in enumerate(names) for path in sorted(files[name])], names)
         else:

@@ -52,12 +52,22 @@ def check_training_flags(args: argparse.Namespace, world: int) -> None:
     for name in ("width", "wd", "cutout_size", "eval_every"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
+    if not 0 <= args.momentum < 1:
+        raise UserError(f"--momentum {args.momentum}: must lie in 0..1 (1 excluded)")
     if not args.lr > 0 or not args.mix_alpha > 0 or not args.head_lr_mult > 0:
         raise UserError("--lr, --mix_alpha and --head_lr_mult must be above 0")
     if not 0 <= args.mix_prob <= 1 or not 0 < args.min_scale <= 1:
         raise UserError("--mix_prob must lie in 0..1, and --min_scale above 0 and up to 1")
     if args.batch_size % world or args.batch_size // world < 2:
         raise UserError(f"--batch_size {args.batch_size} does not give each of {world} processes the same 2 or more")
+
+
+def epochs_of(text: str) -> list[int]:
+    """--schedule: `60,80`. UserError: anything but whole numbers with commas between."""
+    try:
+        return [int(x) for x in text.split(",") if x]
+    except ValueError:
+        raise UserError(f"--schedule {text}: epochs with commas, for example 60,80") from None
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
@@ -83,10 +93,14 @@ def draws(run: Run, operator: MRA, count: int) -> tuple[Tensor, Tensor]:
 
 
 def cutout(x: Tensor, size: int) -> Tensor:
-    """A square of the mean colour (0) in each image [B, 3, H, W], its centre anywhere, so that it may stick out."""
+    """A square of the mean colour (0) in each image [B, 3, H, W], its centre anywhere, so that it may stick out.
+
+    Drawn for all processes together, from generators that are in the same state on each of them.
+    """
     holes = []
+    mine = slice(distributed.rank() * len(x), (distributed.rank() + 1) * len(x))
     for side in x.shape[2:]:
-        start = torch.randint(side, (len(x), 1)) - size // 2
+        start = torch.randint(side, (len(x) * distributed.world(), 1))[mine] - size // 2
         place = torch.arange(side)
         holes.append((place >= start) & (place < start + size))  # [B, side]
     return x.masked_fill((holes[0][:, None, :, None] & holes[1][:, None, None, :]).to(x.device), 0)
@@ -170,7 +184,8 @@ def fit(
         if operator is not None:
             with run.autocast():
                 x_hat = operator(x, *draws(run, operator, len(x)))
-        x_mix, target = mixed(args, x_hat, y, classes, (args.seed, run.step, run.rank, MIXING))
+        own = 0 if args.mix == "cutout" else run.rank  # Mixup and CutMix: a share and partners within each process
+        x_mix, target = mixed(args, x_hat, y, classes, (args.seed, run.step, own, MIXING))
         with run.autocast():
             logits = net(x_mix.contiguous(memory_format=torch.channels_last))  # [B, C]
         loss = F.cross_entropy(logits.float(), target)
@@ -178,20 +193,27 @@ def fit(
         loss.backward()
         optimizer.step()
 
+        total = distributed.all_sum(loss.detach()) / run.world  # of all: what follows is decided alike everywhere
         watched: dict[str, Any] = {}
         if run.log_due():
             watched["acc/train"] = 100 * (logits.detach().argmax(1) == y).float().mean()
             if operator is not None:
                 watched |= telemetry(operator, x)
+            watched = everywhere(watched)
         last = epoch + 1 == args.epochs
-        if run.step_in_epoch + 1 == sampler.steps_per_epoch and bool(torch.isfinite(loss)):
+        if run.step_in_epoch + 1 == sampler.steps_per_epoch and bool(torch.isfinite(total)):
             if last or (args.eval_every and (epoch + 1) % args.eval_every == 0):
                 info.history.append({**evaluate(), "epoch": float(epoch)})
                 watched |= {f"val/{k}": v for k, v in info.history[-1].items() if k != "epoch"}
-        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
+        run.log(total, lr=lr, **watched)
         if run.due(args.image_every):
             shown = [augment.denormalise(v[:8]).cpu() for v in (x, x_hat, x_mix)]
             run.image("views/input_mra_mixed", make_grid(torch.cat(shown), nrow=len(shown[0]), padding=2))
+
+
+def everywhere(values: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Means over the processes of numbers that each has of its own, equal, part of the batch."""
+    return {name: distributed.all_sum(value.detach()) / distributed.world() for name, value in values.items()}
 
 
 @torch.no_grad()
@@ -203,11 +225,15 @@ def telemetry(operator: MRA, x: Tensor, count: int = 32) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def estimate(run: Run, network: nn.Module, operator: MRA | None, steps: int) -> str:
-    """Minutes of the whole run from a timed forward pass (a backward pass counts as two) and a timed MRA."""
+def estimate(run: Run, network: nn.Module, operator: MRA | None, total: int, parts: tuple[int, int] = (1, 1)) -> str:
+    """Minutes of all `total` steps from a timed forward pass (a backward pass counts as two) and a timed MRA.
+
+    `parts`: batches of --batch_size that the network and MRA see in a step.
+    """
     args = run.args
     local = args.batch_size // run.world
-    x = torch.zeros(local, 3, args.input_size, args.input_size, device=run.device)
+    augmented = parts[1] * local
+    x = torch.zeros(parts[0] * local, 3, args.input_size, args.input_size, device=run.device)
     x = x.contiguous(memory_format=torch.channels_last)
     network.eval()
     for _ in range(2):
@@ -216,9 +242,8 @@ def estimate(run: Run, network: nn.Module, operator: MRA | None, steps: int) -> 
             network(x).sum().item()
             seconds.append(time.perf_counter())
             if operator is not None:
-                operator(x, *operator.draw(local, torch.Generator().manual_seed(0))).sum().item()
+                operator(x[:augmented], *operator.draw(augmented, torch.Generator().manual_seed(0))).sum().item()
             seconds.append(time.perf_counter())
     network.train()
     step = 3 * (seconds[1] - seconds[0]) + seconds[2] - seconds[1]
-    minutes = step * steps * args.epochs / 60
-    return f"about {max(1, round(minutes))} min for {steps * args.epochs} steps if data loading keeps up"
+    return f"about {max(1, round(step * total / 60))} min for {total} steps if data loading keeps up"

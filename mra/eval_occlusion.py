@@ -136,7 +136,12 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     device = distributed.init(args.device)
     set_threads(args.threads, 0, device)
+    if args.batch_size < 1 or args.images < 0 or not 0 < args.mask_ratio < 1:
+        raise UserError("--batch_size must be at least 1, --images 0 or more, --mask_ratio between 0 and 1")
     network, flags = nets.load_run(args.checkpoint, device)
+    if "dataset" not in flags:
+        raise UserError(f"{args.checkpoint}: of main_fewshot, whose novel classes it has no scores for; give a run of "
+                        "main_supervised or main_fixmatch")  # fmt: skip
     for name in INHERITED:
         if getattr(args, name, None) is None:
             setattr(args, name, flags.get(name, "imagenet" if name == "mean_std" else ""))
@@ -145,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     name, images = next(iter(sets.tests.items()))
     if images.classes != flags["classes"]:
         raise UserError(f"{args.data_path}: its classes are not those that {args.checkpoint} was trained on")
-    if args.cell < 1 or args.input_size % args.cell:
+    if args.cell < 1 or args.input_size < 1 or args.input_size % args.cell:
         raise UserError(f"--cell {args.cell}: must divide the {args.input_size} pixels of an image")
     if args.images:
         images = subset(images, [i * len(images) // args.images for i in range(min(args.images, len(images)))])
@@ -154,6 +159,8 @@ def main(argv: list[str] | None = None) -> int:
     mae, about = load_mae(args, args.input_size, device) if args.mae_ckpt else (None, "none: random cells alone")
     if mae is not None and args.cell % mae.p:
         raise UserError(f"--cell {args.cell}: must be a multiple of the autoencoder's patch of {mae.p}")
+    if mae is not None and mae.norm_pix_loss and not args.denorm_with_true_stats:
+        MRA(mae)  # says what is wrong, before the curves take their time
     print(
         f"{args.checkpoint}: {len(images)} images of {name}, cells of {args.cell} pixels; autoencoder {about}",
         flush=True,

@@ -122,11 +122,11 @@ def extract(run: Run, network: Any, images: ImageList, operator: MRA | None) -> 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     run = Run(args, "mra", "fewshot")
-    args.schedule = [int(x) for x in args.schedule.split(",") if x]
+    args.schedule = engine.epochs_of(args.schedule)
     engine.check_training_flags(args, run.world)
-    for name in ("n_way", "n_query", "episodes"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name, least in (("n_way", 2), ("n_query", 1), ("episodes", 2)):  # one episode has no interval
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
     if args.mra_on_support and args.mae_ckpt is None:
         raise UserError("--mra_on_support needs an autoencoder: give --mae_ckpt")
     if args.synthetic:
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
             "batch": f"{args.batch_size} x {sampler.steps_per_epoch} steps an epoch, {args.epochs} epochs",
             "learning rate": f"{args.lr}, {args.decay}",
             "expected initial loss": f"about log {len(train.classes)} = {math.log(len(train.classes)):.2f}",
-            "estimated time": engine.estimate(run, network, operator, sampler.steps_per_epoch),
+            "estimated time": engine.estimate(run, network, operator, sampler.steps_per_epoch * args.epochs),
         }
     )
 

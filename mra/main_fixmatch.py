@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -59,6 +60,11 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
     for name in ("input_size", "batch_size", "iterations", "epoch_steps", "mu", "log_every", "image_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("width", "wd"):
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
+    if not 0 < args.momentum < 1:
+        raise UserError(f"--momentum {args.momentum}: Nesterov's must lie between 0 and 1")
     if args.iterations % args.epoch_steps:
         raise UserError(f"--iterations {args.iterations} is no multiple of --epoch_steps {args.epoch_steps}")
     if args.batch_size % world:
@@ -67,17 +73,36 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
         raise UserError("--threshold must lie in 0..1, --ema in 0..1 (1 excluded), --lambda_u from 0, --lr above 0")
 
 
-class Again(Dataset):
-    """A dataset as often as an epoch of a fixed number of steps needs it, each time with draws of its own."""
+class Rounds(EpochSampler):
+    """Batches of (round, index) for one process: all images in a new order, again and again, without end.
 
-    def __init__(self, images: Dataset, size: int):
-        self.images, self.size = images, size
+    An epoch is a number of steps, wherever it ends within a round, so every image is drawn as often as any other (a
+    set of 20,000 cut to epochs would show its first classes more often). A round has draws of its own.
+    """
+
+    def __init__(self, size: int, batch_size: int, steps: int, seed: int, rank: int = 0, world: int = 1):
+        super().__init__(max(size, batch_size * world), batch_size, seed, rank, world)
+        self.size, self.steps = size, steps
 
     def __len__(self) -> int:
-        return self.size
+        return self.steps - self.start
 
-    def __getitem__(self, index: int) -> Any:
-        return self.images[index % len(self.images)]  # type: ignore[arg-type]
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        known: dict[int, np.ndarray] = {}
+        for step in range(self.epoch * self.steps + self.start, (self.epoch + 1) * self.steps):
+            first = (step * self.world + self.rank) * self.batch_size
+            places = [divmod(n, self.size) for n in range(first, first + self.batch_size)]
+            known = {
+                turn: known[turn]
+                if turn in known
+                else np.random.Generator(np.random.PCG64(mix_key(self.seed, turn))).permutation(self.size)
+                for turn in range(places[0][0], places[-1][0] + 1)
+            }
+            yield [(turn, int(known[turn][place])) for turn, place in places]
 
 
 class TwoViews(Dataset):
@@ -163,10 +188,10 @@ def main(argv: list[str] | None = None) -> int:
     test.transform = data.test_transform(size, stats)
     seeds = (args.seed, mix_key(args.seed, 1) >> 1)
     parts = []
+    stock: Any
     for stock, share, seed in ((train, local, seeds[0]), (views, local * args.mu, seeds[1])):
-        again = Again(stock, args.epoch_steps * share * run.world)
-        sampler = EpochSampler(len(again), share, seed, run.rank, run.world)
-        parts.append((run.loader(Keyed(again, seed), sampler), sampler))
+        sampler = Rounds(len(stock), share, args.epoch_steps, seed, run.rank, run.world)
+        parts.append((run.loader(Keyed(stock, seed), sampler), sampler))
     loader: Any = Both(parts[0][0], parts[1][0])
     both: Any = Both(parts[0][1], parts[1][1])
 
@@ -189,6 +214,7 @@ def main(argv: list[str] | None = None) -> int:
             "learning rate": f"{args.lr} cos(7 pi k / 16 K)",
             "expected initial loss": f"about log {len(train.classes)} = {math.log(len(train.classes)):.2f}: no "
             "pseudo-label is confident at first",
+            "estimated time": engine.estimate(run, network, operator, args.iterations, (1 + 2 * args.mu, args.mu)),
         }
     )
     net: nn.Module = nn.parallel.DistributedDataParallel(network) if run.world > 1 else network
@@ -205,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
             with run.autocast():
                 u_hat = operator(u_strong, *engine.draws(run, operator, len(u_strong)))
         if args.strong_cutout:
-            with sample_rng(args.seed, run.step, run.rank, engine.MIXING):
+            with sample_rng(args.seed, run.step, 0, engine.MIXING):
                 u_hat = engine.cutout(u_hat, size // 2)
         views_all = torch.cat([x, u_weak, u_hat]).contiguous(memory_format=torch.channels_last)
         with run.autocast():
@@ -218,19 +244,17 @@ def main(argv: list[str] | None = None) -> int:
         optimizer.step()
         ema.update(network)
 
+        total = distributed.all_sum(loss.detach()) / run.world
         watched: dict[str, Any] = {}
         if run.log_due():
-            watched = {
-                "loss/labelled": l_x.detach(),
-                "loss/unlabelled": l_u.detach(),
-                "fixmatch/mask": confident.mean(),
-            }
+            watched = {"loss/labelled": l_x, "loss/unlabelled": l_u, "fixmatch/mask": confident.mean()}
             if operator is not None:
                 watched |= engine.telemetry(operator, u_strong)
-        if run.step_in_epoch + 1 == args.epoch_steps and bool(torch.isfinite(loss)):
+            watched = engine.everywhere(watched)
+        if run.step_in_epoch + 1 == args.epoch_steps and bool(torch.isfinite(total)):
             info.history.append({**engine.accuracy(run, ema.network, test), "epoch": float(epoch)})
             watched["val/top1"] = info.history[-1]["top1"]
-        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
+        run.log(total, lr=lr, **watched)
         if run.due(args.image_every):
             shown = [augment.denormalise(v[:8]).cpu() for v in (u_weak, u_strong, u_hat)]
             run.image("views/weak_strong_mra", make_grid(torch.cat(shown), nrow=len(shown[0]), padding=2))

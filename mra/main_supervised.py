@@ -51,7 +51,7 @@ def resolve(args: argparse.Namespace) -> None:
     for name, value in zip(("epochs", "batch_size", "lr", "decay", "schedule", "wd"), PRESETS[args.preset]):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.schedule = [int(x) for x in str(args.schedule).split(",") if x]
+    args.schedule = engine.epochs_of(args.schedule)
 
 
 def shot_groups(table: Tensor, counts: Tensor) -> dict[str, float]:
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
             "batch": f"{args.batch_size} x {steps} steps an epoch, {args.epochs} epochs",
             "learning rate": f"{args.lr}, {args.decay} ({args.preset}); linear layer x {args.head_lr_mult}",
             "expected initial loss": f"about log {len(train.classes)} = {math.log(len(train.classes)):.2f}",
-            "estimated time": engine.estimate(run, network, operator, steps),
+            "estimated time": engine.estimate(run, network, operator, steps * args.epochs),
         }
     )
 

@@ -3,6 +3,7 @@
 Shapes: images [B, 3, H, H]; p: side of a patch; g = H / p; L = g * g patches; De, Dd: width of encoder and decoder.
 """
 
+import argparse
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -117,7 +118,8 @@ class Attention(nn.Module):
     def class_weights(self, x: Tensor) -> Tensor:
         """Attention of the class token to the patches [B, T - 1]: mean over the heads, sums to 1 over the patches."""
         q, k, _ = self.split(x).float()
-        logits = (q[:, :, :1] @ k.transpose(2, 3)).squeeze(2) * q.shape[-1] ** -0.5  # [B, heads, T]
+        with torch.autocast(x.device.type, enabled=False):  # ranks, so not in bfloat16: see attention_scores
+            logits = (q[:, :, :1] @ k.transpose(2, 3)).squeeze(2) * q.shape[-1] ** -0.5  # [B, heads, T]
         weights = logits.softmax(-1).mean(1)[:, 1:]
         return weights / weights.sum(1, keepdim=True)
 
@@ -270,11 +272,12 @@ def size_of(state: Mapping[str, Tensor], flags: Mapping[str, Any], heads: Sequen
         for prefix in ("blocks.", "decoder_blocks.")
     )
     known = next((s for s in SIZES.values() if (s.enc[:2], s.dec[:2]) == ((de, depth), (dd, dec_depth))), None)
-    told: tuple[Any, Any] = (flags.get("enc_heads"), flags.get("dec_heads"))
+    known = SIZES.get(str(flags.get("model")), known)  # a run of ours: what its flags leave out is its --model's
+    told: tuple[Any, ...] = (flags.get("enc_heads"), flags.get("dec_heads"))
     if any(heads):
         told = (heads[0], heads[1])
-    elif None in told and known is not None:
-        told = (known.enc[2], known.dec[2])
+    elif known is not None:  # each apart: a run may have set one of them alone
+        told = tuple(own or size for own, size in zip(told, (known.enc[2], known.dec[2])))
     if None in told or not all(told):
         raise UserError(f"width {de} / {dd}, depth {depth} / {dec_depth} is not in the registry: give --mae_heads")
     return Size(p, (de, depth, int(told[0])), (dd, dec_depth, int(told[1])))
@@ -303,7 +306,8 @@ def load(path: Path, img_size: int, heads: Sequence[int] = (0, 0), norm_pix: str
     saved = checkpoint.load(path)
     state = checkpoint.read_weights(path, "auto")
     stored = saved.get("args") if isinstance(saved, Mapping) else None
-    flags: Mapping[str, Any] = stored if isinstance(stored, Mapping) else vars(stored) if stored is not None else {}
+    stored = vars(stored) if isinstance(stored, argparse.Namespace) else stored
+    flags: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
     try:
         size = size_of(state, flags, heads)
         with torch.random.fork_rng(devices=[]):  # a classifier starts from the same weights with and without MRA
@@ -324,7 +328,7 @@ def load(path: Path, img_size: int, heads: Sequence[int] = (0, 0), norm_pix: str
     mae.norm_pix_loss = normalised
     mae.requires_grad_(False).eval()
     md5 = hashlib.md5(Path(path).read_bytes(), usedforsecurity=False).hexdigest()
-    ours = isinstance(saved, Mapping) and "progress" in saved
+    ours = flags.get("model") in SIZES or (isinstance(saved, Mapping) and "progress" in saved)
     millions = sum(q.numel() for q in mae.parameters()) / 1e6
     report = (
         f"{path}: {size.enc} / {size.dec}, patch {size.patch}, {millions:.2f} M, md5 {md5[:12]}, trained on "

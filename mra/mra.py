@@ -42,7 +42,8 @@ def attention_scores(mae: MAE, tokens: Tensor, source: str = "out_dot") -> Tenso
         last: Any = mae.blocks[-1]
         return last.attn.class_weights(last.norm1(x))
     z = wide(mae.encode(tokens))  # [B, 1 + L, De]
-    return (z[:, 1:] @ z[:, 0, :, None]).squeeze(2)
+    with torch.autocast(z.device.type, enabled=False):  # bfloat16's 8 bits make ties, and ties go by position
+        return (z[:, 1:] @ z[:, 0, :, None]).squeeze(2)
 
 
 def score_entropy(scores: Tensor, source: str, dim: int) -> Tensor:

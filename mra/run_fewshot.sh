@@ -28,7 +28,7 @@ case "$tier" in
     ;;
   small)
     # CIFAR-FS, 64 / 16 / 20 classes, 9,600 images of base classes, 60 epochs of ResNet-12 of a quarter of the width;
-    # minutes on a GPU. Its autoencoder: SET=cifarfs bash mra/run_pretrain.sh small
+    # minutes on a GPU (an estimate). Its autoencoder: SET=cifarfs bash mra/run_pretrain.sh small
     set_name=${SET:-cifarfs}
     where=small/$set_name
     flags=(

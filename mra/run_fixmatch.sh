@@ -25,7 +25,7 @@ case "$tier" in
     )
     ;;
   small)
-    # CIFAR-10 with 25 labels a class and 20,000 images without, WRN-28-2, 4,096 steps; minutes on a GPU.
+    # CIFAR-10 with 25 labels a class and 20,000 images without, WRN-28-2, 4,096 steps; minutes on a GPU (estimate).
     set_name=${SET:-cifar10}
     where=small/$set_name
     flags=(

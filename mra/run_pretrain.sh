@@ -25,8 +25,8 @@ case "$tier" in
     ;;
   small)
     # One autoencoder a set, trained on its training images alone and shared by all arms. texture: 4,000 generated images
-    # of 48 pixels, 60 epochs. cifar10: 20,000 images of 32 pixels, 64 patches, 40 epochs. About a minute on a GPU; on one
-    # CPU core 10 minutes and an hour.
+    # of 48 pixels, 60 epochs. cifar10: 20,000 images of 32 pixels, 64 patches, 40 epochs. On one CPU core 10 minutes and
+    # an hour; on a GPU about a minute, an estimate.
     set_name=${SET:-texture}
     out=$out/$set_name
     flags=(--resident --workers 0 --threads 1 --log-every 50)

@@ -26,7 +26,7 @@ case "$tier" in
     ;;
   small)
     # texture: 250 of 500 training images a class, 30 epochs; test_b, whose textures say nothing, counts. cifar10: 100
-    # labels a class of 2,000, 60 epochs. ResNet-8; three minutes on one core with MRA, half a minute on a GPU. The source
+    # labels a class of 2,000, 60 epochs. ResNet-8; three minutes on one core with MRA. The source
     # of attention was chosen before these runs, by how much of the object it keeps on generated training images.
     set_name=${SET:-texture}
     where=small/$set_name

@@ -119,6 +119,29 @@ def test_lists_of_a_long_tail(tmp_path: Path) -> None:
     assert [y for _, y in train.samples] == [0, 1] and tests["val"].classes == train.classes == ["0", "1"]
 
 
+def test_damaged_lists_are_one_line(tmp_path: Path) -> None:
+    root = tmp_path / "CUB_200_2011"
+    image(root / "images/001.A/x.jpg")
+    image(root / "images/001.A/y.jpg")
+    (root / "images.txt").write_text("1 001.A/x.jpg\n2 001.A/y.jpg\n")
+    (root / "classes.txt").write_text("1 001.A\n")
+    for labels, splits, message in (
+        ("1 1\n", "1 1\n2 0\n", "CUB_200_2011: its lists of images and labels are damaged"),
+        ("1 1\n2 x\n", "1 1\n2 0\n", "damaged or not as published .ValueError"),
+        ("1 1\n2 7\n", "1 1\n2 0\n", "y.jpg has label 7 of 1 classes"),
+        ("1 1\n2 1\n", "1 1\n2 1\n", "name no test image"),
+    ):
+        (root / "image_class_labels.txt").write_text(labels)
+        (root / "train_test_split.txt").write_text(splits)
+        with pytest.raises(UserError, match=message) as error:
+            data.open_sets(parse("--dataset", "cub", "--data_path", str(tmp_path)))
+        assert "\n" not in str(error.value)
+    (tmp_path / "l.txt").write_text("CUB_200_2011/images/001.A/x.jpg\n")
+    lists = ["--train_list", str(tmp_path / "l.txt"), "--val_list", str(tmp_path / "l.txt")]
+    with pytest.raises(UserError, match="l.txt: no labels; expected"):
+        data.open_sets(parse("--data_path", str(tmp_path), *lists))
+
+
 def test_other_classes_in_a_test_are_refused(tmp_path: Path) -> None:
     for name in ("train/a/1.png", "train/b/1.png", "val/a/1.png"):
         image(tmp_path / name)
@@ -136,6 +159,13 @@ def test_few_shot_splits(tmp_path: Path) -> None:
     (tmp_path / "test.csv").write_text("filename,label\na1.jpg,a\n")
     with pytest.raises(UserError, match="class a is in train and in test"):
         data.read_fewshot(tmp_path)
+    for text, message in (
+        ("name,class\nd1.jpg,d\n", "expected the columns filename,label"),
+        ("filename,label\n", "no"),
+    ):
+        (tmp_path / "test.csv").write_text(text)
+        with pytest.raises(UserError, match=rf"test.csv: .*{message}"):
+            data.read_fewshot(tmp_path)
     (tmp_path / "test.csv").write_text("filename,label\nd1.jpg,d\n")
     with pytest.raises(UserError, match=r"d1.jpg: no such file"):
         data.read_fewshot(tmp_path)

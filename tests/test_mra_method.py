@@ -183,6 +183,12 @@ def test_names_and_shapes_are_those_of_public_files() -> None:  # property 13
         "decoder_blocks.7.attn.proj.bias": (512,), "decoder_pred.weight": (768, 512),
     }  # fmt: skip
     assert {k: state[k] for k in expected} == expected
+    for where, d, blocks in (("blocks", 768, 12), ("decoder_blocks", 512, 8)):
+        inner = {"norm1": (d,), "attn.qkv": (3 * d, d), "attn.proj": (d, d), "norm2": (d,), "mlp.fc1": (4 * d, d),
+                 "mlp.fc2": (d, 4 * d)}  # fmt: skip
+        for i in range(blocks):
+            for name, shape in inner.items():
+                assert state[f"{where}.{i}.{name}.weight"] == shape and state[f"{where}.{i}.{name}.bias"] == shape[:1]
     assert [k for k, p in mae.named_parameters() if not p.requires_grad] == ["pos_embed", "decoder_pos_embed"]
     sizes = {name: sum(p.numel() for p in MAE(96, s).parameters()) / 1e6
              for name, s in models_mae.SIZES.items() if "mini" in name or "tiny_patch8" in name}  # fmt: skip
@@ -300,6 +306,15 @@ def test_last_block_s_attention_is_that_of_the_class_token() -> None:
     assert float(score_entropy(uniform, "last_attn", 16)) == pytest.approx(1)
     assert float(score_entropy(torch.zeros(1, 16), "out_dot", 16)) == pytest.approx(1)
     assert float(score_entropy(torch.tensor([[1e4] + [0.0] * 15]), "out_dot", 16)) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("source", ["out_dot", "last_attn"])
+def test_scores_are_wide_under_autocast(source: str) -> None:
+    """In bfloat16 nearby scores would be equal, and which patches are kept a matter of their position."""
+    mae, x = tiny(size=64), images(2, size=64)
+    with torch.autocast("cpu", torch.bfloat16):
+        a = attention_scores(mae, mae.embed(x), source)
+    assert a.dtype == torch.float32 and all(len(row.unique()) > 250 for row in a)  # of 256
 
 
 def test_the_probe_sees_every_patch() -> None:  # trap 5
@@ -455,6 +470,20 @@ def test_round_trip_and_another_grid(tmp_path: Path) -> None:  # property 13, tr
     wide = models_mae.load(file, 24).mae
     assert torch.equal(wide.pos_embed[0], sincos_positions(16, 6)) and wide.patches == 36
     assert wide.decoder_pos_embed.shape == (1, 37, 8)
+
+
+def test_heads_are_those_of_the_run(tmp_path: Path) -> None:
+    """Shapes do not tell them: with others the weights fit and the images are noise."""
+    own = {"model": "mae_tiny_patch4", "enc_heads": None, "dec_heads": None, "norm_pix_loss": False}
+    for flags, size in (
+        (own, Size(4, (96, 4, 3), (96, 1, 3))),
+        (own | {"enc_heads": 6}, Size(4, (96, 4, 6), (96, 1, 3))),
+        (own | {"dec_heads": 2}, Size(4, (96, 4, 3), (96, 1, 2))),
+        (own, Size(4, (96, 2, 3), (48, 1, 3))),  # of no registered size, its heads are --model's
+    ):
+        torch.manual_seed(0)
+        loaded = models_mae.load(save(tmp_path / "a.pth", MAE(S, size), args=flags), S)
+        assert loaded.mae.size == size and "CC BY-NC" not in loaded.report  # weights of a run of ours
 
 
 @pytest.mark.parametrize(
