@@ -166,17 +166,17 @@ def main(argv: list[str] | None = None) -> int:
             if started:
                 label, conf = tilde.argmax(1), sure
         entries = losses.Memory(label, conf, tilde, index)
-        known = None
-        if x is not None and y is not None and x_index is not None:
-            one_hot = F.one_hot(y, len(images.classes)).float()
-            known = losses.Memory(y, torch.ones_like(y, dtype=torch.bool), one_hot, x_index)
 
         # With gradient: h(f(w(x))), and f(s(u)) for both heads, in one pass; losses against the queue as it is.
         with run.autocast():
             outs = query([view for view in (x, u.get("strong")) if view is not None])
         loss_x = loss_u = loss_c = torch.zeros((), device=device)
-        if y is not None:
+        known = None
+        if y is not None and x_index is not None:
             loss_x = F.cross_entropy(outs[0][0], y)
+            # <p, one-hot> would be the largest product that p has with anything: labelled keys outranked all others.
+            prob = F.softmax(outs[0][0].detach().float(), dim=1)  # [B, C]
+            known = losses.Memory(y, torch.ones_like(y, dtype=torch.bool), prob, x_index)
         if args.lambda_u > 0 and started:
             loss_u = losses.masked_ce(outs[-1][0], tilde if args.soft_targets else label, conf)
         picked = None
@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
             if picked is not None and p is not None:
                 if args.neighbours == "off":  # those that the exchange would have chosen
                     picked = nearest(args, model, entries, keys[0])
-                watched |= watch.neighbours(picked, model.queue_index, index)
+                watched |= watch.neighbours(picked, model.queue_index, index, model.queue_labelled)
             if log_q is not None:
                 watched["proto/mean_offdiag_cos"] = spread(model.prototypes)
                 watched["proto/min_count"] = model.proto_least[0]

@@ -38,9 +38,14 @@ class Telemetry:
         return out | {f"pl/acc_{name}_half": equal_coverage(d, truth, 0.5) for name, d in kinds.items()}
 
     @torch.no_grad()
-    def neighbours(self, chosen: losses.Chosen, queue_index: Tensor, index: Tensor) -> dict[str, Tensor]:
-        """Number of neighbours an anchor has, and the share of them with its true label where there are any."""
+    def neighbours(
+        self, chosen: losses.Chosen, queue_index: Tensor, index: Tensor, queue_labelled: Tensor
+    ) -> dict[str, Tensor]:
+        """Number of neighbours an anchor has, and where there are any the shares of them that are keys of the labelled
+        stream, and that have the anchor's true label. queue_index, queue_labelled: [K]; index: [U] image numbers."""
         out = {"nbr/num_pos": chosen.valid.sum(1).float().mean()}
+        if bool(chosen.valid.any()):
+            out["nbr/labelled"] = queue_labelled[chosen.place][chosen.valid].float().mean()
         if self.true_labels is not None and bool(chosen.valid.any()):
             theirs = self.true_labels[queue_index[chosen.place]]  # [U, P]
             out["nbr/purity"] = (theirs == self.true_labels[index][:, None])[chosen.valid].float().mean()

@@ -65,6 +65,16 @@ def test_choice_against_a_loop(num_pos: int) -> None:  # property 10, traps 5 an
     assert (found > 10) == (num_pos > 0)
 
 
+def test_labelled_keys_do_not_outrank_all_others() -> None:
+    """A labelled key is ranked by what the network thinks of it; as a one-hot vector it would always come first."""
+    anchor = Memory(torch.tensor([0]), torch.tensor([True]), torch.tensor([[0.8, 0.2]]), torch.tensor([9]))
+    prob = torch.tensor([[0.6, 0.4], [0.9, 0.1]])  # the first is of a labelled image
+    queue = Memory(torch.tensor([0, 0]), torch.tensor([True, True]), prob, torch.tensor([0, 1]))
+    assert choose(anchor, queue, 1).place.tolist() == [[1]]
+    one_hot = queue._replace(prob=torch.tensor([[1.0, 0.0], [0.9, 0.1]]))
+    assert choose(anchor, one_hot, 1).place.tolist() == [[0]]
+
+
 def test_similarity_may_be_the_embedding_s() -> None:
     anchor, queue = draw(24, 60)
     sim = unit(24, 60, seed=5)
@@ -200,13 +210,14 @@ def test_diagnostics_of_neighbours_and_pseudo_labels() -> None:  # property 11
     chosen = choose(who, who, 3)
     args = argparse.Namespace(calib="product", calib_weight=0.5)
     right = Telemetry(args, truth)
-    assert {k: float(v) for k, v in right.neighbours(chosen, who.image, who.image).items()} == {
-        "nbr/num_pos": 3.0, "nbr/purity": 1.0,
+    from_labels = truth == 3  # the neighbours of a quarter of the anchors
+    assert {k: float(v) for k, v in right.neighbours(chosen, who.image, who.image, from_labels).items()} == {
+        "nbr/num_pos": 3.0, "nbr/labelled": 0.25, "nbr/purity": 1.0,
     }  # fmt: skip
     mixed = Telemetry(args, torch.arange(40))  # every image a class of its own
-    assert float(mixed.neighbours(chosen, who.image, who.image)["nbr/purity"]) == 0
+    assert float(mixed.neighbours(chosen, who.image, who.image, from_labels)["nbr/purity"]) == 0
     blind = Telemetry(args, None)
-    assert set(blind.neighbours(chosen, who.image, who.image)) == {"nbr/num_pos"}
+    assert set(blind.neighbours(chosen, who.image, who.image, from_labels)) == {"nbr/num_pos", "nbr/labelled"}
     wrong = one_hot.roll(1, 1) * 0.5 + one_hot * 0.3 + 0.05  # the true class is second
     told = right.pseudo_labels(wrong, wrong, (one_hot * 0.9 + 0.025).log(), who.image)
     assert float(told["pl/acc_raw"]) == float(told["pl/acc_aligned_half"]) == 0

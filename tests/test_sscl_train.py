@@ -184,7 +184,9 @@ def test_a_step_in_its_order(data, tmp_path, monkeypatch):  # traps 2, 4, 6, 7
         z, mu, tau_s = seen[number]
         assert torch.equal(queue, before) and torch.equal(key, keys) and torch.equal(z, keys) and tau_s == 0.1
         assert not labelled and queues[2 * number + 1][3]
-        assert set(queues[2 * number + 1][2].label.tolist()) <= {0, 1, 2}  # true labels
+        known = queues[2 * number + 1][2]
+        assert set(known.label.tolist()) <= {0, 1, 2}  # true labels, with the network's own probabilities
+        torch.testing.assert_close(known.prob, step["out"][0][0].detach().softmax(1))
         product = step["p"] / pbar / 3 * (z @ mu.T / 0.1).softmax(1)
         product = product / product.sum(1, keepdim=True)
         tilde = product**2 / (product**2).sum(1, keepdim=True)
