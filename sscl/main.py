@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         loader = run.loader(Keyed(labelled, mix_key(args.seed, 1)), stream)  # type: ignore[arg-type]
     pairs: Any = Pairs(run.loader(Keyed(unlabelled, args.seed), epochs), epochs, loader, stream)
-    watch = Telemetry(args, images.labels.to(device) if args.diagnostics == "on" else None)
+    watch = Telemetry(args, images.labels.to(device) if args.diagnostics == "on" else None, chosen_images)
 
     # Model
     encoder = Encoder(build(args.arch, args.width, args.stem), len(images.classes), args.dim)

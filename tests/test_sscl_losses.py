@@ -225,6 +225,26 @@ def test_diagnostics_of_neighbours_and_pseudo_labels() -> None:  # property 11
     assert blind.pseudo_labels(wrong, wrong, None, who.image) == {}
 
 
+def test_diagnostics_leave_out_labelled_images() -> None:
+    """Half of the rows are labelled images, on which everything is right; on the others everything is wrong."""
+    truth = torch.arange(40) % 4
+    labelled = [i for i in range(40) if i % 8 < 4]
+    known = torch.zeros(40, dtype=torch.bool)
+    known[labelled] = True
+    guess = torch.where(known, truth, (truth + 1) % 4)
+    p = F.one_hot(guess, 4) * 0.9 + 0.025
+    who = Memory(guess, torch.ones(40, dtype=torch.bool), p, torch.arange(40))
+    chosen = choose(who, who._replace(image=torch.arange(40)), 3)
+    args = argparse.Namespace(calib="product", calib_weight=0.5)
+    watch = Telemetry(args, torch.where(known, truth, 5 + torch.arange(40)), labelled)
+    told = watch.pseudo_labels(p, p, p.log(), who.image)
+    assert len(told) == 6 and not any(map(float, told.values()))
+    assert float(watch.neighbours(chosen, who.image, who.image, known)["nbr/purity"]) == 0
+    everything = Telemetry(args, truth, range(40))
+    assert everything.pseudo_labels(p, p, None, who.image) == {}
+    assert "nbr/purity" not in everything.neighbours(chosen, who.image, who.image, known)
+
+
 def test_unknown_form() -> None:
     with pytest.raises(UserError, match="--ctr circle: choose from unified, per_positive"):
         contrast(unit(2, 4), unit(2, 4), unit(4, 3), alone(2, 3), 0.2, "circle")
