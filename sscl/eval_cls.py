@@ -118,11 +118,11 @@ def main(argv: list[str] | None = None) -> int:
     result: dict[str, Any] = dict(zip(("top1", "top5"), accuracy(logits, truth)))
     result |= dict(zip(("ema_top1", "ema_top5"), accuracy(ema, truth)))
     how = {key: flags.get(key, default) for key, default in (("calib_weight", 0.5), ("tau_s", 0.1))}
-    kind = flags.get("calib", "none") if flags.get("calib") in ("average", "geomean") else "product"
+    kind = "product" if flags.get("calib", "none") == "none" else flags["calib"]
 
     def calibrated(p: Tensor, z: Tensor) -> Tensor:
         log_q = log_similarity(z, state["prototypes"], how["tau_s"])
-        return calibrate(p, log_q, kind, None, how["calib_weight"])
+        return calibrate(p, log_q, kind, state["alignment.qbar"], how["calib_weight"])
 
     calibrates = int(state["proto_epoch"]) >= 0
     if args.eval_calibrated and not calibrates:

@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         watched: dict[str, Any] = {"loss/x": loss_x.detach(), "loss/u": loss_u.detach(), "loss/c": loss_c.detach()}
         if run.log_due():
             if p is not None and aligned is not None:
-                watched |= watch.pseudo_labels(p, aligned, log_q, index)
+                watched |= watch.pseudo_labels(p, aligned, log_q, index, model.alignment.qbar)
                 watched |= {"pl/coverage": conf.float().mean(), "da/entropy": entropy(model.alignment.pbar[None])}
             if picked is not None and p is not None:
                 if args.neighbours == "off":  # those that the exchange would have chosen

@@ -32,9 +32,12 @@ class Telemetry:
             self.hidden[torch.tensor(labelled, dtype=torch.long, device=true_labels.device)] = False  # [N]
 
     @torch.no_grad()
-    def pseudo_labels(self, p: Tensor, aligned: Tensor, log_q: Tensor | None, index: Tensor) -> dict[str, Tensor]:
+    def pseudo_labels(
+        self, p: Tensor, aligned: Tensor, log_q: Tensor | None, index: Tensor, prior: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Accuracy of argmax p, of the aligned p and of the calibrated one (the product where --calib is none), of all
-        unlabelled rows and of the more confident half of each. p, aligned, log_q: [U, C]; index: [U] image numbers."""
+        unlabelled rows and of the more confident half of each. p, aligned, log_q: [U, C]; index: [U] image numbers; prior: [C], of
+        --calib prior."""
         if self.true_labels is None or not bool(self.hidden[index].any()):
             return {}
         rows = self.hidden[index]
@@ -42,8 +45,8 @@ class Telemetry:
         kinds = {"raw": p[rows], "aligned": aligned}
         if log_q is not None:
             log_q = log_q[rows]
-            how = self.args.calib if self.args.calib in ("average", "geomean") else "product"
-            kinds["calib"] = calibrate(aligned, log_q, how, None, self.args.calib_weight)
+            how = "product" if self.args.calib == "none" else self.args.calib
+            kinds["calib"] = calibrate(aligned, log_q, how, prior, self.args.calib_weight)
         out = {f"pl/acc_{name}": equal_coverage(d, truth, 1.0) for name, d in kinds.items()}
         return out | {f"pl/acc_{name}_half": equal_coverage(d, truth, 0.5) for name, d in kinds.items()}
 

@@ -75,6 +75,17 @@ def test_class_head_and_pseudo_labels(run, data, tmp_path):
     assert result["calibrated_top1"] == pytest.approx(100 * float(right.double().mean()), abs=1e-4)
 
 
+def test_a_prior_is_evaluated_as_one(data, tmp_path):
+    train(data, tmp_path / "run", "--calib", "prior", "--epochs", "1")
+    saved = checkpoint.load(tmp_path / "run/checkpoint.pth")
+    saved["state_dict"]["alignment.qbar"] = torch.tensor([1e-30, 1.0, 1e-30])
+    checkpoint.save(tmp_path / "run/checkpoint.pth", saved)
+    flags = ["--pretrained", str(tmp_path / "run/checkpoint.pth"), "--data_dir", str(data), "--pseudo"]
+    result = evaluated(eval_cls, tmp_path / "cls", *flags, "--eval_calibrated")
+    for name in ("calib@100", "calibrated_top1"):
+        assert result[name] == pytest.approx(100 / 3, rel=1e-4)  # all of them class 1
+
+
 def test_a_run_without_labels_has_no_calibration(data, tmp_path):
     train(data, tmp_path / "moco", "--no_labels", "--lambda_u", "0", "--calib", "none", "--epochs", "1")
     flags = ["--pretrained", str(tmp_path / "moco/checkpoint.pth"), "--data_dir", str(data)]

@@ -225,6 +225,15 @@ def test_diagnostics_of_neighbours_and_pseudo_labels() -> None:  # property 11
     assert blind.pseudo_labels(wrong, wrong, None, who.image) == {}
 
 
+def test_diagnostics_of_each_calibration() -> None:
+    """p is undecided, q says class 0, the prior class 1: the truth."""
+    p, log_q, truth = torch.full((8, 2), 0.5), torch.tensor([[0.9, 0.1]]).expand(8, 2).log(), torch.ones(8).long()
+    for how, expected in (("prior", 1), ("product", 0), ("average", 0), ("geomean", 0), ("none", 0)):
+        watch = Telemetry(argparse.Namespace(calib=how, calib_weight=0.5), truth)
+        told = watch.pseudo_labels(p, p, log_q, torch.arange(8), torch.tensor([0.2, 0.8]))
+        assert float(told["pl/acc_calib"]) == expected, how
+
+
 def test_diagnostics_leave_out_labelled_images() -> None:
     """Half of the rows are labelled images, on which everything is right; on the others everything is wrong."""
     truth = torch.arange(40) % 4
