@@ -47,7 +47,9 @@ def labelled_images(args: argparse.Namespace, images: ImageList) -> list[int]:
     """Numbers of the labelled images, rising; which ones is part of the flags that a resume must repeat."""
     if args.no_labels:
         return []
-    if args.labels_per_class and not args.split_file:
+    if args.labels_per_class and args.split_file:
+        raise UserError("--labels_per_class and --split_file exclude each other: both say which images are labelled")
+    if args.labels_per_class:
         chosen = label_split(images.labels, args.labels_per_class, args.split)
         counts = torch.bincount(images.labels).tolist()
         check_frozen(counts, args.labels_per_class, args.split, chosen)

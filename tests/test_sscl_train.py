@@ -90,7 +90,7 @@ def test_every_arm_trains(arm, present, absent, data, tmp_path):
     assert bool((state["queue_index"] >= 0).any()) == (arm not in (SUPERVISED, FIXMATCH))
 
 
-@pytest.mark.parametrize(("theta", "coverage"), [("1.01", 0), ("1e-9", 1)])
+@pytest.mark.parametrize(("theta", "coverage"), [("1.01", 0), ("0", 1)])
 def test_thresholds_at_both_ends(theta, coverage, data, tmp_path):  # property 8
     log = train(data, tmp_path, "--theta", theta)
     assert all(row["pl/coverage"] == coverage for row in log[6:])
@@ -421,7 +421,11 @@ def test_learning_rate():
         ("--moco_k 8", "--moco_k 8: a step enqueues 12 keys"),
         ("--batch_labelled 40", "a global batch of 80 needs as many samples, the data has 48"),
         ("--labels_per_class 17", "--labels_per_class 17: class number 0 has 16 images"),
-        ("--split_file {tmp}/nowhere.txt", "nowhere.txt: no such list file"),
+        ("--labels_per_class 0 --split_file {tmp}/nowhere.txt", "nowhere.txt: no such list file"),
+        ("--split_file {tmp}/nowhere.txt", "--labels_per_class and --split_file exclude each other"),
+        ("--theta -0.1", "--theta -0.1: must not be negative"),
+        ("--wd -1", "--wd -1.0: must not be negative"),
+        ("--momentum -0.9", "--momentum -0.9: must not be negative"),
         ("--init {tmp}/nowhere.pth", "nowhere.pth: no such checkpoint file"),
     ],
 )
@@ -433,13 +437,23 @@ def test_bad_flags_are_one_line(flags, message, data, tmp_path):
 
 def test_a_list_of_labelled_images(data, tmp_path):
     names = [f"class{c}/{c * 18 + i:02d}.png" for c in range(3) for i in (0, 5)]
+    listed = ["--labels_per_class", "0", "--split_file", str(tmp_path / "list.txt")]
     (tmp_path / "list.txt").write_text("\n".join(path.split("/")[1] for path in names))  # names alone, as SimCLR's
-    train(data, tmp_path / "out", "--split_file", str(tmp_path / "list.txt"), "--epochs", "1")
+    train(data, tmp_path / "out", *listed, "--epochs", "1")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["flags"]["split_sha256"] == main.split_hash([0, 5, 16, 21, 32, 37])
     (tmp_path / "list.txt").write_text("\n".join(path.split("/")[1] for path in names[:4]))
     with pytest.raises(UserError, match="class class2 has no labelled image"):
-        train(data, tmp_path / "other", "--split_file", str(tmp_path / "list.txt"))
+        train(data, tmp_path / "other", *listed)
+
+
+def test_all_images_labelled(data, tmp_path):
+    """Nothing to mix with and nothing to count, so the diagnostics are not there; --pseudo says why it cannot be."""
+    log = train(data, tmp_path / "run", "--labels_per_class", "16")
+    assert log[-1]["proto/min_count"] == 16 and not {"pl/acc_raw", "nbr/purity"} & set(log[-1])
+    words = ["--pretrained", str(tmp_path / "run/checkpoint.pth"), "--data_dir", str(data), "--workers", "0"]
+    with pytest.raises(UserError, match="--pseudo: all 48 training images are labelled"):
+        eval_cls.main([*words, "--pseudo", "--output-dir", str(tmp_path / "cls")])
 
 
 def test_the_command_line_on_mini_data_and_without_data(tmp_path):
