@@ -60,7 +60,8 @@ def get_parser(doc: str) -> argparse.ArgumentParser:
     g("--sim", choices=["prob", "embed"], default="prob", help="neighbours ranked by <p, p'>, or by cosine (the queue "
       "then keeps no probabilities)")  # fmt: skip
     g("--ctr", choices=losses.FORMS, default="unified", help="eq. 8a or 8b")
-    g("--labelled_anchors", action="store_true", help="labelled images are anchors too, not only keys")
+    g("--labelled_anchors", action="store_true", help="labelled images are anchors too, not only keys; with neighbours "
+      "from --pl_start on")  # fmt: skip
     g("--tau", type=float, default=0.2, help="temperature of L_c")
     g("--moco_k", type=int, default=65536, help="places of the queue")
     g("--moco_m", type=float, default=0.999, help="m, momentum of the key encoder")

@@ -179,7 +179,8 @@ def test_no_negatives_and_large_logits(form: str) -> None:  # property 15, trap 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for key in (torch.eye(4), -torch.eye(4)):  # v.k = 1 and -1
             v = torch.eye(4, dtype=dtype).requires_grad_()
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            low = torch.bfloat16 if dtype == torch.float32 else dtype
+            with torch.autocast("cpu", low, enabled=dtype != torch.float32):
                 loss = contrast(v, key.to(dtype), bank.to(dtype), alone(4, 8), 0.01, form)
             loss.sum().backward()
             assert loss.dtype == torch.float32 and bool(loss.isfinite().all()) and bool(v.grad.isfinite().all())

@@ -200,6 +200,50 @@ def test_a_step_in_its_order(data, tmp_path, monkeypatch):  # traps 2, 4, 6, 7
     assert positives > 10
 
 
+def test_labelled_anchors_take_neighbours_when_pseudo_labels_start(data, tmp_path, monkeypatch):
+    spy = Spy(monkeypatch)
+    train(data, tmp_path, "--labelled_anchors")
+    for number, step in enumerate(spy.steps[:-1]):
+        (_, (v, _, queue, chosen)) = step["contrast"]
+        assert v.shape == (4, 8) and bool(chosen.valid.any()) == (number >= 6)
+        if number < 6:  # the own key against all other images, of whatever class
+            assert int(chosen.negative.sum(1).min()) > queue.shape[1] - 8
+
+
+@pytest.mark.parametrize(
+    ("arm", "kept"), [("", 3), (SUPERVISED, 0), (FIXMATCH, 0), (JOINT, 3), (MOCO, 0), ("--sim embed", 0)]
+)
+def test_the_queue_keeps_probabilities_where_they_are_asked_for(arm, kept, data, tmp_path):
+    train(data, tmp_path, *arm.split(), "--epochs", "1")
+    assert checkpoint.load(tmp_path / "checkpoint.pth")["state_dict"]["queue_prob"].shape == (32, kept)
+
+
+def test_what_is_not_trained_has_no_gradient(data, tmp_path, monkeypatch):  # property 12, traps 1 and 2
+    """Targets, keys, queue and prototypes of the training step itself, although every network might have one."""
+    seen: list[Tensor] = []
+    masked, contrast, similarity = losses.masked_ce, losses.contrast, main.log_similarity
+
+    def cross_entropy(logits, target, mask):
+        seen.append(target)
+        assert logits.requires_grad
+        return masked(logits, target, mask)
+
+    def contrasted(v, key, queue, chosen, tau, form):
+        seen.extend([key, queue])
+        assert v.requires_grad
+        return contrast(v, key, queue, chosen, tau, form)
+
+    def similar(z, mu, tau_s):
+        seen.extend([z, mu, similarity(z, mu, tau_s)])
+        return seen[-1]
+
+    monkeypatch.setattr(losses, "masked_ce", cross_entropy)
+    monkeypatch.setattr(losses, "contrast", contrasted)
+    monkeypatch.setattr(main, "log_similarity", similar)
+    train(data, tmp_path, "--soft_targets", "--theta", "0", "--labelled_anchors", "--proto", "ema")
+    assert len(seen) == 6 + 12 * (2 * 2 + 3) and not any(tensor.requires_grad for tensor in seen)
+
+
 # --- labels of unlabelled images -------------------------------------------------------------------------------------
 
 
@@ -352,7 +396,8 @@ def test_two_processes_equal_one_with_two_splits(data, tmp_path):  # trap 15
     assert done.returncode == 0, done.stderr[-3000:]
     two = rows(tmp_path / "two")
     for a, b in zip(log, two, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4), (a, b)
+        for name in ("loss", "loss/x", "loss/u", "loss/c"):  # of all processes
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-6), (name, a, b)
     x, y = (checkpoint.load(tmp_path / name / "checkpoint.pth")["state_dict"] for name in ("one", "two"))
     for key in ("queue_label", "queue_conf", "queue_index", "queue_labelled", "queue_ptr"):
         assert torch.equal(x[key], y[key]), key
