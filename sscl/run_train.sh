@@ -57,4 +57,5 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m sscl.main --output-dir "$out" "${flags[@]}" "$@"
-echo "next: ${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${LABELS:+LABELS=$LABELS }bash sscl/run_eval.sh $tier"
+where=${RUNS:+RUNS=$RUNS }${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${LABELS:+LABELS=$LABELS }${PERCENT:+PERCENT=$PERCENT }
+echo "next: ${where}bash sscl/run_eval.sh $tier"
