@@ -36,8 +36,8 @@ class Telemetry:
         self, p: Tensor, aligned: Tensor, log_q: Tensor | None, index: Tensor, prior: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Accuracy of argmax p, of the aligned p and of the calibrated one (the product where --calib is none), of all
-        unlabelled rows and of the more confident half of each. p, aligned, log_q: [U, C]; index: [U] image numbers; prior: [C], of
-        --calib prior."""
+        unlabelled rows and of the more confident half of each. p, aligned, log_q: [U, C]; index: [U] image numbers;
+        prior: [C], of --calib prior."""
         if self.true_labels is None or not bool(self.hidden[index].any()):
             return {}
         rows = self.hidden[index]
@@ -55,7 +55,8 @@ class Telemetry:
         self, chosen: losses.Chosen, queue_index: Tensor, index: Tensor, queue_labelled: Tensor
     ) -> dict[str, Tensor]:
         """Number of neighbours an anchor has, and where there are any the shares of them that are keys of the labelled
-        stream, and that have the true label of an anchor without one. queue_index, queue_labelled: [K]; index: [U] image numbers."""
+        stream, and that have the true label of an anchor without one. queue_index, queue_labelled: [K]; index: [U]
+        image numbers."""
         out = {"nbr/num_pos": chosen.valid.sum(1).float().mean()}
         if bool(chosen.valid.any()):
             out["nbr/labelled"] = queue_labelled[chosen.place][chosen.valid].float().mean()
