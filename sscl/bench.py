@@ -64,7 +64,7 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
             loss = F.cross_entropy(logits[:B], labels) + 10 * losses.masked_ce(logits[B:], who.label, who.conf)
             (loss + losses.contrast(v, z[:U], model.queue, chosen, 0.2, form).mean()).backward()
             model.enqueue(z[:U], who, labelled=False)
-            known = losses.Memory(labels, torch.ones_like(labels).bool(), F.one_hot(labels, C).float(), index[U:])
+            known = losses.Memory(labels, torch.ones_like(labels).bool(), raw[:B].softmax(1), index[U:])
             model.enqueue(z[U:], known, labelled=True)
 
         return run

@@ -104,8 +104,8 @@ class Unlabelled(Dataset):
     """Item i: the views of image i that are asked for, and its number. It holds no label, and asking for one raises.
 
     Args:
-        views: of weak, strong, key; the key view is a second strong one, or with `key_view` `weak` a copy of the weak
-            one.
+        views: of weak, strong, key; the key view is a second strong one, or with `key_view` `weak` the weak one,
+            which is then not handed out a second time.
     """
 
     def __init__(self, images: ImageList, recipes: dict[str, Callable], views: Sequence[str], key_view: str = "strong"):
@@ -130,9 +130,8 @@ class Unlabelled(Dataset):
         for name in self.views:
             if name != "key":
                 out[name] = self.recipes[name](image)
-        if "key" in self.views:
-            shared = self.key_view == "weak" and "weak" in out
-            out["key"] = out["weak"] if shared else self.recipes[self.key_view](image)
+        if "key" in self.views and not (self.key_view == "weak" and "weak" in out):
+            out["key"] = self.recipes[self.key_view](image)
         return {**out, "index": index}
 
 

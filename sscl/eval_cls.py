@@ -118,11 +118,11 @@ def main(argv: list[str] | None = None) -> int:
     result: dict[str, Any] = dict(zip(("top1", "top5"), accuracy(logits, truth)))
     result |= dict(zip(("ema_top1", "ema_top5"), accuracy(ema, truth)))
     how = {key: flags.get(key, default) for key, default in (("calib_weight", 0.5), ("tau_s", 0.1))}
-    kind = flags.get("calib", "none") if flags.get("calib") in ("average", "geomean") else "product"
+    kind = "product" if flags.get("calib", "none") == "none" else flags["calib"]
 
     def calibrated(p: Tensor, z: Tensor) -> Tensor:
         log_q = log_similarity(z, state["prototypes"], how["tau_s"])
-        return calibrate(p, log_q, kind, None, how["calib_weight"])
+        return calibrate(p, log_q, kind, state["alignment.qbar"], how["calib_weight"])
 
     calibrates = int(state["proto_epoch"]) >= 0
     if args.eval_calibrated and not calibrates:
@@ -134,17 +134,23 @@ def main(argv: list[str] | None = None) -> int:
         own.split_file = Path(own.split_file) if own.split_file else None
         images = training_images(own.data, own.per_class, args.cache, own.imbalance)
         labelled = torch.tensor(labelled_images(own, images), dtype=torch.long)
+        if own.split_sha256 != flags["split_sha256"]:
+            raise UserError(
+                f"--data_dir {args.data_dir}: the run's flags choose other labelled images here (sha256 "
+                f"{own.split_sha256}) than in training ({flags['split_sha256']}); give the images and list of the run"
+            )
         (logits, _, z), truth = networks(images)
         rest = torch.ones(len(images), dtype=torch.bool)
         rest[labelled] = False
+        if not bool(rest.any()):
+            raise UserError(f"--pseudo: all {len(images)} training images are labelled; leave it out")
         p, z, truth = logits.softmax(1)[rest], z[rest], truth[rest]
         alignment = Alignment(classes, flags["da"])
         alignment.pbar.copy_(state["alignment.pbar"])
         kinds = {"raw": p, "aligned": alignment(p)}
         if calibrates:
             kinds["calib"] = calibrated(kinds["aligned"], z)
-        result |= pseudo_scores(kinds, truth)
-        result["unlabelled"] = int(rest.sum())
+        result |= pseudo_scores(kinds, truth) | {"unlabelled": int(rest.sum())}
     saved = checkpoint.load(args.pretrained)
     result["minutes"] = round(saved["progress"]["seconds"] / 60, 2)
     write_result(args.output_dir, result | {"pretrained": args.pretrained, "data_dir": str(args.data_dir)})

@@ -47,32 +47,41 @@ def get_parser() -> argparse.ArgumentParser:
     return p
 
 
-def check_flags(args: argparse.Namespace, labelled: int, world: int) -> list[int]:
-    """The epochs of --drops; a batch becomes at most the labelled images. UserError for flags out of range."""
+def check_flags(args: argparse.Namespace) -> list[int]:
+    """The epochs of --drops. UserError for flags out of range, before anything is loaded."""
     for name in ("batch_size", "epochs", "log_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("labels_per_class", "split", "wd", "momentum"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
+    if not 0 < args.min_scale <= 1:
+        raise UserError(f"--min_scale {args.min_scale}: must lie above 0 and up to 1")
     if args.lr < 0 or not args.lr_head > 0:
         raise UserError("--lr must not be negative and --lr_head must be above 0")
     try:
-        drops = [int(text) for text in args.drops.split(",") if text]
+        return [int(text) for text in args.drops.split(",") if text]
     except ValueError:
         raise UserError(f"--drops {args.drops}: must be epochs such as 30,40") from None
+
+
+def fit_batch(args: argparse.Namespace, labelled: int, world: int) -> None:
+    """A batch becomes at most the labelled images. UserError: too few for a process."""
     args.batch_size = min(args.batch_size, labelled) // world * world
     if args.batch_size // world < 2:
         raise UserError(
             f"--batch_size gives each of {world} processes fewer than two of the {labelled} labelled images; raise it"
         )
-    return drops
 
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
+    drops = check_flags(args)
     run = Run(args, "sscl", "finetune")
     train, val = open_splits(args)
     args.data = Path(args.data_dir)
     chosen = labelled_images(args, train)
-    drops = check_flags(args, len(chosen), run.world)
+    fit_batch(args, len(chosen), run.world)
     classes = len(train.classes)
     labelled = subset(train, chosen)
     labelled.transform = augmentations(args.img_size, args.weak, "moco", not args.no_flip, args.min_scale)["weak"]

@@ -47,7 +47,9 @@ def labelled_images(args: argparse.Namespace, images: ImageList) -> list[int]:
     """Numbers of the labelled images, rising; which ones is part of the flags that a resume must repeat."""
     if args.no_labels:
         return []
-    if args.labels_per_class and not args.split_file:
+    if args.labels_per_class and args.split_file:
+        raise UserError("--labels_per_class and --split_file exclude each other: both say which images are labelled")
+    if args.labels_per_class:
         chosen = label_split(images.labels, args.labels_per_class, args.split)
         counts = torch.bincount(images.labels).tolist()
         check_frozen(counts, args.labels_per_class, args.split, chosen)
@@ -105,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         loader = run.loader(Keyed(labelled, mix_key(args.seed, 1)), stream)  # type: ignore[arg-type]
     pairs: Any = Pairs(run.loader(Keyed(unlabelled, args.seed), epochs), epochs, loader, stream)
-    watch = Telemetry(args, images.labels.to(device) if args.diagnostics == "on" else None)
+    watch = Telemetry(args, images.labels.to(device) if args.diagnostics == "on" else None, chosen_images)
 
     # Model
     encoder = Encoder(build(args.arch, args.width, args.stem), len(images.classes), args.dim)
@@ -113,7 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     encoder.proj.requires_grad_(contrasting)
     encoder.fc.requires_grad_(bool(chosen_images))
     alignment = Alignment(len(images.classes), args.da, args.da_m)
-    model = SsCL(encoder, alignment, args.moco_k, args.moco_m, args.sim == "prob", args.bn_splits)
+    ranked = contrasting and guessing and args.sim == "prob"  # else nobody asks for the queue's probabilities
+    model = SsCL(encoder, alignment, args.moco_k, args.moco_m, ranked, args.bn_splits)
     model.check_batch(args.batch_labelled * (args.mu + (labelled is not None)))
     distributed.convert_norm(model, "split" if args.bn_splits > 1 else "local", args.bn_splits)
     model.to(device).to(memory_format=torch.channels_last).train()
@@ -134,7 +137,13 @@ def main(argv: list[str] | None = None) -> int:
         started = epoch >= args.pl_start
         if keyed and labelled is not None and refresh_due(args, model, epoch):
             renew_prototypes(run, model, unlabelled, recipes["weak"], labelled)
-        u = {name: batch[name].to(device, memory_format=torch.channels_last, non_blocking=True) for name in views}
+        u = {
+            name: batch[name].to(device, memory_format=torch.channels_last, non_blocking=True)
+            for name in views
+            if name in batch
+        }
+        if keyed:
+            u.setdefault("key", u.get("weak"))  # --key_view weak
         index = batch["index"].to(device)  # [U]
         x = own[0].to(device, memory_format=torch.channels_last, non_blocking=True) if own else None  # [B, 3, H, W]
         y, x_index = (own[1].to(device), own[2].to(device)) if own else (None, None)
@@ -166,24 +175,26 @@ def main(argv: list[str] | None = None) -> int:
             if started:
                 label, conf = tilde.argmax(1), sure
         entries = losses.Memory(label, conf, tilde, index)
-        known = None
-        if x is not None and y is not None and x_index is not None:
-            one_hot = F.one_hot(y, len(images.classes)).float()
-            known = losses.Memory(y, torch.ones_like(y, dtype=torch.bool), one_hot, x_index)
 
         # With gradient: h(f(w(x))), and f(s(u)) for both heads, in one pass; losses against the queue as it is.
         with run.autocast():
             outs = query([view for view in (x, u.get("strong")) if view is not None])
         loss_x = loss_u = loss_c = torch.zeros((), device=device)
-        if y is not None:
+        known = None
+        if y is not None and x_index is not None:
             loss_x = F.cross_entropy(outs[0][0], y)
+            # <p, one-hot> would be the largest product that p has with anything: labelled keys outranked all others.
+            prob = F.softmax(outs[0][0].detach().float(), dim=1)  # [B, C]
+            known = losses.Memory(y, torch.ones_like(y, dtype=torch.bool), prob, x_index)
         if args.lambda_u > 0 and started:
             loss_u = losses.masked_ce(outs[-1][0], tilde if args.soft_targets else label, conf)
         picked = None
         if contrasting:
             anchors = [(entries, outs[-1][1], keys[0])]
             if args.labelled_anchors and known is not None:
-                anchors.append((known, outs[0][1], keys[1]))
+                unknown = torch.full_like(known.label, losses.UNKNOWN)  # before --pl_start P_i = {k_i} for everybody
+                own_anchors = known if started else known._replace(label=unknown, conf=torch.zeros_like(known.conf))
+                anchors.append((own_anchors, outs[0][1], keys[1]))
             each = []
             for who, v, key in anchors:
                 found = pick(args, model, who, key)
@@ -196,15 +207,17 @@ def main(argv: list[str] | None = None) -> int:
         loss.backward()
         optimizer.step()
 
-        watched: dict[str, Any] = {"loss/x": loss_x.detach(), "loss/u": loss_u.detach(), "loss/c": loss_c.detach()}
+        parts = torch.stack([part.detach().float() for part in (loss, loss_x, loss_u, loss_c)])
+        total, *terms = distributed.all_sum(parts) / run.world  # means over the processes
+        watched: dict[str, Any] = dict(zip(("loss/x", "loss/u", "loss/c"), terms))
         if run.log_due():
             if p is not None and aligned is not None:
-                watched |= watch.pseudo_labels(p, aligned, log_q, index)
+                watched |= watch.pseudo_labels(p, aligned, log_q, index, model.alignment.qbar)
                 watched |= {"pl/coverage": conf.float().mean(), "da/entropy": entropy(model.alignment.pbar[None])}
             if picked is not None and p is not None:
                 if args.neighbours == "off":  # those that the exchange would have chosen
                     picked = nearest(args, model, entries, keys[0])
-                watched |= watch.neighbours(picked, model.queue_index, index)
+                watched |= watch.neighbours(picked, model.queue_index, index, model.queue_labelled)
             if log_q is not None:
                 watched["proto/mean_offdiag_cos"] = spread(model.prototypes)
                 watched["proto/min_count"] = model.proto_least[0]
@@ -214,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
                 model.enqueue(keys[1], known, labelled=True)
             if args.proto == "ema" and started and labelled is not None:
                 move_prototypes(args, model, keys[0], entries)
-        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
+        run.log(total, lr=lr, **watched)
         if views and run.due(args.image_every):
             run.image("views/" + "_".join(views), picture([u[name] for name in views]))
 
@@ -230,7 +243,9 @@ def nearest(args: argparse.Namespace, model: SsCL, who: losses.Memory, key: Tens
 
 def pick(args: argparse.Namespace, model: SsCL, who: losses.Memory, key: Tensor) -> losses.Chosen:
     """The positives and negatives that this arm trains with."""
-    return losses.all_negatives(who, model.memory) if args.neighbours == "off" else nearest(args, model, who, key)
+    if args.neighbours == "off" or args.no_labels:
+        return losses.all_negatives(who, model.memory)
+    return nearest(args, model, who, key)
 
 
 def refresh_due(args: argparse.Namespace, model: SsCL, epoch: int) -> bool:

@@ -60,7 +60,8 @@ def get_parser(doc: str) -> argparse.ArgumentParser:
     g("--sim", choices=["prob", "embed"], default="prob", help="neighbours ranked by <p, p'>, or by cosine (the queue "
       "then keeps no probabilities)")  # fmt: skip
     g("--ctr", choices=losses.FORMS, default="unified", help="eq. 8a or 8b")
-    g("--labelled_anchors", action="store_true", help="labelled images are anchors too, not only keys")
+    g("--labelled_anchors", action="store_true", help="labelled images are anchors too, not only keys; with neighbours "
+      "from --pl_start on")  # fmt: skip
     g("--tau", type=float, default=0.2, help="temperature of L_c")
     g("--moco_k", type=int, default=65536, help="places of the queue")
     g("--moco_m", type=float, default=0.999, help="m, momentum of the key encoder")
@@ -107,12 +108,12 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     for name in (
         "per_class", "labels_per_class", "split", "num_pos", "lambda_u", "lambda_c", "lr_batch", "warmup_epochs",
-        "pl_start", "ctr_start",
+        "pl_start", "ctr_start", "theta", "wd", "momentum",
     ):  # fmt: skip
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
-    if min(args.tau, args.tau_s, args.sharpen_t, args.lr, args.theta) <= 0:
-        raise UserError("--tau, --tau_s, --sharpen_t, --lr and --theta must be above 0")
+    if min(args.tau, args.tau_s, args.sharpen_t, args.lr) <= 0:
+        raise UserError("--tau, --tau_s, --sharpen_t and --lr must be above 0")
     if args.imbalance < 1:
         raise UserError(f"--imbalance {args.imbalance}: must be at least 1")
     if not all(0 <= getattr(args, name) <= 1 for name in ("moco_m", "da_m", "proto_m", "calib_weight")):

@@ -125,6 +125,8 @@ def refresh(
     mu = class_means(own.to(device), labels.to(device), mu)
     if kind == "mixture":
         chosen = nearest_to_classes(z, mu, tau_s, labelled, num_nn)  # [C, num_nn]
+        if not chosen.shape[1]:  # every image is labelled: nothing to mix with
+            return mu, int(torch.bincount(labels, minlength=len(mu)).min())
         mixed = Mixed(images, transform, chosen, labelled, labels, *key)
         blends = features(embed, mixed, **loading)  # [J, D]
         labels = torch.cat([labels, mixed.classes_of])

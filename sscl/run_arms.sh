@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The arms of the small tier's table: bash sscl/run_arms.sh [mini|small|paper] [flags of sscl.main]
-# ARMS, SEEDS, SET (cifar10-4, cifar10-25, cifar10-400: labels a class), JOBS (arms at once), DATA_ROOT, RUNS. Seed s
-# trains on label split s, every arm alike. What is finished is not run again.
+# ARMS, SEEDS (default: 1 2 3 at the small tier, otherwise 0), SET (cifar10-4, cifar10-25, cifar10-400: labels a class),
+# JOBS (arms at once), DATA_ROOT, RUNS. Seed s trains on label split s, every arm alike. What is finished is not run again.
 # paper: DATA_ROOT is the folder of train/ and val/, PERCENT the labels (1 or 10), GPUS the processes of an arm.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,6 +17,7 @@ source shared_utils/env.sh
 out=${RUNS:-runs}/sscl/arms/$tier
 loading=(--workers 0 --threads 1)
 arms=${ARMS:-joint full fixmatch neighbours calibration supervised}
+seeds=${SEEDS:-0}
 case "$tier" in
   mini)
     # Every arm once on the generated images, about a minute each.
@@ -24,12 +25,15 @@ case "$tier" in
     ;;
   small)
     # 875 steps on 8,000 images of CIFAR-10; about 3 minutes on one core for an arm.
-    # Acceptance, written before the runs, on at least 3 seeds, which share split, start and batches: the claim holds if
+    # The seeds are 1 2 3: a test result of seed 0 (full 38.3, joint 39.1) was seen before --theta was set, so seed 0 is
+    # no evidence. Acceptance, written before the runs of these seeds, whose arms share split, start and batches: the
+    # claim holds if
     # both exchanges (full) beat joint training without them (joint) in top-1 of the class head by more than the
     # standard deviation of the differences seed by seed, with 4 and with 25 labels a class; 400 stands beside them. The
     # same rule gives each direction its status: `neighbours` and `calibration` against `joint`, and, inside a run,
     # the accuracy of pseudo-labels after the calibration against before it, at equal coverage (the more confident half
     # by each), over the first third of the training and at its end. All of it is printed, whatever it shows.
+    seeds=${SEEDS:-1 2 3}
     set_name=${SET:-cifar10-25}
     export SET=$set_name
     case "$set_name" in cifar10-4 | cifar10-25 | cifar10-400) ;; *)
@@ -76,7 +80,7 @@ run_one() { # arm seed [flags]
 }
 
 rm -f "$out/failed" # a job may fail between two looks at the jobs: it leaves its name there
-for seed in ${SEEDS:-0}; do
+for seed in $seeds; do
   for arm in $arms; do
     while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n || true; done
     if [ -f "$out/$arm/seed$seed-linear/result.json" ]; then continue; fi

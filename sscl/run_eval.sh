@@ -26,7 +26,7 @@ case "$tier" in
   small)
     # The same on CIFAR-10, episodes on the 20 test classes of CIFAR-FS, which CIFAR-10 does not have; a minute.
     where=small/cifar10-${LABELS:-25}
-    data=(--data_dir "${DATA_ROOT:-data}/cifar10" --cache --img_size 32)
+    data=(--data_dir "${DATA_ROOT:-data}/cifar10" --per_class 800 --cache --img_size 32)
     if [ -d "${DATA_ROOT:-data}/cifarfs/test" ]; then
       more=(--protocols "knn,linear,fewshot,episodes" --novel_dir "${DATA_ROOT:-data}/cifarfs/test")
     fi

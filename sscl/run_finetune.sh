@@ -45,7 +45,11 @@ esac
 out=$runs/sscl/finetune/$where
 checkpoint=${CHECKPOINT:-$runs/sscl/moco/$where/checkpoint.pth}
 if [ -z "${CHECKPOINT:-}" ]; then
-  bash sscl/run_train.sh "$tier" --no_labels --lambda_u 0 --calib none --output-dir "$runs/sscl/moco/$where"
+  # MoCo v2's key view is a second strong one, whatever the tier of the method has.
+  bash sscl/run_train.sh "$tier" --no_labels --lambda_u 0 --calib none --key_view strong \
+    --output-dir "$runs/sscl/moco/$where" | sed '/^next: /d' # which would evaluate the method's own run
 fi
 
 "${launch[@]}" -m sscl.finetune --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"
+where=${RUNS:+RUNS=$RUNS }${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${LABELS:+LABELS=$LABELS }${PERCENT:+PERCENT=$PERCENT }
+echo "next, the method itself: ${where}bash sscl/run_train.sh $tier"

@@ -30,7 +30,7 @@ case "$tier" in
     # 8,000 images of CIFAR-10 at 32 pixels, LABELS of them a class labelled, 7 epochs = 875 steps; 3 minutes on one
     # core. run_arms.sh trains every arm of README.md's table with these flags. The threshold is of the distribution
     # before Sharpen. A product is sharper than its factors: 0.95 of it covers as many images as 0.7 without calibration
-    # (0.50 and 0.52 in a trial run, labels not looked at), which is what arms without calibration take. --bn_splits 2
+    # (0.50 and 0.52 in a trial run, seed 0, whose top-1 was seen too), which is what arms without calibration take. --bn_splits 2
     # with the keys shuffled: within one batch norm the keys know their queries. bf16 is fast on CPUs with AMX only;
     # elsewhere --amp none.
     labels=${LABELS:-25}
@@ -57,4 +57,5 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m sscl.main --output-dir "$out" "${flags[@]}" "$@"
-echo "next: ${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${LABELS:+LABELS=$LABELS }bash sscl/run_eval.sh $tier"
+where=${RUNS:+RUNS=$RUNS }${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${LABELS:+LABELS=$LABELS }${PERCENT:+PERCENT=$PERCENT }
+echo "next: ${where}bash sscl/run_eval.sh $tier"

@@ -18,32 +18,53 @@ from sscl.model import SsCL
 
 
 class Telemetry:
-    """What is watched at the steps that are logged. It alone holds the true labels of unlabelled images."""
+    """What is watched at the steps that are logged. It alone holds the true labels of unlabelled images.
 
-    def __init__(self, args: argparse.Namespace, true_labels: Tensor | None):
+    The unlabelled stream is of all images; accuracies and purity leave out the labelled ones among them, which the
+    network knows by heart.
+    """
+
+    def __init__(self, args: argparse.Namespace, true_labels: Tensor | None, labelled: Sequence[int] = ()):
+        """Args: true_labels, of all N images; labelled, numbers of those that training has the labels of."""
         self.args, self.true_labels = args, true_labels
+        if true_labels is not None:
+            self.hidden = torch.ones(len(true_labels), dtype=torch.bool, device=true_labels.device)
+            self.hidden[torch.tensor(labelled, dtype=torch.long, device=true_labels.device)] = False  # [N]
 
     @torch.no_grad()
-    def pseudo_labels(self, p: Tensor, aligned: Tensor, log_q: Tensor | None, index: Tensor) -> dict[str, Tensor]:
+    def pseudo_labels(
+        self, p: Tensor, aligned: Tensor, log_q: Tensor | None, index: Tensor, prior: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Accuracy of argmax p, of the aligned p and of the calibrated one (the product where --calib is none), of all
-        rows and of the more confident half of each. p, aligned, log_q: [U, C]; index: [U] image numbers."""
-        if self.true_labels is None:
+        unlabelled rows and of the more confident half of each. p, aligned, log_q: [U, C]; index: [U] image numbers;
+        prior: [C], of --calib prior."""
+        if self.true_labels is None or not bool(self.hidden[index].any()):
             return {}
-        truth = self.true_labels[index]
-        kinds = {"raw": p, "aligned": aligned}
+        rows = self.hidden[index]
+        truth, aligned = self.true_labels[index][rows], aligned[rows]
+        kinds = {"raw": p[rows], "aligned": aligned}
         if log_q is not None:
-            how = self.args.calib if self.args.calib in ("average", "geomean") else "product"
-            kinds["calib"] = calibrate(aligned, log_q, how, None, self.args.calib_weight)
+            log_q = log_q[rows]
+            how = "product" if self.args.calib == "none" else self.args.calib
+            kinds["calib"] = calibrate(aligned, log_q, how, prior, self.args.calib_weight)
         out = {f"pl/acc_{name}": equal_coverage(d, truth, 1.0) for name, d in kinds.items()}
         return out | {f"pl/acc_{name}_half": equal_coverage(d, truth, 0.5) for name, d in kinds.items()}
 
     @torch.no_grad()
-    def neighbours(self, chosen: losses.Chosen, queue_index: Tensor, index: Tensor) -> dict[str, Tensor]:
-        """Number of neighbours an anchor has, and the share of them with its true label where there are any."""
+    def neighbours(
+        self, chosen: losses.Chosen, queue_index: Tensor, index: Tensor, queue_labelled: Tensor
+    ) -> dict[str, Tensor]:
+        """Number of neighbours an anchor has, and where there are any the shares of them that are keys of the labelled
+        stream, and that have the true label of an anchor without one. queue_index, queue_labelled: [K]; index: [U]
+        image numbers."""
         out = {"nbr/num_pos": chosen.valid.sum(1).float().mean()}
-        if self.true_labels is not None and bool(chosen.valid.any()):
-            theirs = self.true_labels[queue_index[chosen.place]]  # [U, P]
-            out["nbr/purity"] = (theirs == self.true_labels[index][:, None])[chosen.valid].float().mean()
+        if bool(chosen.valid.any()):
+            out["nbr/labelled"] = queue_labelled[chosen.place][chosen.valid].float().mean()
+        if self.true_labels is not None:
+            valid = chosen.valid & self.hidden[index][:, None]  # [U, P]
+            if bool(valid.any()):
+                theirs = self.true_labels[queue_index[chosen.place]]  # [U, P]
+                out["nbr/purity"] = (theirs == self.true_labels[index][:, None])[valid].float().mean()
         return out
 
 

@@ -75,6 +75,26 @@ def test_class_head_and_pseudo_labels(run, data, tmp_path):
     assert result["calibrated_top1"] == pytest.approx(100 * float(right.double().mean()), abs=1e-4)
 
 
+def test_a_prior_is_evaluated_as_one(data, tmp_path):
+    train(data, tmp_path / "run", "--calib", "prior", "--epochs", "1")
+    saved = checkpoint.load(tmp_path / "run/checkpoint.pth")
+    saved["state_dict"]["alignment.qbar"] = torch.tensor([1e-30, 1.0, 1e-30])
+    checkpoint.save(tmp_path / "run/checkpoint.pth", saved)
+    flags = ["--pretrained", str(tmp_path / "run/checkpoint.pth"), "--data_dir", str(data), "--pseudo"]
+    result = evaluated(eval_cls, tmp_path / "cls", *flags, "--eval_calibrated")
+    for name in ("calib@100", "calibrated_top1"):
+        assert result[name] == pytest.approx(100 / 3, rel=1e-4)  # all of them class 1
+
+
+def test_other_labelled_images_than_in_training_are_refused(run, data, tmp_path):
+    saved = checkpoint.load(run)
+    saved["args"]["split"] = 1
+    checkpoint.save(tmp_path / "other.pth", saved)
+    flags = ["--pretrained", str(tmp_path / "other.pth"), "--data_dir", str(data), "--pseudo"]
+    with pytest.raises(UserError, match="choose other labelled images here"):
+        evaluated(eval_cls, tmp_path / "cls", *flags)
+
+
 def test_a_run_without_labels_has_no_calibration(data, tmp_path):
     train(data, tmp_path / "moco", "--no_labels", "--lambda_u", "0", "--calib", "none", "--epochs", "1")
     flags = ["--pretrained", str(tmp_path / "moco/checkpoint.pth"), "--data_dir", str(data)]
@@ -181,6 +201,11 @@ def test_finetuning(run, data, tmp_path):
         (eval_features, "--draws 0", "must be at least 1"),
         (finetune, "--drops x", "--drops x: must be epochs such as 30,40"),
         (finetune, "--epochs 0", "--epochs 0: must be at least 1"),
+        (finetune, "--labels_per_class -1", "--labels_per_class -1: must not be negative"),
+        (finetune, "--wd -1", "--wd -1.0: must not be negative"),
+        (finetune, "--momentum -1", "--momentum -1.0: must not be negative"),
+        (finetune, "--min_scale -1", "--min_scale -1.0: must lie above 0"),
+        (finetune, "--split_file some.txt", "--labels_per_class and --split_file exclude each other"),
         (finetune, "--lr_head 0", "--lr_head must be above 0"),
         (finetune, "--batch_size 1", "fewer than two of the 12 labelled images"),
         (finetune, "--labels_per_class 17", "--labels_per_class 17: class number 0 has 16 images"),

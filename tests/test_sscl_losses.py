@@ -65,6 +65,16 @@ def test_choice_against_a_loop(num_pos: int) -> None:  # property 10, traps 5 an
     assert (found > 10) == (num_pos > 0)
 
 
+def test_labelled_keys_do_not_outrank_all_others() -> None:
+    """A labelled key is ranked by what the network thinks of it; as a one-hot vector it would always come first."""
+    anchor = Memory(torch.tensor([0]), torch.tensor([True]), torch.tensor([[0.8, 0.2]]), torch.tensor([9]))
+    prob = torch.tensor([[0.6, 0.4], [0.9, 0.1]])  # the first is of a labelled image
+    queue = Memory(torch.tensor([0, 0]), torch.tensor([True, True]), prob, torch.tensor([0, 1]))
+    assert choose(anchor, queue, 1).place.tolist() == [[1]]
+    one_hot = queue._replace(prob=torch.tensor([[1.0, 0.0], [0.9, 0.1]]))
+    assert choose(anchor, one_hot, 1).place.tolist() == [[0]]
+
+
 def test_similarity_may_be_the_embedding_s() -> None:
     anchor, queue = draw(24, 60)
     sim = unit(24, 60, seed=5)
@@ -169,7 +179,8 @@ def test_no_negatives_and_large_logits(form: str) -> None:  # property 15, trap 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for key in (torch.eye(4), -torch.eye(4)):  # v.k = 1 and -1
             v = torch.eye(4, dtype=dtype).requires_grad_()
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            low = torch.bfloat16 if dtype == torch.float32 else dtype
+            with torch.autocast("cpu", low, enabled=dtype != torch.float32):
                 loss = contrast(v, key.to(dtype), bank.to(dtype), alone(4, 8), 0.01, form)
             loss.sum().backward()
             assert loss.dtype == torch.float32 and bool(loss.isfinite().all()) and bool(v.grad.isfinite().all())
@@ -200,18 +211,48 @@ def test_diagnostics_of_neighbours_and_pseudo_labels() -> None:  # property 11
     chosen = choose(who, who, 3)
     args = argparse.Namespace(calib="product", calib_weight=0.5)
     right = Telemetry(args, truth)
-    assert {k: float(v) for k, v in right.neighbours(chosen, who.image, who.image).items()} == {
-        "nbr/num_pos": 3.0, "nbr/purity": 1.0,
+    from_labels = truth == 3  # the neighbours of a quarter of the anchors
+    assert {k: float(v) for k, v in right.neighbours(chosen, who.image, who.image, from_labels).items()} == {
+        "nbr/num_pos": 3.0, "nbr/labelled": 0.25, "nbr/purity": 1.0,
     }  # fmt: skip
     mixed = Telemetry(args, torch.arange(40))  # every image a class of its own
-    assert float(mixed.neighbours(chosen, who.image, who.image)["nbr/purity"]) == 0
+    assert float(mixed.neighbours(chosen, who.image, who.image, from_labels)["nbr/purity"]) == 0
     blind = Telemetry(args, None)
-    assert set(blind.neighbours(chosen, who.image, who.image)) == {"nbr/num_pos"}
+    assert set(blind.neighbours(chosen, who.image, who.image, from_labels)) == {"nbr/num_pos", "nbr/labelled"}
     wrong = one_hot.roll(1, 1) * 0.5 + one_hot * 0.3 + 0.05  # the true class is second
     told = right.pseudo_labels(wrong, wrong, (one_hot * 0.9 + 0.025).log(), who.image)
     assert float(told["pl/acc_raw"]) == float(told["pl/acc_aligned_half"]) == 0
     assert float(told["pl/acc_calib"]) == float(told["pl/acc_calib_half"]) == 1
     assert blind.pseudo_labels(wrong, wrong, None, who.image) == {}
+
+
+def test_diagnostics_of_each_calibration() -> None:
+    """p is undecided, q says class 0, the prior class 1: the truth."""
+    p, log_q, truth = torch.full((8, 2), 0.5), torch.tensor([[0.9, 0.1]]).expand(8, 2).log(), torch.ones(8).long()
+    for how, expected in (("prior", 1), ("product", 0), ("average", 0), ("geomean", 0), ("none", 0)):
+        watch = Telemetry(argparse.Namespace(calib=how, calib_weight=0.5), truth)
+        told = watch.pseudo_labels(p, p, log_q, torch.arange(8), torch.tensor([0.2, 0.8]))
+        assert float(told["pl/acc_calib"]) == expected, how
+
+
+def test_diagnostics_leave_out_labelled_images() -> None:
+    """Half of the rows are labelled images, on which everything is right; on the others everything is wrong."""
+    truth = torch.arange(40) % 4
+    labelled = [i for i in range(40) if i % 8 < 4]
+    known = torch.zeros(40, dtype=torch.bool)
+    known[labelled] = True
+    guess = torch.where(known, truth, (truth + 1) % 4)
+    p = F.one_hot(guess, 4) * 0.9 + 0.025
+    who = Memory(guess, torch.ones(40, dtype=torch.bool), p, torch.arange(40))
+    chosen = choose(who, who._replace(image=torch.arange(40)), 3)
+    args = argparse.Namespace(calib="product", calib_weight=0.5)
+    watch = Telemetry(args, torch.where(known, truth, 5 + torch.arange(40)), labelled)
+    told = watch.pseudo_labels(p, p, p.log(), who.image)
+    assert len(told) == 6 and not any(map(float, told.values()))
+    assert float(watch.neighbours(chosen, who.image, who.image, known)["nbr/purity"]) == 0
+    everything = Telemetry(args, truth, range(40))
+    assert everything.pseudo_labels(p, p, None, who.image) == {}
+    assert "nbr/purity" not in everything.neighbours(chosen, who.image, who.image, known)
 
 
 def test_unknown_form() -> None:

@@ -117,16 +117,17 @@ def step(model: SsCL, lambda_x: float, lambda_u: float, lambda_c: float) -> None
     x, y, u = images(4), torch.tensor([0, 1, 2, 0]), images(8, 1)
     model.queue_label[:] = torch.arange(K) % C
     model.queue_conf[:], model.queue_prob[:], model.queue_index[:] = True, 1 / C, torch.arange(100, 100 + K)
+    model.encoder_k.requires_grad_()  # has no gradient although it might have one
     p, (keys,) = model.predict(u), model.embed_keys([u], torch.Generator().manual_seed(0))
-    model.prototypes.requires_grad_()  # who has no gradient although it might have one
-    tilde = sharpen(calibrate(p, log_similarity(keys, model.prototypes.detach(), 0.1), "product"), 0.5)
+    tilde = sharpen(calibrate(p, log_similarity(keys, model.prototypes, 0.1), "product"), 0.5)
+    assert not p.requires_grad and not keys.requires_grad and not tilde.requires_grad
     who = Memory(tilde.argmax(1), torch.ones(8, dtype=torch.bool), tilde, torch.arange(8))
     (logits_x, _), (logits_s, v) = model([x, images(8, 2)])
     chosen = choose(who, model.memory, 2)
     assert bool(chosen.valid.all())
     loss_c = contrast(v, keys, model.queue, chosen, 0.2).mean()
     loss_x = torch.nn.functional.cross_entropy(logits_x, y)
-    total = lambda_x * loss_x + lambda_u * masked_ce(logits_s, who.label, who.conf) + lambda_c * loss_c
+    total = lambda_x * loss_x + lambda_u * masked_ce(logits_s, tilde, who.conf) + lambda_c * loss_c
     total.backward()
 
 
@@ -142,7 +143,10 @@ def test_what_gets_a_gradient() -> None:  # property 12, traps 1 and 2
         step(model, *weights)
         assert all(gradients(model, "backbone.conv1")) and all(gradients(model, f"{heads}."))
         assert not any(gradients(model, "proj." if heads == "fc" else "fc."))
-        assert model.prototypes.grad is None and model.queue.grad is None
+        model.update_key_encoder()
+        fresh = torch.randn(4, D, requires_grad=True)
+        model.enqueue(fresh * 2, memory(4, 0, 1), labelled=False)
+        assert not model.queue.requires_grad and all(p.is_leaf for p in model.encoder_k.parameters())
         assert all(p.grad is None for p in model.encoder_k.parameters())
 
 

@@ -90,7 +90,7 @@ def test_every_arm_trains(arm, present, absent, data, tmp_path):
     assert bool((state["queue_index"] >= 0).any()) == (arm not in (SUPERVISED, FIXMATCH))
 
 
-@pytest.mark.parametrize(("theta", "coverage"), [("1.01", 0), ("1e-9", 1)])
+@pytest.mark.parametrize(("theta", "coverage"), [("1.01", 0), ("0", 1)])
 def test_thresholds_at_both_ends(theta, coverage, data, tmp_path):  # property 8
     log = train(data, tmp_path, "--theta", theta)
     assert all(row["pl/coverage"] == coverage for row in log[6:])
@@ -184,7 +184,9 @@ def test_a_step_in_its_order(data, tmp_path, monkeypatch):  # traps 2, 4, 6, 7
         z, mu, tau_s = seen[number]
         assert torch.equal(queue, before) and torch.equal(key, keys) and torch.equal(z, keys) and tau_s == 0.1
         assert not labelled and queues[2 * number + 1][3]
-        assert set(queues[2 * number + 1][2].label.tolist()) <= {0, 1, 2}  # true labels
+        known = queues[2 * number + 1][2]
+        assert set(known.label.tolist()) <= {0, 1, 2}  # true labels, with the network's own probabilities
+        torch.testing.assert_close(known.prob, step["out"][0][0].detach().softmax(1))
         product = step["p"] / pbar / 3 * (z @ mu.T / 0.1).softmax(1)
         product = product / product.sum(1, keepdim=True)
         tilde = product**2 / (product**2).sum(1, keepdim=True)
@@ -196,6 +198,50 @@ def test_a_step_in_its_order(data, tmp_path, monkeypatch):  # traps 2, 4, 6, 7
             assert torch.equal(entries.conf, product.max(1).values >= 0.34)  # --theta_on raw
             positives += int(chosen.valid.sum())
     assert positives > 10
+
+
+def test_labelled_anchors_take_neighbours_when_pseudo_labels_start(data, tmp_path, monkeypatch):
+    spy = Spy(monkeypatch)
+    train(data, tmp_path, "--labelled_anchors")
+    for number, step in enumerate(spy.steps[:-1]):
+        (_, (v, _, queue, chosen)) = step["contrast"]
+        assert v.shape == (4, 8) and bool(chosen.valid.any()) == (number >= 6)
+        if number < 6:  # the own key against all other images, of whatever class
+            assert int(chosen.negative.sum(1).min()) > queue.shape[1] - 8
+
+
+@pytest.mark.parametrize(
+    ("arm", "kept"), [("", 3), (SUPERVISED, 0), (FIXMATCH, 0), (JOINT, 3), (MOCO, 0), ("--sim embed", 0)]
+)
+def test_the_queue_keeps_probabilities_where_they_are_asked_for(arm, kept, data, tmp_path):
+    train(data, tmp_path, *arm.split(), "--epochs", "1")
+    assert checkpoint.load(tmp_path / "checkpoint.pth")["state_dict"]["queue_prob"].shape == (32, kept)
+
+
+def test_what_is_not_trained_has_no_gradient(data, tmp_path, monkeypatch):  # property 12, traps 1 and 2
+    """Targets, keys, queue and prototypes of the training step itself, although every network might have one."""
+    seen: list[Tensor] = []
+    masked, contrast, similarity = losses.masked_ce, losses.contrast, main.log_similarity
+
+    def cross_entropy(logits, target, mask):
+        seen.append(target)
+        assert logits.requires_grad
+        return masked(logits, target, mask)
+
+    def contrasted(v, key, queue, chosen, tau, form):
+        seen.extend([key, queue])
+        assert v.requires_grad
+        return contrast(v, key, queue, chosen, tau, form)
+
+    def similar(z, mu, tau_s):
+        seen.extend([z, mu, similarity(z, mu, tau_s)])
+        return seen[-1]
+
+    monkeypatch.setattr(losses, "masked_ce", cross_entropy)
+    monkeypatch.setattr(losses, "contrast", contrasted)
+    monkeypatch.setattr(main, "log_similarity", similar)
+    train(data, tmp_path, "--soft_targets", "--theta", "0", "--labelled_anchors", "--proto", "ema")
+    assert len(seen) == 6 + 12 * (2 * 2 + 3) and not any(tensor.requires_grad for tensor in seen)
 
 
 # --- labels of unlabelled images -------------------------------------------------------------------------------------
@@ -350,7 +396,8 @@ def test_two_processes_equal_one_with_two_splits(data, tmp_path):  # trap 15
     assert done.returncode == 0, done.stderr[-3000:]
     two = rows(tmp_path / "two")
     for a, b in zip(log, two, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4), (a, b)
+        for name in ("loss", "loss/x", "loss/u", "loss/c"):  # of all processes
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-6), (name, a, b)
     x, y = (checkpoint.load(tmp_path / name / "checkpoint.pth")["state_dict"] for name in ("one", "two"))
     for key in ("queue_label", "queue_conf", "queue_index", "queue_labelled", "queue_ptr"):
         assert torch.equal(x[key], y[key]), key
@@ -419,7 +466,11 @@ def test_learning_rate():
         ("--moco_k 8", "--moco_k 8: a step enqueues 12 keys"),
         ("--batch_labelled 40", "a global batch of 80 needs as many samples, the data has 48"),
         ("--labels_per_class 17", "--labels_per_class 17: class number 0 has 16 images"),
-        ("--split_file {tmp}/nowhere.txt", "nowhere.txt: no such list file"),
+        ("--labels_per_class 0 --split_file {tmp}/nowhere.txt", "nowhere.txt: no such list file"),
+        ("--split_file {tmp}/nowhere.txt", "--labels_per_class and --split_file exclude each other"),
+        ("--theta -0.1", "--theta -0.1: must not be negative"),
+        ("--wd -1", "--wd -1.0: must not be negative"),
+        ("--momentum -0.9", "--momentum -0.9: must not be negative"),
         ("--init {tmp}/nowhere.pth", "nowhere.pth: no such checkpoint file"),
     ],
 )
@@ -431,13 +482,23 @@ def test_bad_flags_are_one_line(flags, message, data, tmp_path):
 
 def test_a_list_of_labelled_images(data, tmp_path):
     names = [f"class{c}/{c * 18 + i:02d}.png" for c in range(3) for i in (0, 5)]
+    listed = ["--labels_per_class", "0", "--split_file", str(tmp_path / "list.txt")]
     (tmp_path / "list.txt").write_text("\n".join(path.split("/")[1] for path in names))  # names alone, as SimCLR's
-    train(data, tmp_path / "out", "--split_file", str(tmp_path / "list.txt"), "--epochs", "1")
+    train(data, tmp_path / "out", *listed, "--epochs", "1")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["flags"]["split_sha256"] == main.split_hash([0, 5, 16, 21, 32, 37])
     (tmp_path / "list.txt").write_text("\n".join(path.split("/")[1] for path in names[:4]))
     with pytest.raises(UserError, match="class class2 has no labelled image"):
-        train(data, tmp_path / "other", "--split_file", str(tmp_path / "list.txt"))
+        train(data, tmp_path / "other", *listed)
+
+
+def test_all_images_labelled(data, tmp_path):
+    """Nothing to mix with and nothing to count, so the diagnostics are not there; --pseudo says why it cannot be."""
+    log = train(data, tmp_path / "run", "--labels_per_class", "16")
+    assert log[-1]["proto/min_count"] == 16 and not {"pl/acc_raw", "nbr/purity"} & set(log[-1])
+    words = ["--pretrained", str(tmp_path / "run/checkpoint.pth"), "--data_dir", str(data), "--workers", "0"]
+    with pytest.raises(UserError, match="--pseudo: all 48 training images are labelled"):
+        eval_cls.main([*words, "--pseudo", "--output-dir", str(tmp_path / "cls")])
 
 
 def test_the_command_line_on_mini_data_and_without_data(tmp_path):
