@@ -297,6 +297,8 @@ def test_all_frames_and_memory_and_own_size(davis: Path, weights: Path, tmp_path
     [
         (["--resolution", "30", "48"], "multiples of the encoder's patch"),
         (["--ratio", "0"], "--ratio and --frame_batch"),
+        (["--num_heads", "7"], "--num_heads 7: does not divide the 64 channels"),
+        (["--num_heads", "-4"], "--num_heads -4: does not divide"),
         (["--sequences", "zz"], "--sequences zz: not in DAVIS2017"),
         (["--max_proposals", "1"], "clusters, the evaluation takes 1"),
         (["--device", "nosuch"], "--device nosuch: not available"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,6 +214,13 @@ def test_bad_flags_are_one_line(davis: Path, tmp_path: Path, more: list[str], sa
     with pytest.raises(UserError, match=said):
         train(davis, tmp_path, *more)
     assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_a_probe_without_an_object_is_named(davis: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(davis, tmp_path / "davis")
+    Image.fromarray(np.zeros((32, 48), np.uint8)).save(root / "Annotations" / "480p" / "aa" / "00000.png")
+    with pytest.raises(UserError, match="00000.png: no object in the first annotated frame"):
+        train(davis, tmp_path / "out", *f"--probe_every 2 --val_basepath {root} --probe_videos 1".split())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(davis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

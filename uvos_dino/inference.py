@@ -67,6 +67,8 @@ def load_model(path: str | Path, flags: Mapping[str, Any] | None = None) -> tupl
     if not num_t:
         raise UserError(f"{path}: no temporal_transformer in it; these are an encoder's weights alone")
     heads = (flags or {}).get("num_heads") or stored.get("num_heads") or 8
+    if heads < 1 or encoder.embed_dim % heads:
+        raise UserError(f"--num_heads {heads}: does not divide the {encoder.embed_dim} channels of {path}")
     model = AttEncoder(encoder, num_t, heads, 0.0, 0.0)
     try:
         report = checkpoint.load_strict(model, state)

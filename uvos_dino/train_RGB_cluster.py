@@ -146,6 +146,10 @@ class Probe:
             )
             for video in videos
         ]
+        for video, (_, masks) in zip(videos, self.videos):
+            if not (masks[min(masks)] % metrics.VOID).any():
+                file = video.masks[min(masks)]
+                raise UserError(f"{file}: no object in the first annotated frame, --probe_every has nothing to match")
 
     def __call__(self, model: AttEncoder, device: torch.device) -> dict[str, float]:
         """`probe/clusters`, mean number of them, and `probe/J`, mean over objects and frames, matched by frame."""
