@@ -164,9 +164,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def statistics(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def statistics(state: Any) -> dict[str, Tensor]:
     """The running statistics of batch norms in a state_dict, which are each process's own, on the CPU."""
     last = ("running_mean", "running_var", "num_batches_tracked")
+    if not isinstance(state, Mapping):  # a release's plain number
+        return {}
     return {key: value.cpu() for key, value in state.items() if str(key).rsplit(".", 1)[-1] in last}
 
 

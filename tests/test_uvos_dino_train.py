@@ -178,7 +178,7 @@ def test_two_processes_equal_one_on_both_batches(davis: Path, tmp_path: Path) ->
     off = ["--drop", "0", "--attn_drop_t", "0", "--num_train_steps", "2"]
     one = train(davis, tmp_path / "one", *off, "--batch_size", "4")
     argv = [*SMALL, "--basepath", str(davis / "JPEGImages"), "--output-dir", str(tmp_path / "two"), *off]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29641"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, "-m", "uvos_dino.train_RGB_cluster", *argv, "--device", "cpu"],
         cwd=ROOT,
