@@ -4,6 +4,7 @@ Mean and sample standard deviation over the seeds. `--record` writes the rows of
 compact logs into fame/logs/; the json files of the runs are enough for it, checkpoints are not needed.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -79,8 +80,12 @@ ARMS = Arms(
 )  # fmt: skip
 
 
+def get_parser() -> argparse.ArgumentParser:
+    return ARMS.parser(__doc__ or "")
+
+
 def main(argv: list[str] | None = None) -> int:
-    return ARMS.main(ARMS.parser(__doc__ or "").parse_args(argv))
+    return ARMS.main(get_parser().parse_args(argv))
 
 
 if __name__ == "__main__":
