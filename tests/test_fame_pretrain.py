@@ -16,6 +16,7 @@ from fame import main_cam, train
 from fame.fame import MASKS
 from fame.train import get_parser, learning_rate, main
 from shared_utils import UserError, checkpoint
+from tests.checkpoints import differing
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -49,30 +50,6 @@ def pretrain(data: Path, out: Path, *extra: str) -> list[dict]:
     flags = ["--index_cache", str(out / "index.pth"), "--output-dir", str(out), *extra]
     assert main([str(data), *SMALL, *flags]) == 0
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def tensors(out: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, flat."""
-    found: dict[str, torch.Tensor] = {}
-
-    def walk(name: str, thing: object) -> None:
-        if isinstance(thing, torch.Tensor):
-            found[name] = thing
-        elif isinstance(thing, dict):
-            for key, value in thing.items():
-                walk(f"{name}/{key}", value)
-        elif isinstance(thing, list | tuple):
-            for i, value in enumerate(thing):
-                walk(f"{name}/{i}", value)
-
-    walk("", checkpoint.load(out / "checkpoint.pth"))
-    return found
-
-
-def differing(a: Path, b: Path) -> list[str]:
-    x, y = tensors(a), tensors(b)
-    assert x.keys() == y.keys() and len(x) > 50
-    return [key for key in x if not torch.equal(x[key], y[key])]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from hsa.data import training_images
 from hsa.main_moco import forwards, get_parser, initial_loss, learning_rate, main
 from shared_utils import UserError, augment, checkpoint
 from shared_utils.run import Diverged, Run
+from tests.checkpoints import differing, tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -52,30 +53,6 @@ def train(data: Path, out: Path, *extra: str) -> list[dict]:
 
 def rows(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def tensors(out: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, flat."""
-    found: dict[str, torch.Tensor] = {}
-
-    def walk(name: str, thing: object) -> None:
-        if isinstance(thing, torch.Tensor):
-            found[name] = thing
-        elif isinstance(thing, dict):
-            for key, value in thing.items():
-                walk(f"{name}/{key}", value)
-        elif isinstance(thing, list | tuple):
-            for i, value in enumerate(thing):
-                walk(f"{name}/{i}", value)
-
-    walk("", checkpoint.load(out / "checkpoint.pth"))
-    return found
-
-
-def differing(a: Path, b: Path) -> list[str]:
-    x, y = tensors(a), tensors(b)
-    assert x.keys() == y.keys() and len(x) > 50
-    return [key for key in x if not torch.equal(x[key], y[key])]
 
 
 # --- arms ------------------------------------------------------------------------------------------------------------

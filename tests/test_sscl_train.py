@@ -518,7 +518,7 @@ def test_the_command_line_on_mini_data_and_without_data(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: arms in bf16 and their evaluation there")
 @pytest.mark.parametrize("arm", ["", FIXMATCH, JOINT, "--proto ema --sim embed --labelled_anchors"])
 def test_on_a_gpu(arm, data, tmp_path):
     """The same arms in bf16: finite, close to the CPU's first loss, and evaluated there."""
