@@ -25,8 +25,8 @@ case "$tier" in
     ;;
   small)
     # One autoencoder a set, trained on its training images alone and shared by all arms. texture: 4,000 generated images
-    # of 48 pixels, 60 epochs. cifar10: 20,000 images of 32 pixels, 64 patches, 40 epochs. On one CPU core 10 minutes and
-    # an hour; on a GPU about a minute, an estimate.
+    # of 48 pixels, 60 epochs. cifar10: 20,000 images of 32 pixels, 64 patches, 16 epochs. On one CPU core 10 and
+    # about 25 minutes; on a GPU about a minute, an estimate.
     set_name=${SET:-texture}
     out=$out/$set_name
     flags=(--resident --workers 0 --threads 1 --log-every 50)
@@ -35,7 +35,7 @@ case "$tier" in
     else
       flags+=(
         --data_path "${DATA_ROOT:-data}/$set_name" --input_size 32 --model mae_tiny_patch4
-        --batch_size 256 --epochs 40 --warmup_epochs 4
+        --batch_size 256 --epochs 16 --warmup_epochs 2
       )
     fi
     flags+=(--lr 0.0015)
