@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -407,6 +408,26 @@ def test_a_white_mask_is_one_cluster(davis: Path, tmp_path: Path) -> None:
     assert evaluate.main(["--results", str(tmp_path), "--basepath", str(davis), "--dataset", "DAVIS"]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["clusters"] == 1 and result["frame"]["J&F-Mean"] == 100
+
+
+def test_masks_of_the_released_checkpoint(tmp_path: Path) -> None:
+    """Masks that the fork omid-reza/SSL-UVOS stores, against DAVIS-2016's annotation of 428 x 240 and of 854 x 480.
+
+    UVOS_FORK: its DAVIS_Attn; DATA_ROOT/davis2016, or DAVIS in full size as DAVIS_ROOT.
+    """
+    fork, half, full = (os.environ.get(name, "") for name in ("UVOS_FORK", "DATA_ROOT", "DAVIS_ROOT"))
+    roots = [(f"{half}/davis2016", 79.80, 73.63)] * bool(half) + [(full, 79.95, 72.14)] * bool(full)
+    if not fork or not roots:
+        pytest.skip("UVOS_FORK and DATA_ROOT or DAVIS_ROOT do not name the stored masks and DAVIS-2016")
+    shutil.copy(Path(fork) / "car-shadow.pth", tmp_path)
+    for root, J, F in roots:
+        argv = ["--results", str(tmp_path), "--basepath", root, "--dataset", "DAVIS", "--sequences", "car-shadow"]
+        assert evaluate.main(argv) == 0
+        found = json.loads((tmp_path / "result.json").read_text())
+        assert found["clusters"] == 10 and found["sequences"]["car-shadow"]["frames"] == 40
+        for match in evaluate.MATCHES:
+            assert found[match]["J-Mean"] == pytest.approx(J, abs=0.006)
+            assert found[match]["F-Mean"] == pytest.approx(F, abs=0.006)
 
 
 def test_pictures(davis: Path, weights: Path, tmp_path: Path) -> None:
