@@ -194,7 +194,7 @@ def _published(row: dict[str, str]) -> str:
 
 
 def render_front(all_rows: dict[str, Sequence[dict[str, str]]]) -> str:
-    """The table of the ten papers. What was measured is the first measured row of a folder's results.csv."""
+    """The table of the ten papers. What was measured: a folder's first row with a baseline, else its first measured."""
     body = []
     for paper in PAPERS:
         rows = all_rows.get(paper.folder)
@@ -205,7 +205,8 @@ def render_front(all_rows: dict[str, Sequence[dict[str, str]]]) -> str:
             published = "could not be read"
             if paper.published != "-":
                 published = _published(next(row for row in rows if row["id"] == paper.published))
-            first = next((row for row in rows if row["ours_mean"]), None)
+            measured = [row for row in rows if row["ours_mean"]]
+            first = next((row for row in measured if row["baseline_mean"]), measured[0] if measured else None)
             if first is not None:
                 ours, _, base = first["experiment"].partition("; baseline: ")
                 against = (

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -336,6 +337,97 @@ def test_results_that_are_not_there(davis: Path, tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "aa.pth", {"x": torch.ones(1)})
     with pytest.raises(UserError, match="neither labels of uvos_dino.eval_oneshot nor the release's masks"):
         evaluate.main(["--results", str(tmp_path), "--basepath", str(davis)])
+
+
+def test_masks_are_placed_by_the_names_of_their_frames(davis: Path, tmp_path: Path) -> None:
+    """The annotation as its own result: a file more or less is named, and no other file moves to its place."""
+
+    def scored(name: str, *more: str) -> dict:
+        argv = ["--results", str(tmp_path / name), "--basepath", str(davis), "--sequences", "bb", *more]
+        assert evaluate.main(argv) == 0
+        return json.loads((tmp_path / name / "result.json").read_text())
+
+    def results(name: str, *without: str) -> Path:
+        folder = tmp_path / name / "bb"
+        shutil.copytree(davis / "Annotations_unsupervised" / "480p" / "bb", folder)
+        for frame in without:
+            (folder / f"{frame}.png").unlink()
+        return folder
+
+    results("whole")
+    assert scored("whole")["frame"]["J-Mean"] == 100
+    results("last", "00004")  # as the release leaves it: the mask before it stands for it
+    assert 90 < scored("last")["frame"]["J-Mean"] < 100
+    results("ends", "00000", "00004")
+    assert scored("ends", "--skip_ends")["frame"]["J-Mean"] == 100
+    with pytest.raises(
+        UserError, match="bb: no mask of frame 00000; expected one for each annotated frame but the last"
+    ):
+        scored("ends")
+    results("gaps", "00001", "00003", "00004")
+    with pytest.raises(UserError, match="bb: no mask of frame 00001, 00003, 00004;"):
+        scored("gaps")
+    shutil.copy(results("more") / "00004.png", tmp_path / "more" / "bb" / "00077.png")
+    with pytest.raises(UserError, match="bb: masks of no frame: 00077.png; expected the names of .*bb: 00000.png"):
+        scored("more")
+    folder = results("numbers")
+    for number in range(5):  # other names, the numbers of the frames
+        (folder / f"{number:05d}.png").rename(folder / f"mask{number}.png")
+    assert scored("numbers")["frame"]["J-Mean"] == 100
+    labels = torch.zeros(6, 4, 6, dtype=torch.int32)
+    (tmp_path / "long").mkdir()
+    checkpoint.save(tmp_path / "long" / "bb.pth", {"labels": labels, "clusters": 1})
+    with pytest.raises(UserError, match="bb: masks of 6 frames, where there are 5"):
+        scored("long")
+
+
+def test_annotations_in_colours_are_refused_and_black_and_white_ones_read(tmp_path: Path) -> None:
+    mask = np.zeros((6, 8), np.uint8)
+    mask[1:4, 2:5] = 255
+    exact = (mask > 0).astype(np.uint8)
+    for mode in ("L", "RGB", "RGBA", "1"):
+        Image.fromarray(mask).convert(mode).save(tmp_path / "mask.png")
+        assert (data.read_mask(tmp_path / "mask.png", True) == exact).all(), mode
+    grey = np.array([0, 1, 2, 255], np.uint8).repeat(8).reshape(4, 8)
+    palette = Image.fromarray(grey)
+    palette.putpalette(davis_palette())
+    palette.save(tmp_path / "mask.png")
+    assert (data.read_mask(tmp_path / "mask.png", False) == grey).all()
+    colours = palette.convert("RGB")
+    levels = Image.fromarray(grey).convert("RGB")  # equal channels, but not 0 and 255 alone
+    for number, image in enumerate((colours, levels, Image.fromarray(grey.astype(np.uint16) * 300))):
+        image.save(tmp_path / f"bad{number}.png")
+        for binary in (True, False):
+            with pytest.raises(UserError, match=rf"bad{number}.png: colours, .* palette or grey PNG \(mode P or L\)"):
+                data.read_mask(tmp_path / f"bad{number}.png", binary)
+
+
+def test_a_white_mask_is_one_cluster(davis: Path, tmp_path: Path) -> None:
+    """Masks of DAVIS-2016 as results: white is the first cluster, not the 255th after 254 empty ones."""
+    shutil.copytree(davis / "Annotations" / "480p" / "aa", tmp_path / "aa")
+    assert evaluate.main(["--results", str(tmp_path), "--basepath", str(davis), "--dataset", "DAVIS"]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["clusters"] == 1 and result["frame"]["J&F-Mean"] == 100
+
+
+def test_masks_of_the_released_checkpoint(tmp_path: Path) -> None:
+    """Masks that the fork omid-reza/SSL-UVOS stores, against DAVIS-2016's annotation of 428 x 240 and of 854 x 480.
+
+    UVOS_FORK: its DAVIS_Attn; DATA_ROOT/davis2016, or DAVIS in full size as DAVIS_ROOT.
+    """
+    fork, half, full = (os.environ.get(name, "") for name in ("UVOS_FORK", "DATA_ROOT", "DAVIS_ROOT"))
+    roots = [(f"{half}/davis2016", 79.80, 73.63)] * bool(half) + [(full, 79.95, 72.14)] * bool(full)
+    if not fork or not roots:
+        pytest.skip("UVOS_FORK and DATA_ROOT or DAVIS_ROOT do not name the stored masks and DAVIS-2016")
+    shutil.copy(Path(fork) / "car-shadow.pth", tmp_path)
+    for root, J, F in roots:
+        argv = ["--results", str(tmp_path), "--basepath", root, "--dataset", "DAVIS", "--sequences", "car-shadow"]
+        assert evaluate.main(argv) == 0
+        found = json.loads((tmp_path / "result.json").read_text())
+        assert found["clusters"] == 10 and found["sequences"]["car-shadow"]["frames"] == 40
+        for match in evaluate.MATCHES:
+            assert found[match]["J-Mean"] == pytest.approx(J, abs=0.006)
+            assert found[match]["F-Mean"] == pytest.approx(F, abs=0.006)
 
 
 def test_pictures(davis: Path, weights: Path, tmp_path: Path) -> None:

@@ -216,25 +216,26 @@ def test_golden_clusterings(tau: float, number: int) -> None:  # numbers that th
         assert torch.equal(found.labels.flatten(), label) and torch.bincount(label).tolist() == [1035, 169, 140]
 
 
+def leaders(p: Tensor, tau: float) -> list[Tensor]:
+    """A greedy pass row by row: [n, D] -> centroids."""
+    d, free, out = clustering.jeffreys(p, p), torch.ones(len(p), dtype=torch.bool), []
+    for i in range(len(p)):
+        if free[i]:
+            member = (d[i] <= tau) & free
+            member[i] = True
+            out.append(p[member].mean(0))
+            free &= ~member
+    return out
+
+
 def slow_labels(rows: Tensor, tau: float) -> Tensor:
     """The three stages row by row, float64: [T, N, D] -> [T N]."""
-
-    def leaders(p: Tensor) -> list[Tensor]:
-        d, free, out = clustering.jeffreys(p, p), torch.ones(len(p), dtype=torch.bool), []
-        for i in range(len(p)):
-            if free[i]:
-                member = (d[i] <= tau) & free
-                member[i] = True
-                out.append(p[member].mean(0))
-                free &= ~member
-        return out
-
     centroids: list[Tensor] = []
     for part in rows.double().split(3):
         p = part.flatten(0, 1)
         smooth = (clustering.jeffreys(p, p).fill_diagonal_(0) <= tau).double() @ p
-        centroids += leaders(smooth / smooth.sum(1, keepdim=True))
-    while len(fewer := leaders(torch.stack(centroids))) != len(centroids):
+        centroids += leaders(smooth / smooth.sum(1, keepdim=True), tau)
+    while len(fewer := leaders(torch.stack(centroids), tau)) != len(centroids):
         centroids = fewer
     return clustering.jeffreys(torch.stack(fewer), rows.double().flatten(0, 1)).argmin(0)
 
@@ -251,6 +252,22 @@ def test_fast_clustering_equals_the_slow_one(seed: int) -> None:  # property 9
         found = clustering.cluster(clustering.Rows(q, q[::3], 1.0, memory, CPU), 7, 0.7)
         assert torch.equal(found.labels.flatten(), expected) and 1 < found.number < 210
     assert torch.equal(clustering.cluster(clustering.Given(rows), 7, 0.7).labels.flatten(), expected)
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.15, 0.25])
+def test_many_centroids_are_merged_as_in_the_slow_way(tau: float) -> None:
+    """Several passes, of which the later ones compare new centroids alone; `moved` may not change what comes out."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(400, 12, dtype=torch.float64, generator=generator).mul(0.5).softmax(-1)
+    passes = [list(p)]
+    while len(passes) < 2 or len(passes[-1]) != len(passes[-2]):
+        passes.append(leaders(torch.stack(passes[-1]), tau))
+    assert len(passes) > 3 and 10 < len(passes[-1]) < 350
+    assert torch.allclose(clustering.merge(p, tau), torch.stack(passes[-1]), atol=1e-12)
+    first, moved = clustering.greedy(p, tau)
+    assert 0 < moved.sum() < len(moved) and torch.allclose(first, torch.stack(passes[1]), atol=1e-12)
+    again = clustering.greedy(first, tau, moved=moved)[0]
+    assert torch.allclose(again, clustering.greedy(first, tau)[0], atol=1e-12)
 
 
 def test_attention_is_the_mean_of_the_heads() -> None:

@@ -323,6 +323,32 @@ def test_arms_are_recorded_from_the_json_files_alone(tmp_path: Path, monkeypatch
     log = json.loads((home / "logs" / "davis2016-both.json").read_text())["0"]
     assert log["facts"]["minutes"] == 1.5 and log["metrics"]["clusters_other"] == 5.0
     assert log["curve"][-1] == {"step": 300, "loss": 2.0, "probe/clusters": 5.0, "probe/J": 30.0}
-    assert (
-        len(np.unique(np.asarray(Image.open(tmp_path / "plot.png")).reshape(-1, 3), axis=0)) > 2
-    )  # white, black and the colours of the lines
+    assert colours_of(tmp_path / "plot.png") >= set(arms.COLOURS[:2])
+    shutil.rmtree(root)  # what was recorded is drawn where the runs are gone
+    assert arms.main([str(root), "--plot", str(tmp_path / "again.png")]) == 0
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "plot.png").read_bytes()
+
+
+def colours_of(file: Path) -> set[str]:
+    found = np.unique(np.asarray(Image.open(file)).reshape(-1, 3), axis=0)
+    return {"#" + bytes(colour.tolist()).hex() for colour in found}
+
+
+def test_runs_that_have_not_ended_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(arms.ARMS, "home", tmp_path)
+    root = tmp_path / "small" / "davis2016"
+    with pytest.raises(UserError, match="no run here was probed"):
+        arms.main([str(root), "--plot", str(tmp_path / "plot.png")])
+    for number, arm in enumerate(arms.ARMS.arms):
+        folder = root / arm / "seed0"
+        folder.mkdir(parents=True)
+        rows = [{"step": step, "loss": 1.0, "probe/clusters": number + step, "probe/J": 9.0} for step in (1, 2)]
+        text = "\n".join(map(json.dumps, [{"step": 1, "loss": 1.0}, *rows, rows[-1]]))
+        (folder / "log.jsonl").write_text(text[:-9])  # the last line is being written
+    assert arms.main([str(root), "--plot", str(tmp_path / "plot.png")]) == 0
+    assert capsys.readouterr().out == f"courses -> {tmp_path / 'plot.png'}\n"
+    assert len(arms.COLOURS) == len(arms.ARMS.arms) and colours_of(tmp_path / "plot.png") >= set(arms.COLOURS)
+    for folder in root.glob("*/seed0"):
+        (folder / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}))
+    with pytest.raises(UserError, match="no run here was probed"):
+        arms.main([str(root), "--plot", str(tmp_path / "plot.png")])

@@ -1,7 +1,8 @@
 """Table of the arms that `run_arms.sh` trained: python -m uvos_dino.arms runs/uvos_dino/arms/small/davis2016 [--record]
 
 Mean and sample standard deviation over the seeds. `--record` writes the rows of the small tier into results.csv and
-compact logs into uvos_dino/logs/; `--plot FILE.png` draws the number of clusters and J over training.
+compact logs into uvos_dino/logs/; `--plot FILE.png` draws the number of clusters and J over training, of runs that have
+not ended too.
 """
 
 import argparse
@@ -9,10 +10,11 @@ import json
 from pathlib import Path
 
 from shared_utils import UserError
-from shared_utils.arms import Arms, Seeds
+from shared_utils.arms import Arms
 from shared_utils.run import cli
 
 OTHER_TAU = "0.3"
+COLOURS = ["#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#d68910", "#444444", "#17a2a2"]  # of the arms
 
 
 def read(folder: Path) -> dict[str, float] | None:
@@ -69,24 +71,34 @@ ARMS = Arms(
 )  # fmt: skip
 
 
-def courses(seeds: Seeds, name: str) -> list[list[tuple[float, float]]]:
-    """(iteration, value) of a probed number, a list a seed."""
-    return [[(row["step"], row[name]) for row in run["curve"] if name in row] for run in seeds.values()]
+def probes(root: Path) -> dict[str, list[list[dict[str, float]]]]:
+    """{arm: the probed lines of each seed's log.jsonl} of the runs below `root`; arms that are not there as recorded.
+
+    UserError when nothing was probed.
+    """
+    curves: dict[str, list[list[dict[str, float]]]] = {}
+    for arm in ARMS.arms:
+        logs = sorted(root.glob(f"{arm}/seed*/log.jsonl"))
+        texts = [log.read_text().splitlines() for log in logs]  # the last line of a run may not be whole yet
+        curves[arm] = [[json.loads(line) for line in lines if line.endswith("}")] for lines in texts]
+        curves[arm] = curves[arm] or [run["curve"] for run in ARMS.logs(root.resolve().name).get(arm, {}).values()]
+    found = {arm: [[row for row in run if "probe/clusters" in row] for run in runs] for arm, runs in curves.items()}
+    found = {arm: [run for run in runs if run] for arm, runs in found.items() if any(runs)}
+    if not found:
+        raise UserError(f"{root}: no run here was probed (ARM/seedN/log.jsonl); run uvos_dino/run_arms.sh first")
+    return found
 
 
-def plot(name: str, file: Path) -> None:
-    """Clusters and J over training from the recorded logs of the set `name`, a line a seed, as a picture."""
+def plot(root: Path, file: Path) -> None:
+    """Clusters and J over training of the runs below `root`, a colour an arm, a line a seed, as a picture."""
     from PIL import Image, ImageDraw
 
-    found = {arm: seeds for arm, seeds in ARMS.logs(name).items() if any(courses(seeds, "probe/clusters"))}
-    if not found:
-        raise UserError(f"{ARMS.home}/logs: no recorded run of {name} was probed; run uvos_dino/run_arms.sh first")
-    colours = ["#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#d68910", "#444444"]
+    found = probes(root)
     W, H, M = 420, 260, 48
     image = Image.new("RGB", (2 * W, H + 18 * len(found)), "white")
     draw = ImageDraw.Draw(image)
     for panel, (key, title) in enumerate((("probe/clusters", "clusters a sequence"), ("probe/J", "J, per cent"))):
-        lines = {arm: courses(seeds, key) for arm, seeds in found.items()}
+        lines = {arm: [[(row["step"], row[key]) for row in run] for run in runs] for arm, runs in found.items()}
         points = [point for runs in lines.values() for run in runs for point in run]
         last, top = max(x for x, _ in points), 1.05 * max(y for _, y in points)
         left, base = panel * W + M, H - 34
@@ -95,11 +107,13 @@ def plot(name: str, file: Path) -> None:
         draw.text((left, base + 6), "0", fill="black")
         draw.text((left + W - M - 70, base + 6), f"{last:.0f} its", fill="black")
         draw.text((left - 44, 20), f"{top:.0f}", fill="black")
-        for colour, runs in zip(colours, lines.values()):
+        for colour, runs in zip(COLOURS, lines.values()):
             for run in runs:
                 spots = [(left + x / last * (W - M - 16), base - y / top * (base - 20)) for x, y in run]
                 draw.line(spots, fill=colour, width=2)
-    for i, (colour, arm) in enumerate(zip(colours, found)):
+                for x, y in spots:
+                    draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
+    for i, (colour, arm) in enumerate(zip(COLOURS, found)):
         draw.line([(M, H + 8 + 18 * i), (M + 24, H + 8 + 18 * i)], fill=colour, width=3)
         draw.text((M + 32, H + 2 + 18 * i), ARMS.arms[arm], fill="black")
     image.save(file)
@@ -107,17 +121,16 @@ def plot(name: str, file: Path) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     p = ARMS.parser(__doc__ or "")
-    p.add_argument("--plot", type=Path, help="draw the recorded courses of the set to this PNG")
+    p.add_argument("--plot", type=Path, help="draw the probed courses to this PNG, and print no table")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    code = ARMS.main(args)
     if args.plot:
-        plot(args.root.resolve().name, args.plot)
+        plot(args.root, args.plot)
         print(f"courses -> {args.plot}")
-    return code
+    return 0 if args.plot and not args.record else ARMS.main(args)
 
 
 if __name__ == "__main__":

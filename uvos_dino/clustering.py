@@ -16,6 +16,7 @@ from shared_utils import UserError
 
 TINY = 1e-30  # a probability of exactly 0 would make every distance to it NaN
 WINDOW = 3  # frames that are clustered together first
+STEP = 256  # rows that are compared with the others at once
 SPARSE = 12  # a scattered sum costs so many times what a dense product does, by the entry
 
 
@@ -110,59 +111,81 @@ def smoothed(W: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     return out / out.sum(1, keepdim=True), count
 
 
-def greedy(p: Tensor, tau: float, weight: Tensor | None = None) -> Tensor:
-    """One pass of greedy leaders over rows [n, D] in their order -> centroids [K, D].
+def greedy(
+    p: Tensor, tau: float, weight: Tensor | None = None, moved: np.ndarray | None = None
+) -> tuple[Tensor, np.ndarray]:
+    """One pass of greedy leaders over rows [n, D] in their order -> centroids [K, D], and which have several rows [K].
 
     The first row that is not taken leads; it takes all rows not taken within tau (itself always) and gives their mean.
-    `weight` [n]: how many equal rows each stands for.
+
+    Args:
+        weight: how many equal rows each stands for [n].
+        moved: which rows are new since the pass before [n]; all others are known to be further apart than tau.
     """
-    log_p = p.log()
+    n, log_p = len(p), p.log()
     h = entropies(p, log_p)
-    weight = p.new_ones(len(p)) if weight is None else weight.to(p)
-    free = np.ones(len(p), bool)
-    centroids, step, start = [], 1, 0
-    while free[start:].any():
+
+    def within(rows: np.ndarray, start: int) -> np.ndarray:
+        """Which rows from `start` on are near the given ones [rows, n - start]."""
+        i = torch.from_numpy(rows).to(p.device)
+        cross = p[i] @ log_p[start:].T + log_p[i] @ p[start:].T
+        return ((-cross - h[i, None] - h[start:]) <= tau).cpu().numpy()
+
+    new = np.flatnonzero(moved) if moved is not None else np.arange(n)
+    few = 2 * len(new) < n
+    if few:  # compare the new rows alone with the rest, at once
+        table = np.concatenate([within(part, 0) for part in np.split(new, range(STEP, len(new), STEP))])
+        rank = np.full(n, -1)
+        rank[new] = np.arange(len(new))
+
+    whose, leaders = np.full(n, -1), 0
+    step, start = 1, 0
+    while len(lead := start + np.flatnonzero(whose[start:] < 0)[:step]):
         # The next candidates at once: some may be taken by one before them, so the step grows as long as none is.
-        lead = start + np.flatnonzero(free[start:])[:step]
-        index = torch.from_numpy(lead).to(p.device)
-        cross = p[index] @ log_p.T + log_p[index] @ p.T
-        near = ((-cross - h[index, None] - h) <= tau).cpu().numpy()  # [step, n]
-        members, used = [], 0
+        start = int(lead[0])  # all before are taken
+        if few:
+            old, later = rank[lead] < 0, new >= start
+            near = np.zeros((len(lead), n - start), bool)
+            near[~old] = table[rank[lead[~old]], start:]
+            near[np.ix_(old, new[later] - start)] = table[np.ix_(later, lead[old])].T
+        else:
+            near = within(lead, start)
+        used = 0
         for row, i in enumerate(lead):
-            if not free[i]:
+            if whose[i] >= 0:
                 continue
-            near[row, i] = True
-            taken = near[row] & free
-            free &= ~taken
-            members.append(taken)
-            used += 1
-        chosen = torch.from_numpy(np.stack(members)).to(p.device, p.dtype) * weight  # [leaders, n]
-        centroids.append(chosen @ p / chosen.sum(1, keepdim=True))
+            near[row, i - start] = True
+            whose[start:][near[row] & (whose[start:] < 0)] = leaders
+            leaders, used = leaders + 1, used + 1
         start = int(lead[-1]) + 1
-        step = min(256, 2 * step) if 2 * used > step else max(1, step // 2)
-    return torch.cat(centroids)
+        step = min(STEP, 2 * step) if 2 * used > step else max(1, step // 2)
+
+    members = torch.from_numpy(whose).to(p.device)
+    weight = p.new_ones(n) if weight is None else weight.to(p)
+    total = p.new_zeros(leaders, p.shape[1]).index_add_(0, members, p * weight[:, None])
+    return total / p.new_zeros(leaders).index_add_(0, members, weight)[:, None], np.bincount(whose) > 1
 
 
 def window_centroids(p: Tensor, tau: float) -> Tensor:
     """Stage A for the rows [n, D] of a window: smooth each over its neighbourhood, then greedy leaders."""
     rows, count = smoothed(neighbourhoods(p, tau), p)
-    return greedy(rows, tau, count)
+    return greedy(rows, tau, count)[0]
 
 
 def merge(centroids: Tensor, tau: float, passes: int = 10000) -> Tensor:
     """Stage B: greedy passes over the centroids, sizes not carried along, until their number stays."""
+    moved = None
     for _ in range(passes):
-        fewer = greedy(centroids, tau)
+        fewer, moved = greedy(centroids, tau, moved=moved)
         if len(fewer) == len(centroids):
             break
         centroids = fewer
     return fewer
 
 
-def assign(p: Tensor, centroids: Tensor) -> Tensor:
+def assign(p: Tensor, centroids: Tensor, log_c: Tensor) -> Tensor:
     """Stage C: nearest centroid of each row [n, D] -> [n]; the row's own entropy does not matter to the argmin."""
-    log_c, log_p = centroids.log(), p.log()
-    d = -(log_p @ centroids.T) - p @ log_c.T - entropies(centroids, log_c)
+    d = -(p.log() @ centroids.T) - p @ log_c.T - entropies(centroids, log_c)
     return d.argmin(1)
 
 
@@ -212,5 +235,6 @@ def cluster(rows: "Rows | Given", frames: int, tau: float = 1.0) -> Clusters:
             )
         found.append(window_centroids(p, tau))
     centroids = merge(torch.cat(found), tau)
-    labels = torch.cat([assign(p, centroids).cpu() for p in rows])
+    log_c = centroids.log()
+    labels = torch.cat([assign(p, centroids, log_c).cpu() for p in rows])
     return Clusters(labels.view(frames, -1), centroids)

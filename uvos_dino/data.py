@@ -93,19 +93,32 @@ def open_videos(dataset: str, root: Path, split: str, only: Sequence[str] = ()) 
         frames = _files(frames_in / name, layout.frame)
         if not frames:
             raise UserError(f"{frames_in / name}: no frames; expected 00000.jpg, 00001.jpg, ...")
-        by_name = {path.stem: i for i, path in enumerate(frames)}
-        by_number = {_number(path): i for i, path in enumerate(frames)}
-        masks = {}
-        for path in _files(masks_in / name, layout.mask):
-            place = by_name.get(path.stem, by_number.get(_number(path)))
-            if place is not None:
-                masks[place] = path
+        masks, _ = by_frame(_files(masks_in / name, layout.mask), frames)
         if not masks:
             raise UserError(
                 f"{masks_in / name}: no annotation of a frame in {frames_in / name}; expected 00000.png, ..."
             )
         videos.append(Video(name, frames, dict(sorted(masks.items()))))
     return videos
+
+
+def by_frame(files: Sequence[Path], frames: Sequence[Path]) -> tuple[dict[int, Path], list[Path]]:
+    """{number of a frame: the file that belongs to it}, and the files that belong to none or come second.
+
+    A file belongs to the frame of its name, else to that of the last number in its name (SegTrack-v2, MOVi).
+    """
+    names = {path.stem: i for i, path in enumerate(frames)}
+    numbers = {_number(path): i for i, path in enumerate(frames)}
+    numbers.pop(None, None)
+    found: dict[int, Path] = {}
+    others = []
+    for path in files:
+        place = names.get(path.stem, numbers.get(_number(path)))
+        if place is None or place in found:
+            others.append(path)
+        else:
+            found[place] = path
+    return found, others
 
 
 def _files(folder: Path, pattern: str) -> list[Path]:
@@ -152,9 +165,18 @@ def normalise(x: Tensor, norm: str) -> Tensor:
 
 
 def read_mask(path: Path, binary: bool) -> np.ndarray:
-    """Object numbers [H, W] uint8 of an annotation, 255: void; palette files give their indices."""
-    image = load_image(path, None)
-    mask = np.asarray(image if image.mode in ("P", "L") else image.convert("L"))
+    """Object numbers [H, W] uint8 of an annotation, 255: void; palette files give their indices.
+
+    UserError for a picture in colours, which do not say which object is which; one in black and white alone is read.
+    """
+    mask = np.asarray(load_image(path, None))
+    if mask.ndim == 3 and (mask[..., :1] == mask[..., :3]).all() and set(np.unique(mask[..., 0])) <= {0, 255}:
+        mask = mask[..., 0]
+    if mask.ndim != 2 or mask.max(initial=0) > 255:
+        raise UserError(
+            f"{path}: colours, or numbers above 255, where numbers of objects are expected; convert it to a palette or "
+            "grey PNG (mode P or L) of these numbers, or of 0 and 255"
+        )
     return (mask > 0).astype(np.uint8) if binary else mask.astype(np.uint8)
 
 

@@ -8,7 +8,7 @@ import argparse
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +16,9 @@ import numpy as np
 import torch
 
 from shared_utils import UserError, checkpoint, mini
-from shared_utils.data import load_image
 from shared_utils.run import Parser, cli
 from uvos_dino import metrics
-from uvos_dino.data import LAYOUTS, Video, open_videos, read_mask
+from uvos_dino.data import LAYOUTS, Video, by_frame, open_videos, read_mask
 
 MATCHES = ("frame", "sequence")
 COLUMNS = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
@@ -37,6 +36,8 @@ def add_flags(p: argparse.ArgumentParser) -> None:
       "new one in each frame, as released, or one a sequence, as in the official package")  # fmt: skip
     a("--max_proposals", type=int, default=metrics.MAX_PROPOSALS, help="clusters that are accepted; 0: any number (the "
       "official package: 20, the release: 300)")  # fmt: skip
+    a("--skip_ends", action="store_true", help="leave the first and last annotated frame of a sequence out, as "
+      "DAVIS-2016's own evaluation does")  # fmt: skip
     a("--foreground", action="store_true", help="also FG-ARI and mIoU (MOVi-E, YouTube-VIS)")
 
 
@@ -48,49 +49,79 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 class Segmentation(NamedTuple):
-    labels: np.ndarray  # [T, h, w], cluster numbers, -1: none
+    labels: Mapping[int, np.ndarray]  # number of the frame: [h, w], cluster numbers, -1: none
     clusters: int
 
 
 def read_results(folder: Path, video: Video) -> Segmentation:
-    """What was written for a video. UserError when there is nothing, or a file of another kind."""
+    """What was written for a video, frame by frame.
+
+    UserError when there is nothing or a file of another kind.
+    """
     file = folder / f"{video.name}.pth"
     if file.is_file():
         saved = checkpoint.load(file)
         if isinstance(saved, Mapping) and "labels" in saved:
-            return Segmentation(saved["labels"].numpy(), int(saved["clusters"]))
+            return Segmentation(dict(enumerate(saved["labels"].numpy())), int(saved["clusters"]))
         try:  # the release's: {frame: [one-hot (1, K, 1, h, w)]}
-            masks = [saved[t][0][0, :, 0] for t in sorted(saved)]  # each [K, h, w]
-            labels = [torch.where(m.amax(0) > 0.3, m.argmax(0), -1) for m in masks]
-            return Segmentation(torch.stack(labels).numpy(), max(len(m) for m in masks))
-        except (TypeError, IndexError, KeyError, AttributeError, RuntimeError):
+            masks = {int(t): saved[t][0][0, :, 0] for t in saved}  # each [K, h, w]
+            labels = {t: torch.where(m.amax(0) > 0.3, m.argmax(0), -1).numpy() for t, m in masks.items()}
+            return Segmentation(labels, max(len(m) for m in masks.values()))
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError):
             raise UserError(f"{file}: neither labels of uvos_dino.eval_oneshot nor the release's masks") from None
     paths = sorted((folder / video.name).glob("*.png"))
     if not paths:
         raise UserError(f"{folder}: nothing for {video.name}; expected {video.name}.pth or {video.name}/00000.png, ...")
-    arrays = [np.asarray(load_image(path, None)) for path in paths]
-    odd = next((p for p, x in zip(paths, arrays) if x.ndim != 2 or x.shape != arrays[0].shape), None)
-    if odd is not None:
-        raise UserError(f"{odd}: not a palette PNG of the size of the others")
-    whole = np.stack(arrays).astype(np.int32)
-    return Segmentation(whole - 1, int(whole.max()))
+    files, others = by_frame(paths, video.frames)
+    if others:
+        raise UserError(
+            f"{folder / video.name}: masks of no frame: {few(path.name for path in others)}; expected the names of "
+            f"{video.frames[0].parent}: {video.frames[0].stem}.png, ..."
+        )
+    numbers = {t: read_mask(path, False).astype(np.int16) for t, path in files.items()}
+    if set().union(*(np.unique(x).tolist() for x in numbers.values())) == {0, 255}:
+        numbers = {t: x // 255 for t, x in numbers.items()}  # white: one object, not the 255th
+    return Segmentation({t: x - 1 for t, x in numbers.items()}, int(max(x.max() for x in numbers.values())))
 
 
-def pairs(found: Segmentation, video: Video, binary: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Labels at the annotation's size and the annotation [H, W], frame after frame; missing frames repeat the last."""
-    for t, path in video.masks.items():
-        truth = read_mask(path, binary)
-        yield metrics.upsample(found.labels[min(t, len(found.labels) - 1)], *truth.shape), truth
+def annotations(found: Segmentation, video: Video, skip_ends: bool) -> dict[int, Path]:
+    """The annotated frames that count. UserError where one has no mask, or a mask no frame.
+
+    The last frame of a video may be left out, as the release does: the mask before it stands for it.
+    """
+    wanted, last = list(video.masks.items()), len(video.frames) - 1
+    if skip_ends and len(wanted) < 3:
+        raise UserError(f"--skip_ends: {video.name} has {len(wanted)} annotated frames, nothing is left of it")
+    wanted = wanted[1:-1] if skip_ends else wanted
+    stands = found.labels.keys() | ({last} if last - 1 in found.labels else set())
+    if missing := [video.frames[t].stem for t, _ in wanted if t not in stands]:
+        raise UserError(
+            f"{video.name}: no mask of frame {few(missing)}; expected one for each annotated frame but the last"
+        )
+    if max(found.labels) > last:
+        raise UserError(f"{video.name}: masks of {max(found.labels) + 1} frames, where there are {last + 1}")
+    return dict(wanted)
+
+
+def few(names: Iterable[str]) -> str:
+    """The first four, and how many there are."""
+    names = list(names)
+    return ", ".join(names[:4]) + (f", ... ({len(names)} in all)" if len(names) > 4 else "")
 
 
 def score_video(found: Segmentation, video: Video, args: argparse.Namespace) -> dict[str, Any]:
     """Statistics of every object for both matchings, the number of clusters, and what --foreground asks for."""
     metrics.check_proposals(video.name, found.clusters, args.max_proposals)
-    labels, truth = (list(x) for x in zip(*pairs(found, video, LAYOUTS[args.dataset].binary)))
-    first = truth[0][truth[0] != metrics.VOID]
-    objects = int(first.max(initial=0))
+    binary = LAYOUTS[args.dataset].binary
+    start = next(iter(video.masks.values()))
+    first = read_mask(start, binary)
+    objects = int(first[first != metrics.VOID].max(initial=0))
     if not objects:
-        raise UserError(f"{next(iter(video.masks.values()))}: no object in the first annotated frame, nothing to match")
+        raise UserError(f"{start}: no object in the first annotated frame, nothing to match")
+    labels, truth = [], []
+    for t, path in annotations(found, video, args.skip_ends).items():
+        truth.append(read_mask(path, binary))
+        labels.append(metrics.upsample(found.labels[t if t in found.labels else t - 1], *truth[-1].shape))
     scores = metrics.video_scores(labels, truth, found.clusters, objects)
     out: dict[str, Any] = {"clusters": found.clusters, "frames": len(truth), "objects": objects}
     for match in MATCHES:

@@ -134,8 +134,10 @@ def frame_scores(labels: np.ndarray, truth: np.ndarray, clusters: int, objects: 
         by, bx, bl = by[close], bx[close], bl[close]
         fg_match = np.bincount(bl, minlength=K)
         gt_match = np.zeros(K)
+        order, ends = np.argsort(bl, kind="stable"), np.cumsum(fg_match)
         for c in np.flatnonzero(fg_match):
-            cy, cx = by[bl == c], bx[bl == c]  # what this cluster reaches: its own pixels' box and `radius` around
+            at = order[ends[c] - fg_match[c] : ends[c]]
+            cy, cx = by[at], bx[at]  # what this cluster reaches: its own pixels' box and `radius` around
             top, left = max(0, cy.min() - radius), max(0, cx.min() - radius)
             around = edge[top : cy.max() + radius + 1, left : cx.max() + radius + 1]
             spot = np.zeros_like(around)
