@@ -45,7 +45,7 @@ ARMS = Arms(
         "motion": "motion loss only",
         "uniform": "both losses, no entropy weights",
         "both": "both losses",
-        "both_long": "both losses, 300 iterations",
+        "both_long": "both losses, 600 iterations",
         "both_noaug": "both losses, no augmentation",
     },
     metrics={"J": "J (matched by frame)", "JF": "J&F (matched by frame)", "J_sequence": "J (matched by sequence)"},

@@ -55,7 +55,7 @@ run_one() { # arm seed [flags]
     motion) flags=(--semantic_weight 0) ;;
     uniform) flags=(--point_weights uniform) ;;
     both) ;;
-    both_long) flags=(--num_train_steps 300 --probe_every 150) ;;
+    both_long) flags=(--num_train_steps 600 --probe_every 100) ;;
     both_noaug) flags=(--augment false) ;;
     *)
       echo "error: unknown arm '$arm'; choose random semantic motion uniform both both_long both_noaug" >&2
