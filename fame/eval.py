@@ -190,24 +190,25 @@ def main(argv: list[str] | None = None) -> int:
         loss.backward()
         optimizer.step()
         watched: dict[str, float] = {}
+        tested: dict[str, float] = {}
         if run.log_due():  # the GPU is waited for
             hits = distributed.all_sum(topk(logits, target).to(run.device))
             watched = {"lincls_train/acc1": 100 * float(hits[0]) / args.batch_size}
         last = run.step_in_epoch + 1 == sampler.steps_per_epoch
         if last and (epoch % args.eval_every == 0 or epoch + 1 == args.epochs):
             scores.history.append([epoch, *test()])
-            watched |= {"lincls_val/acc1": scores.history[-1][1], "lincls_val/acc5": scores.history[-1][2]}
+            tested = {"lincls_val/acc1": scores.history[-1][1], "lincls_val/acc5": scores.history[-1][2]}
             if frozen is not None:
                 unchanged(frozen, before)
             if run.rank == 0 and scores.history[-1][1] >= max(row[1] for row in scores.history):
                 checkpoint.save(
                     run.dir / "best.pth", {"state_dict": ReleaseKeys(model).state_dict(), "epoch": epoch + 1}
                 )
-        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
+        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, evaluated=tested, **watched)
 
     best = max(scores.history, key=lambda row: row[1])
     result: dict[str, Any] = {"acc1": scores.history[-1][1], "acc5": scores.history[-1][2], "best_acc1": best[1]}
-    result |= {"history": scores.history}  # epoch, top-1, top-5 of each test: the log has only steps that were due
+    result |= {"history": scores.history}  # epoch, top-1, top-5 of each test
     result |= {"best_epoch": int(best[0]), "chance": 100 * majority(val), "epochs": args.epochs}
     write_result(run.dir, result | {"pretrained": args.pretrained})
     run.finish()

@@ -321,11 +321,12 @@ def main(argv: list[str] | None = None) -> int:
         loss.backward()
         optimizer.step()
         watched: dict[str, float] = {}
+        tested: dict[str, float] = {}
         if run.log_due():  # the GPU is waited for
             watched = {f"acc1_{n}": 100 * float(topk(out, target)[0]) / len(target) for n, out in zip(ids, logits)}
         if run.step_in_epoch + 1 == sampler.steps_per_epoch:
             scores.history.append(evaluate(probes, val_batches(), len(ids), len(val), run.device))
-            watched |= {f"val/acc1_{n}": pair[0] for n, pair in zip(ids, scores.history[-1])}
+            tested = {f"val/acc1_{n}": pair[0] for n, pair in zip(ids, scores.history[-1])}
             if scores.improved() and run.rank == 0:
                 checkpoint.save(
                     run.dir / "best.pth",
@@ -333,7 +334,8 @@ def main(argv: list[str] | None = None) -> int:
                 )
             if epoch == 0:
                 unchanged(encoder, before)
-        run.log(distributed.all_sum(loss.detach()) / run.world, lr=optimizer.param_groups[0]["lr"], **watched)
+        mean = distributed.all_sum(loss.detach()) / run.world
+        run.log(mean, lr=optimizer.param_groups[0]["lr"], evaluated=tested, **watched)
 
     unchanged(encoder, before)
     result = scores.result() | {

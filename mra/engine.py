@@ -195,6 +195,7 @@ def fit(
 
         total = distributed.all_sum(loss.detach()) / run.world  # of all: what follows is decided alike everywhere
         watched: dict[str, Any] = {}
+        tested: dict[str, float] = {}
         if run.log_due():
             watched["acc/train"] = 100 * (logits.detach().argmax(1) == y).float().mean()
             if operator is not None:
@@ -204,8 +205,8 @@ def fit(
         if run.step_in_epoch + 1 == sampler.steps_per_epoch and bool(torch.isfinite(total)):
             if last or (args.eval_every and (epoch + 1) % args.eval_every == 0):
                 info.history.append({**evaluate(), "epoch": float(epoch)})
-                watched |= {f"val/{k}": v for k, v in info.history[-1].items() if k != "epoch"}
-        run.log(total, lr=lr, **watched)
+                tested = {f"val/{k}": v for k, v in info.history[-1].items() if k != "epoch"}
+        run.log(total, lr=lr, evaluated=tested, **watched)
         if run.due(args.image_every):
             shown = [augment.denormalise(v[:8]).cpu() for v in (x, x_hat, x_mix)]
             run.image("views/input_mra_mixed", make_grid(torch.cat(shown), nrow=len(shown[0]), padding=2))

@@ -246,6 +246,7 @@ def main(argv: list[str] | None = None) -> int:
 
         total = distributed.all_sum(loss.detach()) / run.world
         watched: dict[str, Any] = {}
+        tested: dict[str, float] = {}
         if run.log_due():
             watched = {"loss/labelled": l_x, "loss/unlabelled": l_u, "fixmatch/mask": confident.mean()}
             if operator is not None:
@@ -253,8 +254,8 @@ def main(argv: list[str] | None = None) -> int:
             watched = engine.everywhere(watched)
         if run.step_in_epoch + 1 == args.epoch_steps and bool(torch.isfinite(total)):
             info.history.append({**engine.accuracy(run, ema.network, test), "epoch": float(epoch)})
-            watched["val/top1"] = info.history[-1]["top1"]
-        run.log(total, lr=lr, **watched)
+            tested["val/top1"] = info.history[-1]["top1"]
+        run.log(total, lr=lr, evaluated=tested, **watched)
         if run.due(args.image_every):
             shown = [augment.denormalise(v[:8]).cpu() for v in (u_weak, u_strong, u_hat)]
             run.image("views/weak_strong_mra", make_grid(torch.cat(shown), nrow=len(shown[0]), padding=2))

@@ -168,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         loss.backward()
         optimizer.step()
         watched: dict[str, float] = {}
+        tested: dict[str, float] = {}
         if run.log_due():
             watched["acc1"] = 100 * float(topk(logits.detach(), target, (1,))[0]) / len(target)
         if run.step_in_epoch + 1 == sampler.steps_per_epoch:
@@ -175,8 +176,8 @@ def main(argv: list[str] | None = None) -> int:
                 val_feats = collect(embed, val, run.device, args.batch_size, args.workers)
             pieces = zip(val_feats[0][0].split(args.batch_size), val_feats[1].split(args.batch_size))
             scores.history.append(evaluate(probe, pieces, len(val), run.device))
-            watched |= {"val/top1": scores.history[-1][0], "val/top5": scores.history[-1][1]}
-        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
+            tested = {"val/top1": scores.history[-1][0], "val/top5": scores.history[-1][1]}
+        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, evaluated=tested, **watched)
 
     unchanged(encoder, before)
     facts = {"epochs": args.total_epochs, "cached_train": args.cached_train, "pretrained": args.pretrained}

@@ -356,10 +356,13 @@ class Run:
 
     _last = ""
 
-    def log(self, loss: Tensor | float, **values: Tensor | float) -> None:
+    def log(
+        self, loss: Tensor | float, *, evaluated: Mapping[str, Tensor | float] | None = None, **values: Tensor | float
+    ) -> None:
         """Call once a step, after the update. Stops the run if the loss is not finite; writes every --log-every steps.
 
-        Names with a slash go to tensorboard as they are; the others below `train/`.
+        A step with something in `evaluated`, which is not of every step (a test after an epoch), is written in any
+        case. Names with a slash go to tensorboard as they are; the others below `train/`.
         """
         number = float(loss.detach() if isinstance(loss, Tensor) else loss)
         if not math.isfinite(number):
@@ -367,8 +370,9 @@ class Run:
                 f"step {self.step}: the loss is {number}; try a lower learning rate, --amp none, or another --seed "
                 f"(the last good checkpoint in {self.dir} is unharmed)"
             )
-        if self.rank != 0 or not self.log_due():
+        if self.rank != 0 or not (self.log_due() or evaluated):
             return
+        values |= evaluated or {}
         row: dict[str, Any] = {"step": self.step + 1, "epoch": self.epoch, "loss": round(number, 6)}
         row |= {k: float(f"{float(v):.6g}") for k, v in values.items()} | {"data_wait": round(self.data_wait, 5)}
         with open(self.dir / "log.jsonl", "a") as handle:

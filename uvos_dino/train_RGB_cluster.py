@@ -85,8 +85,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError("--lr and --tau must be above 0, --drop and --attn_drop_t at least 0 and below 1")
     if not args.semantic_weight and not args.motion_weight:
         raise UserError("--semantic_weight 0 --motion_weight 0: no loss is left")
-    if args.probe_every % args.log_every:
-        raise UserError(f"--probe_every {args.probe_every}: must be a multiple of --log-every {args.log_every}")
     if args.probe_every and not args.val_basepath:
         raise UserError("--probe_every: needs --val_basepath, the benchmark whose sequences are segmented")
 
@@ -227,13 +225,13 @@ def main(argv: list[str] | None = None) -> int:
         loss.backward()
         optimizer.step()
 
-        watched: dict[str, Any] = {}
-        if run.log_due():
-            watched |= losses.watch(A.detach(), T)
+        watched = losses.watch(A.detach(), T) if run.log_due() else {}
+        probed: dict[str, float] = {}
         if probe and (run.step == 0 or (run.step + 1) % args.probe_every == 0):
-            watched |= probe(model, run.device)
+            probed = probe(model, run.device)
         each = distributed.all_sum(torch.stack([loss, slot_loss, motion_loss]).detach()) / run.world
-        run.log(each[0], lr=lr, slot_loss=each[1], motion_loss=each[2], **{"train/loss": each[0]}, **watched)
+        watched |= {"slot_loss": each[1], "motion_loss": each[2], "train/loss": each[0]}
+        run.log(each[0], lr=lr, evaluated=probed, **watched)
         if args.keep_every and (run.step + 1) % args.keep_every == 0 and run.rank == 0:
             kept = {"iteration": run.step + 1, "model_state_dict": model.state_dict(), "loss": float(loss.detach())}
             checkpoint.save(run.dir / f"checkpoint_{run.step + 1}.pth", {**kept, "args": {"num_heads": args.num_heads}})
