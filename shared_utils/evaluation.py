@@ -293,7 +293,10 @@ def check_cache(wanted: Mapping[str, tuple[int, int]]) -> None:
 
 @torch.no_grad()
 def same_buffers(network: nn.Module) -> None:
-    """Batch-norm statistics of process 0 on every process: after training each has those of its own last batch."""
+    """Batch-norm statistics of process 0 on every process: those of the checkpoint, and of the releases' wrappers.
+
+    After training without synchronised batch norm each process has those of its own batches.
+    """
     if distributed.world() > 1:
         for buffer in network.buffers():
             torch.distributed.broadcast(buffer, 0)
