@@ -35,7 +35,7 @@ from bingo.builder import BINGO
 from bingo.cutmix import draw_box, paste
 from bingo.data import Bags
 from shared_utils import UserError, neighbours
-from shared_utils.run import Parser, cli
+from shared_utils.run import Parser, cli, natural, positive
 
 URL = "https://github.com/haohang96/bingo"
 FILES = ("main_moco.py", "utils.py", "clustering.py", "moco/builder.py", "moco/folder.py")
@@ -335,15 +335,19 @@ def speed(code: SimpleNamespace, images: int, repeats: int) -> bool:
     return times[1] >= 4 * times[0] and not 2 * peaks[0] > peaks[1] and seconds[0] <= seconds[1]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print the table; exit code 1 when a difference exceeds its tolerance or, with --speed, a demand is missed."""
+def get_parser() -> Parser:
     parser = Parser(prog="python -m bingo.compare_release", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--release", type=Path, required=True, metavar="PATH", help=f"a checkout of {URL}")
     parser.add_argument("--speed", action="store_true", help="also time the loss and the neighbour search")
-    parser.add_argument("--images", type=int, default=50000, help="rows of the timed neighbour search")
-    parser.add_argument("--repeats", type=int, default=7, help="calls of which the fastest counts")
-    parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
-    args = parser.parse_args(argv)
+    parser.add_argument("--images", type=positive, default=50000, help="rows of the timed neighbour search")
+    parser.add_argument("--repeats", type=positive, default=7, help="calls of which the fastest counts")
+    parser.add_argument("--threads", type=natural, default=0, help="0: as torch chooses")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; exit code 1 when a difference exceeds its tolerance or, with --speed, a demand is missed."""
+    args = get_parser().parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     failed = 0

@@ -31,7 +31,7 @@ from fame.backbone import build
 from fame.fame import make_mask, merge
 from fame.moco.builder import MoCo, info_nce, passes
 from shared_utils import UserError
-from shared_utils.run import Parser, cli
+from shared_utils.run import Parser, cli, positive
 
 URL = "https://github.com/Mark12Ding/FAME"
 FILES = {
@@ -282,7 +282,7 @@ def get_parser() -> Parser:
     p = Parser(prog="fame.compare_release", description=__doc__.splitlines()[0])
     p.add_argument("--release", type=Path, required=True, help="checkout of the release")
     p.add_argument("--speed", action="store_true", help="time mask and merge, on one thread")
-    p.add_argument("--clips", type=int, default=64, help="clips of --speed, a multiple of 8")
+    p.add_argument("--clips", type=positive, default=64, help="clips of --speed, a multiple of 8")
     p.add_argument("--write", type=Path, help="write the release's numbers on the fixed inputs to this json file")
     return p
 

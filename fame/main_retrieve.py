@@ -17,7 +17,7 @@ from fame.network import add_network_flags, outputs, resolve, trunk
 from shared_utils import distributed
 from shared_utils.evaluation import gather_rows, write_result
 from shared_utils.neighbours import search
-from shared_utils.run import Parser, cli, runs_root, seed_everything, set_threads
+from shared_utils.run import Parser, cli, natural, runs_root, seed_everything, set_threads
 
 KS = (1, 5, 10, 20, 50)
 
@@ -31,8 +31,8 @@ def get_parser() -> Parser:
       "used Kinetics', the release's script ImageNet's")  # fmt: skip
     a("--output-dir", "--log_dir", type=Path, default=runs_root() / "fame/retrieve/default")
     a("--device", default="auto")
-    a("-j", "--workers", type=int, default=2)
-    a("--threads", type=int, default=0)
+    a("-j", "--workers", type=natural, default=2)
+    a("--threads", type=natural, default=0)
     return p
 
 

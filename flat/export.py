@@ -13,7 +13,7 @@ from torch import Tensor
 from flat import save_features
 from flat.backbone import WIDTHS, Encoder
 from shared_utils.export import add_export_flags, check, write_backbone
-from shared_utils.run import Parser, cli
+from shared_utils.run import Parser, cli, natural
 
 BLOCKS = {"ResNet10": 1, "ResNet18": 2}  # of each of the four stages
 STEM = {"0": "conv1", "1": "bn1"}
@@ -26,8 +26,8 @@ def get_parser() -> argparse.ArgumentParser:
     a = p.add_argument
     a("--pretrained", required=True, help="of flat.train (checkpoint.pth, EPOCH.tar), or of CloserLookFewShot")
     a("--model", help="this and the following default to the checkpoint's own flags")
-    a("--width", type=int)
-    a("--image_size", type=int)
+    a("--width", type=natural)
+    a("--image_size", type=natural)
     add_export_flags(p, ["safetensors"], "safetensors")
     return p
 

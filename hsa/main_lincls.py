@@ -37,7 +37,7 @@ from shared_utils.evaluation import (
     unchanged,
     write_result,
 )
-from shared_utils.run import Parser, Run, add_run_flags, cli
+from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
 
 
 def get_parser() -> Parser:
@@ -48,12 +48,17 @@ def get_parser() -> Parser:
     a("--selected_feat_id", type=_words, default="layer3,last", help="comma-separated block ids, or last, layer1 to "
       "layer4; a classifier each, trained at once (release: 17)")  # fmt: skip
     a("--pool_type", choices=["avg", "max"], default="avg")
-    a("--nchannels", type=int, default=0, help="channels of the last block asked for, checked; 0: whatever they are")
+    a(
+        "--nchannels",
+        type=natural,
+        default=0,
+        help="channels of the last block asked for, checked; 0: whatever they are",
+    )
     a("--init_lr", type=float, default=30.0, help="learning rate of the first epoch")
-    a("--momentum", type=float, default=0.9)
-    a("--wd", type=float, default=0.0)
-    a("--batch_size", type=int, default=256, help="images a step, all processes together")
-    a("--end_epoch", type=int, default=100)
+    a("--momentum", type=not_negative, default=0.9)
+    a("--wd", type=not_negative, default=0.0)
+    a("--batch_size", type=positive, default=256, help="images a step, all processes together")
+    a("--end_epoch", type=positive, default=100)
     a("--decay_method", choices=["step", "cos"], default="step", help="by epoch")
     a("--schedule", type=_ints, default="60,80", help="epochs at which `step` multiplies by --lr_decay")
     a("--lr_decay", type=float, default=0.1)
@@ -76,9 +81,6 @@ def _ints(text: str) -> list[int]:
 
 def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags out of range, before anything is loaded."""
-    for name in ("batch_size", "end_epoch", "log_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if not args.init_lr > 0 or args.min_lr < 0:
         raise UserError("--init_lr must be above 0 and --min_lr not below")
     if args.batch_size % world:

@@ -12,7 +12,7 @@ from mra import models_mae, nets
 from shared_utils import checkpoint
 from shared_utils.evaluation import stored_flags
 from shared_utils.export import add_export_flags, check, vit_lines, write_backbone
-from shared_utils.run import Parser, cli
+from shared_utils.run import Parser, cli, positive
 
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 
@@ -20,7 +20,7 @@ ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="mra.export", description=(__doc__ or "").splitlines()[0])
     p.add_argument("--pretrained", required=True, help="checkpoint of a run, or a public MAE file with its decoder")
-    p.add_argument("--input_size", type=int, help="pixels, for an encoder; default: the checkpoint's, else 224")
+    p.add_argument("--input_size", type=positive, help="pixels, for an encoder; default: the checkpoint's, else 224")
     add_export_flags(p, ["safetensors"], "safetensors")
     return p
 

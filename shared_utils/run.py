@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -79,12 +80,41 @@ def runs_root() -> Path:
     return Path(os.environ.get("RUNS", "runs"))
 
 
+def at_least(least: int, kind: type = int) -> Callable[[str], Any]:
+    """Type of a flag that is a number of `kind`, `least` or more; a whole number may be written as 6e4."""
+
+    def number(text: str) -> Any:
+        value: float = math.nan
+        with contextlib.suppress(ValueError, OverflowError):
+            value = kind(float(text)) if re.fullmatch(r"\d+e\d+", text) else kind(text)
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text}: must be a {'whole ' * (kind is int)}number")
+        if value < least:
+            must = f"must be at least {least}" if least else "must not be negative"
+            raise argparse.ArgumentTypeError(f"{text}: {must}")
+        return value
+
+    return number
+
+
+positive, natural, not_negative = at_least(1), at_least(0), at_least(0, float)
+
+
 class Parser(argparse.ArgumentParser):
-    """Flags with underscores, as the original releases have them, are understood with dashes too."""
+    """Flags with underscores, as the original releases have them, are understood with dashes too; a mistake is a
+    UserError, one line without the usage.
+    """
 
     def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
         dashed = [name.replace("_", "-") for name in names if name.startswith("--") and "_" in name]
         return super().add_argument(*names, *dashed, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.fullmatch(r"argument (\S+): (.*)", message, re.S):
+            names = found[1].split("/")
+            name = next((name for name in names if name.startswith("--")), names[0])
+            raise UserError(f"{name}{' ' if ': must ' in found[2] else ': '}{found[2]}")
+        raise UserError(f"{message}; --help lists the flags")
 
 
 def add_run_flags(parser: argparse.ArgumentParser, output_dir: str) -> None:
@@ -98,26 +128,26 @@ def add_run_flags(parser: argparse.ArgumentParser, output_dir: str) -> None:
         default=runs_root() / output_dir,
         help="folder of log and checkpoint",
     )
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=natural, default=0)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     group.add_argument("--amp", choices=["auto", "none", "bf16"], default="auto", help="auto: bf16 on GPUs, else none")
     group.add_argument(
-        "-j", "--workers", "--num_workers", type=int, default=2, help="data loading processes per process"
+        "-j", "--workers", "--num_workers", type=natural, default=2, help="data loading processes per process"
     )
     group.add_argument(
-        "--threads", type=int, default=0, help="threads of the training process; 0: cores - workers on a CPU"
+        "--threads", type=natural, default=0, help="threads of the training process; 0: cores - workers on a CPU"
     )
     group.add_argument(
         "-p",
         "--log-every",
         "--report_freq",
         "--print_freq",
-        type=int,
+        type=positive,
         default=10,
         help="steps between lines of log.jsonl and tensorboard",
     )
     group.add_argument(
-        "--save-every", type=int, default=0, help="steps between checkpoints beside the one of each epoch"
+        "--save-every", type=natural, default=0, help="steps between checkpoints beside the one of each epoch"
     )
     group.add_argument(
         "--resume", type=Path, help="checkpoint to go on from (default: the one in --output-dir, if any)"
@@ -356,13 +386,11 @@ class Run:
 
     _last = ""
 
-    def log(
-        self, loss: Tensor | float, *, evaluated: Mapping[str, Tensor | float] | None = None, **values: Tensor | float
-    ) -> None:
+    def log(self, loss: Tensor | float, *, evaluated: Any = None, **values: Tensor | float) -> None:
         """Call once a step, after the update. Stops the run if the loss is not finite; writes every --log-every steps.
 
-        A step with something in `evaluated`, which is not of every step (a test after an epoch), is written in any
-        case. Names with a slash go to tensorboard as they are; the others below `train/`.
+        `evaluated`: {name: number} of what is not of every step (a test after an epoch); a step that has some is written
+        in any case. Names with a slash go to tensorboard as they are; the others below `train/`.
         """
         number = float(loss.detach() if isinstance(loss, Tensor) else loss)
         if not math.isfinite(number):

@@ -104,8 +104,9 @@ def stirred(net: nn.Module) -> nn.Module:
     return net
 
 
-def own(kind: str, path: Path) -> tuple[nn.Module, Any, tuple[int, ...]]:
+def own(kind: str, path: Path) -> tuple[Any, Any, tuple[int, ...]]:
     """A checkpoint of a small network at `path`; its module, its function of images and their shape."""
+    net: Any
     model, *more = kind.split()
     if model == "mae":
         net = mra.models_mae.MAE(24, mra.models_mae.SIZES["mae_tiny_patch8"])

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from shared_utils import UserError
-from shared_utils.run import Parser, cli
+from shared_utils.run import Parser, cli, natural, positive
 from uvos_dino import clustering, losses, metrics
 from uvos_dino.attention import Block
 from uvos_dino.model_cluster import AttEncoder
@@ -303,9 +303,9 @@ def get_parser() -> Parser:
     parser.add_argument("--release", type=Path, required=True, metavar="PATH", help=f"a checkout of {URL}")
     parser.add_argument("--speed", action="store_true", help="also time clustering, losses and J&F")
     parser.add_argument(
-        "--frames", type=int, default=80, help="of the timed clustering (a minute per 10 on one thread)"
+        "--frames", type=positive, default=80, help="of the timed clustering (a minute per 10 on one thread)"
     )
-    parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
+    parser.add_argument("--threads", type=natural, default=0, help="0: as torch chooses")
     return parser
 
 
