@@ -19,7 +19,7 @@ from bingo.teachers import ALGS, fingerprint, load_teacher
 from shared_utils import UserError, distributed
 from shared_utils.augment import plain
 from shared_utils.neighbours import features, neighbours, purity
-from shared_utils.run import Parser, cli, natural, positive, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, natural, positive, set_threads
 
 
 def get_parser() -> Parser:
@@ -39,10 +39,7 @@ def get_parser() -> Parser:
     a("--corr_dir", type=Path, default="imgs_corr", help="folder of correlation files")
     a("--feature_file", type=Path, help="keep the features in this .npy (mapped, not in memory: for ImageNet)")
     a("--batch_size", type=positive, default=32, help="images a process")
-    a("--workers", "--num_workers", type=natural, default=2)
-    a("--device", default="auto")
-    a("--amp", choices=["none", "bf16"], default="none")
-    a("--threads", type=natural, default=0)
+    add_machine_flags(p, amp="none")
     a("--seed", type=natural, default=0, help="of kmeans and random bags")
     return p
 

@@ -40,12 +40,13 @@ def get_parser() -> Parser:
     a("--moco_k", type=positive, default=65536, help="K, negatives in the queue; a multiple of --batch_size")
     a("--moco_m", type=float, default=0.999, help="m, momentum of the key encoder")
     a("--moco_t", type=float, default=0.2, help="tau, temperature")
-    a("--aug_plus", choices=["true", "false"], default="true", help="MoCo v2's augmentation, or v1's")
+    a("--aug_plus", choices=["true", "false"], default="true", help="MoCo v2's augmentation (false: v1's)")
     a(
         "--bn_splits",
         type=positive,
         default=1,
-        help="batch norm over so many shares of a process's batch (8: one GPU as 8)",
+        help="batch norm over so many shares of a process's batch, as if each were a process; on one GPU take 8 for "
+        "the paper's setting",
     )
     a("--batch_size", type=positive, default=256, help="images a step, all processes together")
     a("--momentum", type=not_negative, default=0.9)

@@ -14,11 +14,11 @@ from shared_utils.run import Parser, natural, positive
 def add_data_flags(p: Parser) -> None:
     """--data_dir holds train/CLASS/*.jpg and val/CLASS/*.jpg, as ImageNet."""
     a = p.add_argument
-    a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="folder of train/ and val/")
+    a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="holds train/CLASS/*.jpg")
     a("--synthetic", action="store_true", help="generate the mini data and take it as --data_dir, no download")
     a("--img_size", type=positive, default=224, help="pixels of a crop")
     a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
-    a("--cache", action="store_true", help="decode the images once and keep them in memory (small images)")
+    a("--cache", action="store_true", help="decode all images once and keep them in memory")
 
 
 def add_schedule_flags(p: Parser, init_lr: float, end_epoch: int, schedule: str) -> None:

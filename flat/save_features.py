@@ -21,7 +21,7 @@ from flat.options import get_parser as training_parser
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import ImageList
 from shared_utils.evaluation import collect
-from shared_utils.run import Parser, cli, natural, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, natural, set_threads
 
 PROBE = 7  # seed of the transformations that a decoder is measured on: the same for every network
 OWN = ("model", "width", "image_size", "mean_std", "dataset", "data_dir", "method", "base_classes", "base_draw",
@@ -139,10 +139,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--base_classes", type=natural)
     a("--base_draw", type=natural)
     a("--holdout", type=natural)
-    a("--device", default="auto")
-    a("--amp", choices=["none", "bf16"], default="none")
-    a("--workers", "--num_workers", type=natural, default=2)
-    a("--threads", type=natural, default=0, help="0: cores - workers on a CPU")
+    add_machine_flags(p, amp="none")
     return p
 
 

@@ -17,7 +17,7 @@ from flat.episodes import EpisodeDrawer
 from flat.methods.baselinefinetune import HEADS, predict
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.evaluation import write_result
-from shared_utils.run import Parser, cli, natural, positive, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, natural, positive, set_threads
 
 # CloserLookFewShot: what a training method is tested with; prototypes are always printed too
 DEFAULT_HEAD = {"baseline": "finetune", "baseline++": "finetune_cosine", "cosine": "finetune_cosine"}
@@ -79,8 +79,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--seed", type=natural, default=0, help="of the episodes; keep it for everything that is compared")
     a("--compare", type=Path, help="episodes.pt of another network: paired differences, this one minus that one")
     a("--output-dir", type=Path, help="folder of result.json and episodes.pt; default: that of the features")
-    a("--device", default="auto")
-    a("--threads", type=natural, default=0, help="0: all cores of a CPU")
+    add_machine_flags(p, workers=None)
     return p
 
 

@@ -20,7 +20,7 @@ from shared_utils.augment import plain
 from shared_utils.data import ImageList
 from shared_utils.evaluation import add_data_flags, add_network_flags, freeze, load_backbone, open_splits, write_result
 from shared_utils.neighbours import features, few_shot, knn_accuracy, neighbours, purity
-from shared_utils.run import Parser, cli, natural, positive, runs_root, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, positive, set_threads
 
 
 def get_parser() -> Parser:
@@ -33,11 +33,7 @@ def get_parser() -> Parser:
     a("--tau", type=float, default=0.1, help="temperature of knn200's weights")
     a("--feature_dir", type=Path, help="keep features in .npy files there (mapped, not in memory: for ImageNet)")
     a("--batch_size", type=positive, default=256, help="images a process")
-    a("--output-dir", type=Path, default=runs_root() / "kscl/knn/default", help="folder of result.json")
-    a("--workers", "--num_workers", type=natural, default=2)
-    a("--device", default="auto")
-    a("--amp", choices=["none", "bf16"], default="none")
-    a("--threads", type=natural, default=0, help="0: cores - workers on a CPU")
+    add_machine_flags(p, amp="none", output_dir="kscl/knn/default")
     return p
 
 

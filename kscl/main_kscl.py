@@ -29,8 +29,8 @@ def get_parser() -> argparse.ArgumentParser:
     a = p.add_argument
     a("--data_dir", type=Path, default=Path("data/imagenet"), help="holds train/CLASS/*.jpg")
     a("--synthetic", action="store_true", help="generate the mini data and take it as --data_dir, no download")
-    a("--img_size", type=positive, default=224)
-    a("--per_class", type=natural, default=0, help="take only so many images of each class; 0: all")
+    a("--img_size", type=positive, default=224, help="pixels of a crop")
+    a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
     a("--cache", action="store_true", help="decode all images once and keep them in memory")
     a("--arch", choices=list(arch.DEPTHS), default="resnet50")
     a("--width", type=positive, default=64, help="channels of the first stage")
@@ -57,10 +57,10 @@ def get_parser() -> argparse.ArgumentParser:
     a("--bn_splits", type=positive, default=1, help="batch norm over so many shares of a process's batch, as if each "
       "were a process; on one GPU take 8 for the paper's setting")  # fmt: skip
     a("--batch_size", type=positive, default=256, help="images a step, all processes together; must divide --moco_k")
-    a("--end_epoch", type=positive, default=200, help="epochs")
-    a("--init_lr", type=float, default=0.03, help="learning rate for this batch size")
-    a("--decay_method", choices=["cos", "step"], default="cos", help="schedule, by epoch")
-    a("--schedule", type=_ints, default="120,160", help="epochs of --decay_method step")
+    a("--end_epoch", type=positive, default=200, help="epochs of training")
+    a("--init_lr", type=float, default=0.03, help="learning rate of the first epoch")
+    a("--decay_method", choices=["cos", "step"], default="cos", help="by epoch: cosine to 0, or by --schedule")
+    a("--schedule", type=_ints, default="120,160", help="epochs at which `step` multiplies by --lr_decay")
     a("--lr_decay", type=float, default=0.1, help="factor of --decay_method step")
     a("--momentum", type=not_negative, default=0.9)
     a("--wd", type=not_negative, default=1e-4)

@@ -51,7 +51,7 @@ def get_parser() -> Parser:
     a("--momentum", type=not_negative, default=0.9)
     a("--wd", type=not_negative, default=0.0)
     a("--batch_size", type=positive, default=256, help="images a step, all processes together")
-    a("--end_epoch", type=positive, default=100)
+    a("--end_epoch", type=positive, default=100, help="epochs of training")
     a("--decay_method", choices=["step", "cos"], default="step", help="by epoch")
     a("--schedule", type=_ints, default="60,80", help="epochs at which `step` multiplies by --lr_decay")
     a("--lr_decay", type=float, default=0.1)

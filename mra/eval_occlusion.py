@@ -19,7 +19,7 @@ from mra.mra import MRA, add_mae_flags, attention_scores, load_mae, pixel_mask, 
 from shared_utils import UserError, distributed
 from shared_utils.data import ImageList
 from shared_utils.evaluation import subset, write_result
-from shared_utils.run import Parser, cli, natural, positive, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, natural, positive, set_threads
 
 SHARES = [q / 10 for q in range(10)]
 INHERITED = ("data_path", "dataset", "synthetic", "input_size", "tests", "mean_std")
@@ -41,8 +41,7 @@ def get_parser() -> Parser:
     a("--batch_size", type=positive, default=256)
     a("--seed", type=natural, default=0, help="of the random cells; keep it for everything that is compared")
     a("--output-dir", type=Path, help="folder of result.json; default: RUN-test")
-    a("--device", default="auto")
-    a("--threads", type=natural, default=0, help="0: all cores of a CPU")
+    add_machine_flags(p, workers=None)
     return p
 
 

@@ -14,7 +14,7 @@ from mra import data
 from mra.mra import MRA, Parts, add_mra_flags, build, pixel_mask
 from shared_utils import UserError, augment, distributed
 from shared_utils.data import flat_folder
-from shared_utils.run import Parser, cli, natural, positive, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, natural, positive, set_threads
 
 
 def get_parser() -> Parser:
@@ -26,8 +26,7 @@ def get_parser() -> Parser:
     a("--zoom", type=positive, default=2, help="pixels of the picture for one of the image")
     a("--seed", type=natural, default=0, help="of random masks")
     a("--out", type=Path, default=Path("mra.png"), help="file of the picture")
-    a("--device", default="auto")
-    a("--threads", type=natural, default=0)
+    add_machine_flags(p, workers=None)
     return p
 
 

@@ -24,7 +24,16 @@ from shared_utils import UserError, distributed
 from shared_utils.data import mix_key
 from shared_utils.evaluation import check_cache, collect, freeze, write_result
 from shared_utils.neighbours import knn_accuracy
-from shared_utils.run import Parser, at_least, cli, natural, not_negative, positive, runs_root, set_threads
+from shared_utils.run import (
+    Parser,
+    add_machine_flags,
+    at_least,
+    cli,
+    natural,
+    not_negative,
+    positive,
+    set_threads,
+)
 
 
 def get_parser() -> Parser:
@@ -44,10 +53,7 @@ def get_parser() -> Parser:
     a("--decoder_width", type=natural, default=0, help="channels of the bottleneck; 0: 8 x --width")
     a("--batch_size", type=positive, default=256)
     a("--seed", type=natural, default=0, help="of the fresh decoder and its batches")
-    a("--output-dir", type=Path, default=runs_root() / "sage/attributes/default", help="folder of result.json")
-    a("--workers", "--num_workers", type=natural, default=2)
-    a("--device", default="auto")
-    a("--threads", type=natural, default=0, help="0: cores - workers on a CPU")
+    add_machine_flags(p, output_dir="sage/attributes/default")
     return p
 
 

@@ -26,7 +26,7 @@ from shared_utils.evaluation import (
     topk,
     write_result,
 )
-from shared_utils.run import Parser, cli, natural, positive, runs_root, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, positive, set_threads
 from sscl.calibration import Alignment, calibrate, equal_coverage, log_similarity
 from sscl.data import training_images
 from sscl.main import labelled_images
@@ -46,11 +46,8 @@ def get_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also top-1 of the calibrated prediction (an extra)",
     )
-    a("--output-dir", type=Path, default=runs_root() / "sscl/cls/default")
     a("--batch_size", type=positive, default=256)
-    a("--workers", type=natural, default=2)
-    a("--threads", type=natural, default=0, help="0: cores - workers on a CPU")
-    a("--device", default="auto")
+    add_machine_flags(p, output_dir="sscl/cls/default")
     return p
 
 

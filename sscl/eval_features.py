@@ -18,7 +18,7 @@ from shared_utils.augment import plain
 from shared_utils.data import ImageList, image_folder
 from shared_utils.evaluation import add_data_flags, check_cache, freeze, open_splits, write_result
 from shared_utils.neighbours import features, knn_accuracy, neighbours, purity
-from shared_utils.run import Parser, cli, natural, positive, runs_root, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, natural, positive, set_threads
 from sscl.fewshot import episodes, k_shot, logistic
 from sscl.weights import add_network_flags, load_encoder
 
@@ -37,12 +37,8 @@ def get_parser() -> argparse.ArgumentParser:
     a("--draws", type=positive, default=5, help="random subsets of fewshot")
     a("--episodes", type=positive, default=600)
     a("--l2", type=float, default=1e-4, help="weight decay of the linear probe's logistic regression")
-    a("--output-dir", type=Path, default=runs_root() / "sscl/features/default")
     a("--batch_size", type=positive, default=256)
-    a("--workers", type=natural, default=2)
-    a("--threads", type=natural, default=0, help="0: cores - workers on a CPU")
-    a("--device", default="auto")
-    a("--amp", choices=["none", "bf16"], default="none")
+    add_machine_flags(p, amp="none", output_dir="sscl/features/default")
     a("--seed", type=natural, default=0, help="of the episodes")
     return p
 

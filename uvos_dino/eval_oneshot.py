@@ -17,9 +17,9 @@ from shared_utils import UserError, checkpoint, mini
 from shared_utils.mini import davis_palette
 from shared_utils.run import (
     Parser,
+    add_machine_flags,
     at_least,
     cli,
-    natural,
     not_negative,
     plain,
     positive,
@@ -52,8 +52,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--save_path", type=Path, default=runs_root() / "uvos_dino/eval/default", help="folder of the results")
     a("--png", type=_bool, default=True, help="write palette PNGs where the clusters fit")
     a("--release_masks", action="store_true", help="write the release's one-hot SEQ.pth instead (large)")
-    a("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    a("--threads", type=natural, default=0, help="threads on a CPU; 0: as many as cores")
+    add_machine_flags(p, workers=None)
     evaluate.add_flags(p)
     return p
 
