@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
+from timm.models import VisionTransformer
 from torch import nn
 
 import bingo.arch
@@ -184,6 +186,18 @@ def test_loaded_by_the_lines_of_the_card_the_outputs_are_equal(folder, kind, loa
         with torch.no_grad():
             for mine, theirs in zip(net.temporal_transformer, names["model"].eval(), strict=True):
                 assert torch.equal(mine(tokens)[0], theirs(tokens)[0])
+
+
+@pytest.mark.parametrize("name", export.VITS)
+def test_sizes_by_which_a_vit_is_named_are_those_of_timm(name):
+    patch, dim, depth, heads = export.VITS[name]
+    assert export.vit_lines(224, patch, dim, depth, heads)[0] == f'model = timm.create_model("{name}", num_classes=0)'
+    assert "VisionTransformer(img_size=96" in export.vit_lines(96, patch, dim, depth, heads)[0]
+    with torch.device("meta"):
+        named = timm.create_model(name, num_classes=0)
+        plain = VisionTransformer(224, patch, embed_dim=dim, depth=depth, num_heads=heads, num_classes=0)
+    assert named.blocks[0].attn.num_heads == heads
+    assert {k: v.shape for k, v in named.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
 
 
 def test_full_width_loads_into_timm_and_nothing_of_ours(tmp_path):
