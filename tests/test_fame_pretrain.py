@@ -220,7 +220,7 @@ def test_two_processes_that_are_stopped_resume_to_the_bit(data, tmp_path):
         ("--blur_sigma 0", "--blur_sigma .* must be above 0"),
         ("--wd -1", "--wd -1: must not be negative"),
         ("--momentum -0.1", "--momentum -0.1: must not be negative"),
-        ("--lr_decay 0", "--lr_decay must be above 0"),
+        ("--lr_decay 0", "--lr_decay 0.0: must be above 0"),
         ("--bins 0", "--bins 0: must be at least 1"),
         ("--warmup --schedule", "--warmup climbs up to the first entry"),
         ("-b 32", "a global batch of 32 needs as many samples, the data has 16"),

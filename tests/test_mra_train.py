@@ -519,7 +519,7 @@ def test_two_processes_resume_to_the_bit(images: Path, mae: Path, tmp_path: Path
         ("fixmatch", "--ema 1", r"--ema in 0..1"),
         ("fixmatch", "--momentum 0", r"--momentum 0.0: Nesterov's must lie"),
         ("fixmatch", "--wd -1", r"--wd -1: must not be negative"),
-        ("supervised", "--momentum -1", r"--momentum -1.0: must lie"),
+        ("supervised", "--momentum -1", r"--momentum -1: must not be negative"),
         ("supervised", "--decay step --schedule a,b", r"--schedule a,b: epochs with commas"),
         ("fewshot", "--data_path {tmp}/nowhere", r"nowhere/train: no such folder"),
         ("supervised", "--output-dir /dev/null/x", r"/dev/null/x: cannot write here"),
