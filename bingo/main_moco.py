@@ -25,7 +25,6 @@ from bingo.options import (
     add_data_flags,
     add_schedule_flags,
     check_batch,
-    floats,
     learning_rate,
     next_command,
     prepare_data,
@@ -37,7 +36,7 @@ from shared_utils import UserError, distributed
 from shared_utils.augment import moco_v1, moco_v2, plain
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key, per_class
 from shared_utils.neighbours import features, neighbours, purity
-from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
+from shared_utils.run import Parser, Run, add_run_flags, cli, floats, natural, not_negative, positive
 
 Embed = Callable[[list[Tensor]], list[Tensor]]
 

@@ -8,7 +8,7 @@ from shlex import quote
 
 from shared_utils import UserError, distributed, mini
 from shared_utils.data import ImageList, image_folder, per_class
-from shared_utils.run import Parser, natural, positive
+from shared_utils.run import Parser, ints, natural, positive
 
 
 def add_data_flags(p: Parser) -> None:
@@ -29,14 +29,6 @@ def add_schedule_flags(p: Parser, init_lr: float, end_epoch: int, schedule: str)
     a("--schedule", type=ints, default=schedule, help="epochs at which `step` multiplies by --lr_decay")
     a("--lr_decay", type=float, default=0.1)
     a("--end_epoch", type=positive, default=end_epoch, help="epochs of training")
-
-
-def ints(text: str) -> list[int]:
-    return [int(x) for x in text.split(",")]
-
-
-def floats(text: str) -> list[float]:
-    return [float(x) for x in text.split(",")]
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:

@@ -37,7 +37,7 @@ from shared_utils.evaluation import (
     unchanged,
     write_result,
 )
-from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
+from shared_utils.run import Parser, Run, add_run_flags, cli, ints, natural, not_negative, positive
 
 
 def get_parser() -> Parser:
@@ -60,7 +60,7 @@ def get_parser() -> Parser:
     a("--batch_size", type=positive, default=256, help="images a step, all processes together")
     a("--end_epoch", type=positive, default=100, help="epochs of training")
     a("--decay_method", choices=["step", "cos"], default="step", help="by epoch")
-    a("--schedule", type=_ints, default="60,80", help="epochs at which `step` multiplies by --lr_decay")
+    a("--schedule", type=ints, default="60,80", help="epochs at which `step` multiplies by --lr_decay")
     a("--lr_decay", type=float, default=0.1)
     a("--min_lr", type=float, default=0.01, help="end of `cos`")
     a("--cached_train", action="store_true", help="a cheap probe: train on features of unaugmented images, computed "
@@ -73,10 +73,6 @@ def get_parser() -> Parser:
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
-
-
-def _ints(text: str) -> list[int]:
-    return [int(x) for x in text.split(",")]
 
 
 def check_flags(args: argparse.Namespace, world: int) -> None:

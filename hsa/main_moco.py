@@ -24,7 +24,7 @@ from hsa.data import Neighbours, Views, small_crop, training_images
 from shared_utils import UserError, augment, distributed, mini
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
 from shared_utils.neighbours import features
-from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
+from shared_utils.run import Parser, Run, add_run_flags, boolean, cli, floats, ints, natural, not_negative, positive
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -52,7 +52,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     a("--crop_size", type=natural, default=0, help="pixels of a small crop; 0: 96/224 of --img_size")
     a("--min_scale", type=float, help="least area of a crop (default: .2, and .14 beside small crops)")
-    a("--lam", type=_floats, default="0.5,0.5", help="(a, b): weights of the own key and of the other image's key")
+    a("--lam", type=floats, default="0.5,0.5", help="(a, b): weights of the own key and of the other image's key")
     a("--warmup_epochs", type=natural, default=11, help="epochs with (a, b) = (1, 0)")
     a("--clus_pos_num", type=positive, default=5, help="K, neighbours of an image")
     a("--cluster_freq", type=positive, default=5, help="epochs between refreshes of the neighbours")
@@ -63,34 +63,20 @@ def get_parser() -> argparse.ArgumentParser:
     a("--moco_k", type=positive, default=65536, help="columns of the queue")
     a("--moco_m", type=float, default=0.999, help="m, momentum of the key encoder")
     a("--moco_t", type=float, default=0.2, help="tau, temperature")
-    a("--aug_plus", type=_bool, default=True, help="MoCo v2's augmentation (false: v1's)")
+    a("--aug_plus", type=boolean, default=True, help="MoCo v2's augmentation (false: v1's)")
     a("--bn_splits", type=positive, default=1, help="batch norm over so many shares of a process's batch, as if each "
       "were a process; on one GPU take 8 for the paper's setting")  # fmt: skip
     a("--batch_size", type=positive, default=256, help="images a step, all processes together; must divide --moco_k")
     a("--end_epoch", type=positive, default=200, help="epochs of training")
     a("--init_lr", type=float, default=0.03, help="learning rate of the first epoch")
     a("--decay_method", choices=["cos", "step"], default="cos", help="by epoch: cosine to 0, or by --schedule")
-    a("--schedule", type=_ints, default="120,160", help="epochs at which `step` multiplies by --lr_decay")
+    a("--schedule", type=ints, default="120,160", help="epochs at which `step` multiplies by --lr_decay")
     a("--lr_decay", type=float, default=0.1, help="factor of --decay_method step")
     a("--momentum", type=not_negative, default=0.9)
     a("--wd", type=not_negative, default=1e-4)
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "hsa/pretrain/default")
     return p
-
-
-def _floats(text: str) -> list[float]:
-    return [float(x) for x in text.split(",")]
-
-
-def _ints(text: str) -> list[int]:
-    return [int(x) for x in text.split(",")]
-
-
-def _bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
-    return text.lower() == "true"
 
 
 def resolve(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from kscl.losses import against_queue, kscl_loss
 from kscl.subspace import RANK_RULES, SIMILARITIES, RankRule, Subspaces
 from shared_utils import UserError, augment, checkpoint, distributed, mini
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
-from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
+from shared_utils.run import Parser, Run, add_run_flags, boolean, cli, ints, natural, not_negative, positive
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -53,30 +53,20 @@ def get_parser() -> argparse.ArgumentParser:
     a("--moco_k", type=positive, default=65536, help="M, subspaces in the queue")
     a("--moco_m", type=float, default=0.999, help="m, momentum of the key encoder")
     a("--moco_t", type=float, default=0.2, help="tau, temperature")
-    a("--aug_plus", type=_bool, default=True, help="MoCo v2's augmentation (false: v1's)")
+    a("--aug_plus", type=boolean, default=True, help="MoCo v2's augmentation (false: v1's)")
     a("--bn_splits", type=positive, default=1, help="batch norm over so many shares of a process's batch, as if each "
       "were a process; on one GPU take 8 for the paper's setting")  # fmt: skip
     a("--batch_size", type=positive, default=256, help="images a step, all processes together; must divide --moco_k")
     a("--end_epoch", type=positive, default=200, help="epochs of training")
     a("--init_lr", type=float, default=0.03, help="learning rate of the first epoch")
     a("--decay_method", choices=["cos", "step"], default="cos", help="by epoch: cosine to 0, or by --schedule")
-    a("--schedule", type=_ints, default="120,160", help="epochs at which `step` multiplies by --lr_decay")
+    a("--schedule", type=ints, default="120,160", help="epochs at which `step` multiplies by --lr_decay")
     a("--lr_decay", type=float, default=0.1, help="factor of --decay_method step")
     a("--momentum", type=not_negative, default=0.9)
     a("--wd", type=not_negative, default=1e-4)
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "kscl/pretrain/default")
     return p
-
-
-def _ints(text: str) -> list[int]:
-    return [int(x) for x in text.split(",")]
-
-
-def _bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
-    return text.lower() == "true"
 
 
 def check_flags(args: argparse.Namespace, world: int) -> None:

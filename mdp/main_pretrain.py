@@ -23,7 +23,7 @@ from mdp.transforms import TwoViews
 from mdp.visualize import batch_picture
 from shared_utils import UserError, checkpoint, distributed, mini
 from shared_utils.data import EpochSampler, Keyed, mix_key
-from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
+from shared_utils.run import Parser, Run, add_run_flags, cli, ints, natural, not_negative, positive
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -43,7 +43,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--dim", type=positive, default=128, help="D, length of an embedding")
     a("--base-channels", type=positive, default=64, help="width of the first stage (64 in the paper)")
     a("--head-channels", type=positive, default=512, help="width of the decode head")
-    a("--dilations", type=_ints, default="1,12,24,36", help="dilations of the ASPP branches")
+    a("--dilations", type=ints, default="1,12,24,36", help="dilations of the ASPP branches")
     a("--norm", choices=["sync", "local", "shuffle"], default="sync", help="batch norm over all processes, "
       "each its own, or each its own with the key images shuffled over the processes")  # fmt: skip
     a("--init", default="none", help="none (random), imagenet (torchvision) or a file of backbone weights")
@@ -83,10 +83,6 @@ def get_parser() -> argparse.ArgumentParser:
     a("--image-every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "mdp/pretrain/default")
     return p
-
-
-def _ints(text: str) -> list[int]:
-    return [int(x) for x in text.split(",")]
 
 
 def check_flags(args: argparse.Namespace, world: int) -> None:

@@ -16,11 +16,7 @@ from sage.options import backbone
 from shared_utils import UserError, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed
 from shared_utils.evaluation import same_buffers, stream, topk, write_result
-from shared_utils.run import Run, not_negative, positive
-
-
-def floats(text: str) -> list[float]:
-    return [float(x) for x in text.split(",")]
+from shared_utils.run import Run, floats, not_negative, positive
 
 
 def add_finetune_flags(p: argparse.ArgumentParser, **defaults: Any) -> None:

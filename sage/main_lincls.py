@@ -20,7 +20,7 @@ from sage.options import add_flags, backbone
 from shared_utils import UserError, distributed
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.evaluation import check_cache, collect, freeze, topk, unchanged, write_result
-from shared_utils.run import Parser, Run, add_run_flags, cli, not_negative, positive
+from shared_utils.run import Parser, Run, add_run_flags, cli, ints, not_negative, positive
 
 
 def get_parser() -> Parser:
@@ -33,15 +33,11 @@ def get_parser() -> Parser:
     a("--batch_size", type=positive, default=256, help="images a step, all processes together")
     a("--total_epochs", type=positive, default=80)
     a("--lr_policy", choices=["cosine", "step"], default="cosine", help="by epoch: to 0, or x .1 at each of --step")
-    a("--step", type=_ints, default="60,80", help="epochs of --lr_policy step (release r50_last: lr 30, 100 epochs)")
+    a("--step", type=ints, default="60,80", help="epochs of --lr_policy step (release r50_last: lr 30, 100 epochs)")
     a("--cached_train", action="store_true", help="a cheap probe: train on features of unaugmented images, computed "
       "once; not equal to the protocol")  # fmt: skip
     add_run_flags(p, "sage/lincls/default")
     return p
-
-
-def _ints(text: str) -> list[int]:
-    return [int(x) for x in text.split(",")]
 
 
 def check_flags(args: argparse.Namespace, world: int) -> None:

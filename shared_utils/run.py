@@ -97,7 +97,27 @@ def at_least(least: int, kind: type = int) -> Callable[[str], Any]:
     return number
 
 
+def several(kind: type) -> Callable[[str], list[Any]]:
+    """Type of a flag that is numbers of `kind` with commas between."""
+
+    def numbers(text: str) -> list[Any]:
+        try:
+            return [kind(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: must be {'whole ' * (kind is int)}numbers with commas") from None
+
+    return numbers
+
+
+def boolean(text: str) -> bool:
+    """Type of a flag that is true or false."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text}: must be true or false")
+    return text.lower() == "true"
+
+
 positive, natural, not_negative = at_least(1), at_least(0), at_least(0, float)
+ints, floats = several(int), several(float)
 
 
 def spellings(names: Iterable[str]) -> list[str]:

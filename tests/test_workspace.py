@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 
 from shared_utils import UserError
 from shared_utils.results import BEGIN, END, PAPERS
-from shared_utils.run import Parser, at_least, not_negative, positive
+from shared_utils.run import Parser, at_least, boolean, ints, not_negative, positive, spellings
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [paper.folder for paper in PAPERS]
@@ -467,6 +467,8 @@ def test_parsers_without_ranges_are_found() -> None:
         ("-b 2.0", "--batch_size 2.0: must be a whole number"),
         ("--wd -1", "--wd -1: must not be negative"),
         ("--wd nan", "--wd nan: must be a number"),
+        ("--schedule 60;80", "--schedule 60;80: must be whole numbers with commas"),
+        ("--flip maybe", "--flip maybe: must be true or false"),
         ("--mode c", "--mode: invalid choice: 'c' .choose from '?a'?, '?b'?."),
         ("--nosuch 1", "unrecognized arguments: --nosuch 1; --help lists the flags"),
     ],
@@ -476,9 +478,22 @@ def test_a_mistaken_flag_is_one_line(words: str, said: str) -> None:
     parser.add_argument("-b", "--batch_size", type=positive)
     parser.add_argument("--wd", type=not_negative)
     parser.add_argument("--mode", choices=["a", "b"])
-    assert parser.parse_args(["-b", "6e4", "--wd", "1"]) == argparse.Namespace(batch_size=60000, wd=1.0, mode=None)
+    parser.add_argument_group("more").add_argument("--flip", type=boolean)
+    parser.add_argument("--schedule", type=ints, default="1,2")
+    assert vars(parser.parse_args(["-b", "6e4", "--wd", "1"])) == {
+        "batch_size": 60000, "wd": 1.0, "mode": None, "flip": None, "schedule": [1, 2]
+    }  # fmt: skip
     with pytest.raises(UserError, match=f"^{said}$"):
         parser.parse_args(words.split())
+
+
+def test_flags_are_understood_in_both_spellings() -> None:
+    assert spellings(["-p", "--log-every", "--print_freq"]) == [
+        "-p", "--log-every", "--print_freq", "--log_every", "--print-freq"
+    ]  # fmt: skip
+    parser = Parser()
+    parser.add_argument_group("run").add_argument("--save-every", type=positive)
+    assert parser.parse_args(["--save_every", "3"]).save_every == 3
 
 
 def listed_by_workflow(root: Path, output: Path) -> list[str]:

@@ -19,6 +19,7 @@ from shared_utils.run import (
     Parser,
     add_machine_flags,
     at_least,
+    boolean,
     cli,
     not_negative,
     plain,
@@ -42,25 +43,19 @@ def get_parser() -> argparse.ArgumentParser:
     a("--resolution", type=at_least(-1), nargs=2, default=[320, 480], metavar=("H", "W"), help="-1 -1: the frames' own "
       "size, cut to multiples of 8")  # fmt: skip
     a("--eval_norm", choices=list(NORMS), default="release", help="release: Kinetics' statistics, unlike in training")
-    a("--drop_last_frame", type=_bool, default=True, help="leave the last frame out, as released; its mask is then the "
-      "one before it")  # fmt: skip
+    a("--drop_last_frame", type=boolean, default=True, help="leave the last frame out, as released; its mask is then "
+      "the one before it")  # fmt: skip
     a("--ratio", type=positive, default=10, help="r: every r-th frame gives keys")
     a("--tau", type=float, default=1.0, help="threshold of the clustering on the symmetric divergence")
     a("--memory_gb", type=not_negative, default=4.0, help="attention rows to keep; what is beyond is computed twice")
     a("--frame_batch", type=positive, default=16, help="frames that go through the encoder at once")
     a("--bf16", action="store_true", help="encoder in half precision (the clustering stays float32)")
     a("--save_path", type=Path, default=runs_root() / "uvos_dino/eval/default", help="folder of the results")
-    a("--png", type=_bool, default=True, help="write palette PNGs where the clusters fit")
+    a("--png", type=boolean, default=True, help="write palette PNGs where the clusters fit")
     a("--release_masks", action="store_true", help="write the release's one-hot SEQ.pth instead (large)")
     add_machine_flags(p, workers=None)
     evaluate.add_flags(p)
     return p
-
-
-def _bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
-    return text.lower() == "true"
 
 
 def check_flags(args: argparse.Namespace) -> None:

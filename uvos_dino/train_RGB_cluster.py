@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shared_utils import UserError, checkpoint, distributed, mini
 from shared_utils.data import EpochSampler, Keyed, mix_key
-from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
+from shared_utils.run import Parser, Run, add_run_flags, boolean, cli, natural, not_negative, positive
 from uvos_dino import losses, metrics, vision_transformer
 from uvos_dino.data import LAYOUTS, ClipAugment, Clips, Video, open_videos, read_mask, read_video, training_videos
 from uvos_dino.inference import segment
@@ -39,7 +39,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     a("--num_frames", type=positive, default=3, help="T, frames of a clip")
     a("--gap", type=natural, default=4, help="frames between them; smaller in short videos")
-    a("--augment", type=_bool, default=True, help="grey, colour jitter and blur")
+    a("--augment", type=boolean, default=True, help="grey, colour jitter and blur")
     a("--dino_path", default="dino_deitsmall8_pretrain.pth", help="DINO weights: a file, timm:NAME, or none (random)")
     a("--arch", choices=list(vision_transformer.ARCHS), default="vit_small", help="for --dino_path none")
     a("--patch_size", type=positive, default=8, help="for --dino_path none")
@@ -68,12 +68,6 @@ def get_parser() -> argparse.ArgumentParser:
     a("--tau", type=float, default=1.0, help="threshold of the clustering, when probing")
     add_run_flags(p, "uvos_dino/train/default")
     return p
-
-
-def _bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
-    return text.lower() == "true"
 
 
 def _counts(text: str) -> str | list[int]:
