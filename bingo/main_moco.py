@@ -86,7 +86,7 @@ def get_parser() -> Parser:
     a("--one_pass", action="store_true", help="the student's views in one pass, each with its own statistics: equal")
     a("--batch_size", type=positive, default=256, help="anchors a step, all processes together")
     a("--momentum", type=not_negative, default=0.9)
-    a("--wd", type=not_negative, default=1e-4, help="weight decay (4e-5 for EfficientNet)")
+    a("--wd", "--weight_decay", type=not_negative, default=1e-4, help="weight decay (4e-5 for EfficientNet)")
     add_schedule_flags(p, 0.03, 200, "120,160")
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "bingo/pretrain/default")

@@ -51,11 +51,16 @@ def get_parser() -> Parser:
         help="list of the labelled images, as SimCLR's 1percent.txt (default: drawn by --fraction)",
     )
     a("--fraction", type=float, default=0.01, help="share of each class that is labelled, drawn by --seed")
-    a("--init_lr", type=float, help="of the backbone (default: .02 below 5 %% of the labels, else .01) [inferred]")
+    a(
+        "--init_lr",
+        "--lr",
+        type=float,
+        help="of the backbone (default: .02 below 5 %% of the labels, else .01) [inferred]",
+    )
     a("--head_lr_mult", type=float, help="the classifier's learning rate over it (default: 100, else 20) [inferred]")
-    a("--end_epoch", type=positive, help="(default: 60, else 30) [inferred]")
+    a("--end_epoch", "--epochs", type=positive, help="(default: 60, else 30) [inferred]")
     a("--momentum", type=not_negative, default=0.9)
-    a("--wd", type=not_negative, default=0.0)
+    a("--wd", "--weight_decay", type=not_negative, default=0.0)
     a(
         "--batch_size",
         type=positive,

@@ -50,7 +50,7 @@ def get_parser() -> Parser:
     )
     a("--batch_size", type=positive, default=256, help="images a step, all processes together")
     a("--momentum", type=not_negative, default=0.9)
-    a("--wd", type=not_negative, default=1e-4, help="weight decay")
+    a("--wd", "--weight_decay", type=not_negative, default=1e-4, help="weight decay")
     add_schedule_flags(p, 0.03, 200, "120,160")
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "bingo/teacher/default")

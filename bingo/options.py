@@ -24,11 +24,11 @@ def add_data_flags(p: Parser) -> None:
 def add_schedule_flags(p: Parser, init_lr: float, end_epoch: int, schedule: str) -> None:
     """The release's flags of the optimiser; momentum and weight decay stand with each script."""
     a = p.add_argument
-    a("--init_lr", type=float, default=init_lr, help="learning rate of the first epoch")
+    a("--init_lr", "--lr", type=float, default=init_lr, help="learning rate of the first epoch")
     a("--decay_method", choices=["step", "cos"], default="cos", help="by epoch: cosine to 0, or by --schedule")
     a("--schedule", type=ints, default=schedule, help="epochs at which `step` multiplies by --lr_decay")
     a("--lr_decay", type=float, default=0.1)
-    a("--end_epoch", type=positive, default=end_epoch, help="epochs of training")
+    a("--end_epoch", "--epochs", type=positive, default=end_epoch, help="epochs of training")
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:

@@ -27,7 +27,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--pretrained", required=True, help="of flat.train (checkpoint.pth, EPOCH.tar), or of CloserLookFewShot")
     a("--model", help="this and the following default to the checkpoint's own flags")
     a("--width", type=natural)
-    a("--image_size", type=natural)
+    a("--image_size", "--img_size", type=natural)
     add_export_flags(p, ["safetensors"], "safetensors")
     return p
 

@@ -33,6 +33,7 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
     a("--synthetic", action="store_true", help="generate the mini data and read it as --dataset folder, no download")
     a(
         "--image_size",
+        "--img_size",
         type=natural,
         default=0,
         help="0: 84 (Conv4, ResNet12), 80 (WRN28), 224 (ResNet10/18), 32 for CIFAR",
@@ -96,7 +97,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--recipe", choices=list(RECIPES), default="closerlook")
     a("--batch_size", type=natural, default=0, help="images a step, all processes together; 0: the recipe's")
     a("--lr", type=float, default=0.0, help="0: the recipe's")
-    a("--stop_epoch", type=at_least(-1), default=-1, help="epochs; -1: by recipe, data set and method")
+    a("--stop_epoch", "--epochs", type=at_least(-1), default=-1, help="epochs; -1: by recipe, data set and method")
     a(
         "--epoch_steps",
         type=at_least(-1),

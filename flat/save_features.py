@@ -125,13 +125,13 @@ def load(path: Path, given: argparse.Namespace) -> tuple[Encoder, PairModel | No
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="flat.save_features", description=(__doc__ or "").splitlines()[0])
     a = p.add_argument
-    a("--checkpoint", type=Path, required=True, help="of flat.train (checkpoint.pth, EPOCH.tar, best_model.tar), or of "
-      "CloserLookFewShot")  # fmt: skip
+    a("--checkpoint", "--pretrained", type=Path, required=True, help="of flat.train (checkpoint.pth, "
+      "EPOCH.tar, best_model.tar), or of CloserLookFewShot")  # fmt: skip
     a("--split", choices=list(data.SPLITS), default="novel")
     a("--out", type=Path, help="default: features.pt (features_SPLIT.pt for another split) beside the checkpoint")
     a("--model", help="this and the following default to the checkpoint's own flags")
     a("--width", type=natural)
-    a("--image_size", type=natural)
+    a("--image_size", "--img_size", type=natural)
     a("--mean_std", choices=list(data.MEAN_STD))
     a("--dataset", help="another one for a test across domains")
     a("--data_dir", type=Path)

@@ -67,13 +67,13 @@ def get_parser() -> argparse.ArgumentParser:
     a("--bn_splits", type=positive, default=1, help="batch norm over so many shares of a process's batch, as if each "
       "were a process; on one GPU take 8 for the paper's setting")  # fmt: skip
     a("--batch_size", type=positive, default=256, help="images a step, all processes together; must divide --moco_k")
-    a("--end_epoch", type=positive, default=200, help="epochs of training")
-    a("--init_lr", type=float, default=0.03, help="learning rate of the first epoch")
+    a("--end_epoch", "--epochs", type=positive, default=200, help="epochs of training")
+    a("--init_lr", "--lr", type=float, default=0.03, help="learning rate of the first epoch")
     a("--decay_method", choices=["cos", "step"], default="cos", help="by epoch: cosine to 0, or by --schedule")
     a("--schedule", type=ints, default="120,160", help="epochs at which `step` multiplies by --lr_decay")
     a("--lr_decay", type=float, default=0.1, help="factor of --decay_method step")
     a("--momentum", type=not_negative, default=0.9)
-    a("--wd", type=not_negative, default=1e-4)
+    a("--wd", "--weight_decay", type=not_negative, default=1e-4)
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "hsa/pretrain/default")
     return p

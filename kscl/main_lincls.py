@@ -47,11 +47,11 @@ def get_parser() -> Parser:
     a("--selected_feat_id", type=_words, default="last", help="comma-separated block ids, or last, layer1 to layer4; "
       "a classifier each, trained at once")  # fmt: skip
     a("--pool_type", choices=["avg", "max"], default="avg")
-    a("--init_lr", type=float, default=30.0, help="learning rate of the first epoch")
+    a("--init_lr", "--lr", type=float, default=30.0, help="learning rate of the first epoch")
     a("--momentum", type=not_negative, default=0.9)
-    a("--wd", type=not_negative, default=0.0)
+    a("--wd", "--weight_decay", type=not_negative, default=0.0)
     a("--batch_size", type=positive, default=256, help="images a step, all processes together")
-    a("--end_epoch", type=positive, default=100, help="epochs of training")
+    a("--end_epoch", "--epochs", type=positive, default=100, help="epochs of training")
     a("--decay_method", choices=["step", "cos"], default="step", help="by epoch")
     a("--schedule", type=ints, default="60,80", help="epochs at which `step` multiplies by --lr_decay")
     a("--lr_decay", type=float, default=0.1)

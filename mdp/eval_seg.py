@@ -224,7 +224,7 @@ def get_parser() -> Parser:
     p.add_argument("--branch", choices=["q", "k"], default="k", help="prototype: k, the encoder that filled the bank")
     p.add_argument("--images", type=natural, default=0, help="prototype: images of each set; 0: all")
     p.add_argument("--short-side", type=natural, default=0, help="prototype: resize images to it; 0: as stored")
-    p.add_argument("--data-root", type=Path, default=Path(os.environ.get("DATA_ROOT", "data")))
+    p.add_argument("--data-root", "--data_dir", type=Path, default=Path(os.environ.get("DATA_ROOT", "data")))
     p.add_argument("--output-dir", type=Path)
     p.add_argument("--workers", type=natural, default=2)
     p.add_argument("--threads", type=natural, default=0, help="threads of this process; 0: cores - workers on a CPU")

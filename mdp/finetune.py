@@ -50,7 +50,7 @@ def get_parser() -> Parser:
     p.add_argument(
         "--compare", choices=["none", "scratch"], default="none", help="afterwards repeat without the checkpoint"
     )
-    p.add_argument("--data-root", type=Path, default=Path(os.environ.get("DATA_ROOT", "data")))
+    p.add_argument("--data-root", "--data_dir", type=Path, default=Path(os.environ.get("DATA_ROOT", "data")))
     p.add_argument("--output-dir", type=Path, help="default $RUNS/mdp/finetune/CONFIG/TAG")
     p.add_argument("--tag", help="name of the run; default: the checkpoint's folder (or scratch, imagenet) and seed")
     p.add_argument("--seed", type=natural, default=0)

@@ -30,7 +30,13 @@ def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="mdp.main_pretrain", description=__doc__.splitlines()[0])
     a = p.add_argument
     a("--datasets", default="voc,ade", help="comma-separated: voc ade coco cityscapes context context59 camvid ...")
-    a("--data-root", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="folder of the official trees")
+    a(
+        "--data-root",
+        "--data_dir",
+        type=Path,
+        default=os.environ.get("DATA_ROOT", "data"),
+        help="folder of the official trees",
+    )
     a(
         "--synthetic",
         action="store_true",
@@ -52,7 +58,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--batch-size", type=positive, default=64, help="images a step, all processes together; must divide --bank-size")
     a("--epochs", type=positive, default=100)
     a("--lr", type=float, default=0.03, help="peak learning rate, cosine to 0")
-    a("--wd", type=not_negative, default=1e-4)
+    a("--wd", "--weight_decay", type=not_negative, default=1e-4)
     a("--momentum", type=not_negative, default=0.9)
     a("--warmup-epochs", type=float, default=1, help="linear warm-up")
     a("--moco-m", type=float, default=0.999, help="m, momentum of the key encoder")

@@ -28,7 +28,13 @@ INHERITED = ("data_path", "dataset", "synthetic", "input_size", "tests", "mean_s
 def get_parser() -> Parser:
     p = Parser(prog="mra.eval_occlusion", description=(__doc__ or "").splitlines()[0])
     a = p.add_argument
-    a("--checkpoint", type=Path, required=True, help="of main_supervised or main_fixmatch (there the EMA is tested)")
+    a(
+        "--checkpoint",
+        "--pretrained",
+        type=Path,
+        required=True,
+        help="of main_supervised or main_fixmatch (there the EMA is tested)",
+    )
     a("--data_path", "--data_dir", type=Path, help="default: what the run was trained on; so are the next three")
     a("--dataset", choices=data.SETS)
     a("--synthetic", action="store_true", default=None)

@@ -20,7 +20,9 @@ ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="mra.export", description=(__doc__ or "").splitlines()[0])
     p.add_argument("--pretrained", required=True, help="checkpoint of a run, or a public MAE file with its decoder")
-    p.add_argument("--input_size", type=positive, help="pixels, for an encoder; default: the checkpoint's, else 224")
+    p.add_argument(
+        "--input_size", "--img_size", type=positive, help="pixels, for an encoder; default: the checkpoint's, else 224"
+    )
     add_export_flags(p, ["safetensors"], "safetensors")
     return p
 

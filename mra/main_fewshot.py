@@ -39,7 +39,7 @@ def get_parser() -> Parser:
     a("--lr", type=float, default=0.1)
     a("--decay", choices=["step", "cos"], default="step")
     a("--schedule", default="60,80", help="epochs of --decay step")
-    a("--wd", type=not_negative, default=5e-4)
+    a("--wd", "--weight_decay", type=not_negative, default=5e-4)
     a("--n_way", type=at_least(2), default=5)
     a("--n_query", type=positive, default=15, help="queries of a class")
     a("--episodes", type=at_least(2), default=2000, help="of the test; validation takes at most 600")

@@ -45,7 +45,7 @@ def get_parser() -> Parser:
     a("--threshold", type=float, default=0.95, help="confidence from which a pseudo-label counts")
     a("--lambda_u", type=float, default=1.0, help="weight of the unlabelled loss")
     a("--lr", type=float, default=0.03, help="times cos(7 pi k / 16 K) at step k of K")
-    a("--wd", type=not_negative, default=5e-4, help="1e-3 for CIFAR-100")
+    a("--wd", "--weight_decay", type=not_negative, default=5e-4, help="1e-3 for CIFAR-100")
     a("--momentum", type=not_negative, default=0.9, help="Nesterov's")
     a("--ema", type=float, default=0.999, help="decay of the moving average of the weights")
     a("--sync_bn", action="store_true", help="batch norm over all processes")

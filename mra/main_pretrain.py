@@ -38,7 +38,13 @@ def get_parser() -> Parser:
     a("--lr", type=float, help="absolute; default: --blr * effective batch / 256")
     a("--blr", type=float, default=1e-3)
     a("--min_lr", type=not_negative, default=0.0)
-    a("--weight_decay", type=not_negative, default=0.05, help="of everything but biases and other 1-d parameters")
+    a(
+        "--weight_decay",
+        "--wd",
+        type=not_negative,
+        default=0.05,
+        help="of everything but biases and other 1-d parameters",
+    )
     a("--min_scale", type=float, default=0.2, help="least area of a crop")
     a("--resident", action="store_true", help="images in the device's memory, crops made there a batch at a time: for "
       "small images; not the paper's PIL pipeline")  # fmt: skip

@@ -41,7 +41,7 @@ def get_parser() -> Parser:
     a("--lr", type=float)
     a("--decay", choices=["cos", "step"])
     a("--schedule", help="epochs of --decay step, with commas")
-    a("--wd", type=not_negative)
+    a("--wd", "--weight_decay", type=not_negative)
     add_run_flags(p, "mra/supervised/default")
     return p
 

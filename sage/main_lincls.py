@@ -29,9 +29,9 @@ def get_parser() -> Parser:
     add_flags(p)
     a("--lr", type=float, default=0.2, help="learning rate of the first epoch")
     a("--momentum", type=not_negative, default=0.9)
-    a("--weight_decay", type=not_negative, default=0.0)
+    a("--weight_decay", "--wd", type=not_negative, default=0.0)
     a("--batch_size", type=positive, default=256, help="images a step, all processes together")
-    a("--total_epochs", type=positive, default=80)
+    a("--total_epochs", "--epochs", type=positive, default=80)
     a("--lr_policy", choices=["cosine", "step"], default="cosine", help="by epoch: to 0, or x .1 at each of --step")
     a("--step", type=ints, default="60,80", help="epochs of --lr_policy step (release r50_last: lr 30, 100 epochs)")
     a("--cached_train", action="store_true", help="a cheap probe: train on features of unaugmented images, computed "

@@ -71,10 +71,10 @@ def get_parser() -> argparse.ArgumentParser:
     a("--base_momentum", type=float, default=0.99, help="m at the start")
     a("--imgs_per_gpu", type=positive, default=64, help="images a process and iteration")
     a("--update_interval", type=positive, default=2, help="iterations whose gradients are accumulated for an update")
-    a("--total_epochs", type=positive, default=300)
+    a("--total_epochs", "--epochs", type=positive, default=300)
     a("--lr", type=float, default=4.8, help="LARS, everything but the decoder")
     a("--momentum", type=not_negative, default=0.9)
-    a("--weight_decay", type=not_negative, default=1e-6)
+    a("--weight_decay", "--wd", type=not_negative, default=1e-6)
     a("--eta", type=float, default=0.001, help="of LARS")
     a("--lars_release_groups", action="store_true", help="exclude from decay and scaling by the release's names, which "
       "miss downsample.1; default: all one-dimensional parameters")  # fmt: skip

@@ -40,7 +40,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--epochs", type=positive, default=50, help="of the labelled images")
     a("--drops", default="30,40", help="epochs at which both rates fall to a tenth")
     a("--momentum", type=not_negative, default=0.9)
-    a("--wd", type=not_negative, default=1e-4)
+    a("--wd", "--weight_decay", type=not_negative, default=1e-4)
     a(
         "--batch_size",
         type=positive,

@@ -85,7 +85,7 @@ def get_parser(doc: str) -> argparse.ArgumentParser:
     g("--schedule", choices=["cos", "cos7_16"], default="cos", help="cosine to 0, or cos(7 pi k / 16 K)")
     g("--warmup_epochs", type=not_negative, default=5.0, help="linear warm-up of the learning rate")
     g("--momentum", type=not_negative, default=0.9, help="Nesterov")
-    g("--wd", type=not_negative, default=1e-4)
+    g("--wd", "--weight_decay", type=not_negative, default=1e-4)
     a("--diagnostics", choices=["on", "off"], default="on", help="use the true labels of unlabelled images to log the "
       "accuracy of pseudo-labels and the purity of neighbours; nothing else sees them")  # fmt: skip
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")

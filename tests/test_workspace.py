@@ -431,6 +431,14 @@ def test_a_module_without_help_is_named(tmp_path: Path) -> None:
 PARSERS = [name for name in entry_points(ROOT) if name != "shared_utils.results" and not name.startswith("tests.")]
 
 
+# What releases call otherwise: both names are understood.
+COMMON = {
+    "--end_epoch": "--epochs", "--total_epochs": "--epochs", "--stop_epoch": "--epochs", "--init_lr": "--lr",
+    "--wd": "--weight_decay", "--data-root": "--data_dir", "--data": "--data_dir", "--data_path": "--data_dir",
+    "--basepath": "--data_dir", "--print_freq": "--log-every", "--num_workers": "--workers",
+}  # fmt: skip
+
+
 def flag_problems(parser: argparse.ArgumentParser) -> list[str]:
     """Flags of an entry point that take any whole number, also one that makes no sense."""
     if not isinstance(parser, Parser):
@@ -440,10 +448,12 @@ def flag_problems(parser: argparse.ArgumentParser) -> list[str]:
 
 
 @pytest.mark.parametrize("module", PARSERS)
-def test_numbers_out_of_range_are_refused_by_every_parser(module: str) -> None:
+def test_every_parser_refuses_numbers_out_of_range_and_knows_the_common_names(module: str) -> None:
     parser = importlib.import_module(module).get_parser()
     assert flag_problems(parser) == []
     flags = {name: action for action in parser._actions for name in action.option_strings}
+    for name in set(COMMON) & set(flags):
+        assert flags.get(COMMON[name]) is flags[name], f"{name} is not understood as {COMMON[name]}"
     for name, value in (("--workers", "-1"), ("--threads", "-1"), ("--log-every", "0"), ("--seed", "1.5")):
         if name in flags:
             with pytest.raises(UserError, match=f"^{name} {value}: must "):

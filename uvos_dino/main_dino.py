@@ -55,7 +55,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--lr", type=float, default=5e-4, help="peak, cosine to 1e-6")
     a("--warmup", type=float, default=0.1, help="share of the steps with a rising rate")
     a("--freeze_last", type=float, default=0.02, help="share of the steps in which the prototypes stay")
-    a("--wd", type=not_negative, default=0.04)
+    a("--wd", "--weight_decay", type=not_negative, default=0.04)
     a("--clip_grad", type=float, default=3.0)
     add_run_flags(p, "uvos_dino/dino/default")
     return p

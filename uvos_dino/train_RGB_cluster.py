@@ -56,7 +56,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--batch_size", type=positive, default=2, help="clips a step and process")
     a("--num_train_steps", type=natural, default=60000, help="0: the random block, as it is")
     a("--lr", type=float, default=4e-5, help="peak; cosine to 1e-6 by iteration")
-    a("--wd", type=not_negative, default=0.1, help="weight decay of matrices")
+    a("--wd", "--weight_decay", type=not_negative, default=0.1, help="weight decay of matrices")
     a("--keep_every", type=natural, default=1000, help="iterations between checkpoint_N.pth files that stay; 0: none")
     a("--probe_every", type=natural, default=0, help="iterations between evaluations of a few sequences (clusters, J); "
       "0: none")  # fmt: skip

@@ -25,7 +25,7 @@ def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="uvos_dino.visualize", description=__doc__.splitlines()[0])
     a = p.add_argument
     a("--resume_path", "--pretrained", type=Path, required=True, help="checkpoint of a run, or the released one")
-    a("--basepath", type=Path, default=Path("data"), help="root of the benchmark")
+    a("--basepath", "--data_dir", type=Path, default=Path("data"), help="root of the benchmark")
     a("--dataset", choices=list(LAYOUTS), default="DAVIS2017")
     a("--split", default="val")
     a("--sequences", type=lambda text: text.split(","), default=[], help="the first of them is drawn")
