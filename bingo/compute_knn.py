@@ -14,12 +14,12 @@ import torch
 
 from bingo.arch import ARCHS, STEMS
 from bingo.data import check_writable, save_bags
-from bingo.options import add_data_flags, check_not_negative, check_positive, prepare_data, train_images
+from bingo.options import add_data_flags, prepare_data, train_images
 from bingo.teachers import ALGS, fingerprint, load_teacher
 from shared_utils import UserError, distributed
 from shared_utils.augment import plain
 from shared_utils.neighbours import features, neighbours, purity
-from shared_utils.run import Parser, cli, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, natural, positive, set_threads
 
 
 def get_parser() -> Parser:
@@ -27,30 +27,25 @@ def get_parser() -> Parser:
     a = p.add_argument
     add_data_flags(p)
     a("--arch", choices=ARCHS, default="resnet50", help="network of the teacher")
-    a("--t_width", type=int, default=64, help="channels of its first stage")
+    a("--t_width", type=positive, default=64, help="channels of its first stage")
     a("--t_stem", choices=STEMS, default="imagenet")
     a("--ckpt_name", type=Path, help="weights of the teacher")
     a("--pretrain_alg", choices=ALGS, default="moco", help="what wrote them")
-    a("--clus_pos_num", type=int, default=5, help="K, neighbours of an image, itself not counted")
+    a("--clus_pos_num", type=positive, default=5, help="K, neighbours of an image, itself not counted")
     a("--bags", choices=["knn", "kmeans", "label", "random"], default="knn", help="knn: the method; kmeans: clusters "
       "of the features; label: the upper bound; random: a control")  # fmt: skip
-    a("--clusters", type=int, default=0, help="of --bags kmeans; 0: one for 10 images [inferred]")
+    a("--clusters", type=natural, default=0, help="of --bags kmeans; 0: one for 10 images [inferred]")
     a("--corr_name", type=Path, default="imgs_corr_moco_epoch800.npy", help="file below --corr_dir")
     a("--corr_dir", type=Path, default="imgs_corr", help="folder of correlation files")
     a("--feature_file", type=Path, help="keep the features in this .npy (mapped, not in memory: for ImageNet)")
-    a("--batch_size", type=int, default=32, help="images a process")
-    a("--workers", "--num_workers", type=int, default=2)
-    a("--device", default="auto")
-    a("--amp", choices=["none", "bf16"], default="none")
-    a("--threads", type=int, default=0)
-    a("--seed", type=int, default=0, help="of kmeans and random bags")
+    a("--batch_size", type=positive, default=32, help="images a process")
+    add_machine_flags(p, amp="none")
+    a("--seed", type=natural, default=0, help="of kmeans and random bags")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    check_positive(args, "clus_pos_num", "batch_size", "img_size", "t_width")
-    check_not_negative(args, "per_class", "clusters")
     device = distributed.init(args.device)
     set_threads(args.threads, args.workers, device)
     prepare_data(args)

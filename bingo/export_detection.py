@@ -8,9 +8,8 @@ The projection head stays behind.
 import argparse
 
 from bingo.arch import ARCHS, STEMS, build
-from shared_utils import checkpoint
 from shared_utils.evaluation import add_network_flags, load_backbone
-from shared_utils.export import add_export_flags, check, resnet_lines, write_detectron2, write_safetensors
+from shared_utils.export import add_export_flags, check, resnet_lines, write_backbone, write_detectron2
 from shared_utils.run import Parser, cli
 
 MEAN_STD = "MODEL.PIXEL_MEAN [123.675,116.280,103.530] MODEL.PIXEL_STD [58.395,57.120,57.375]"
@@ -29,16 +28,13 @@ def main(argv: list[str] | None = None) -> int:
     encoder, report = load_backbone(build, args, "resnet18", stored_as=("s_{}", "{}"))
     state, network = encoder.state_dict(), (args.arch, args.width, args.stem)
     print(report)
-    if args.format == "safetensors":
-        name = f"{args.arch}, width {args.width}, stem {args.stem}"
-        lines = resnet_lines(*network, "bingo.arch.build")
-        print(write_safetensors(state, args.out, "bingo", name, lines, args.pretrained))
-    elif args.format == "detectron2":
+    if args.format == "detectron2":
         print(f"{write_detectron2(state, args.out, *network)} {MEAN_STD}")
         print("release: SyncBN and an extra norm after res5 (R50-C4), TEST.PRECISE_BN True; VOC 24k, COCO 2x schedule")
     else:
-        checkpoint.save(args.out, {key: value.contiguous() for key, value in state.items()})
-        print(f"{len(state)} tensors -> {args.out}")
+        name = f"{args.arch}, width {args.width}, stem {args.stem}"
+        lines = resnet_lines(*network, "bingo.arch.build")
+        print(write_backbone(args, state, "bingo", name, lines))
     return 0
 
 

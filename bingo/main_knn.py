@@ -15,11 +15,11 @@ from torch import Tensor
 
 from bingo.arch import ARCHS, STEMS, build
 from bingo.data import load_bags
-from shared_utils import UserError, distributed
+from shared_utils import distributed
 from shared_utils.augment import plain
 from shared_utils.evaluation import add_data_flags, add_network_flags, freeze, load_backbone, open_splits, write_result
 from shared_utils.neighbours import features, few_shot, knn_accuracy, neighbours, purity
-from shared_utils.run import Parser, cli, runs_root, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, positive, set_threads
 
 STORED = ("s_{}", "{}")  # names of the network's flags in a student's checkpoint, else in a teacher's
 
@@ -30,14 +30,10 @@ def get_parser() -> Parser:
     add_network_flags(p, ARCHS, STEMS, "resnet18")
     add_data_flags(p)
     a("--bags", type=Path, help="correlation file of bingo.compute_knn for the same training images")
-    a("--clus_pos_num", type=int, default=5, help="K, members of a bag that count")
+    a("--clus_pos_num", type=positive, default=5, help="K, members of a bag that count")
     a("--feature_dir", type=Path, help="keep features in .npy files there (mapped, not in memory: for ImageNet)")
-    a("--batch_size", type=int, default=256, help="images a process")
-    a("--output-dir", type=Path, default=runs_root() / "bingo/knn/default", help="folder of result.json")
-    a("--workers", "--num_workers", type=int, default=2)
-    a("--device", default="auto")
-    a("--amp", choices=["none", "bf16"], default="none")
-    a("--threads", type=int, default=0, help="0: cores - workers on a CPU")
+    a("--batch_size", type=positive, default=256, help="images a process")
+    add_machine_flags(p, amp="none", output_dir="bingo/knn/default")
     return p
 
 
@@ -82,8 +78,6 @@ def bag_scores(feats: Tensor, array: Tensor, own: Tensor | None) -> dict[str, fl
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    if args.batch_size < 1 or args.clus_pos_num < 1:
-        raise UserError("--batch_size and --clus_pos_num must be at least 1")
     device = distributed.init(args.device)
     set_threads(args.threads, args.workers, device)
     train, val = open_splits(args)

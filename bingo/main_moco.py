@@ -25,9 +25,6 @@ from bingo.options import (
     add_data_flags,
     add_schedule_flags,
     check_batch,
-    check_not_negative,
-    check_positive,
-    floats,
     learning_rate,
     next_command,
     prepare_data,
@@ -39,7 +36,7 @@ from shared_utils import UserError, distributed
 from shared_utils.augment import moco_v1, moco_v2, plain
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key, per_class
 from shared_utils.neighbours import features, neighbours, purity
-from shared_utils.run import Parser, Run, add_run_flags, cli
+from shared_utils.run import Parser, Run, add_run_flags, cli, floats, natural, not_negative, positive
 
 Embed = Callable[[list[Tensor]], list[Tensor]]
 
@@ -49,19 +46,19 @@ def get_parser() -> Parser:
     a = p.add_argument
     add_data_flags(p)
     a("--s_arch", choices=ARCHS, default="resnet18", help="network of the student f_S")
-    a("--s_width", type=int, default=64, help="channels of its first stage")
+    a("--s_width", type=positive, default=64, help="channels of its first stage")
     a("--s_stem", choices=STEMS, default="imagenet")
     a("--t_arch", choices=ARCHS, default="resnet50", help="network of the teacher f_T")
-    a("--t_width", type=int, default=64)
+    a("--t_width", type=positive, default=64)
     a("--t_stem", choices=STEMS, default="imagenet")
     a("--pretrain_path", type=Path, default="moco_v2_800ep_pretrain.pth.tar", help="weights of the teacher")
     a("--pretrain_alg", choices=ALGS, default="moco", help="what wrote them")
     a("--teacher_bn", choices=["eval", "train"], default="eval", help="the teacher's batch norm: running statistics, "
       "or those of the shuffled batch, as in the release")  # fmt: skip
-    a("--check_teacher", type=int, default=512, help="before training, the teacher's 5-NN purity on so many images "
+    a("--check_teacher", type=natural, default=512, help="before training, the teacher's 5-NN purity on so many images "
       "(a wrong teacher is near chance); 0: off")  # fmt: skip
     a("--corr_npy", type=Path, default="imgs_corr/imgs_corr_epoch800_MoCo.npy", help="bags (bingo.compute_knn)")
-    a("--clus_pos_num", type=int, default=5, help="K, members of a bag")
+    a("--clus_pos_num", type=positive, default=5, help="K, members of a bag")
     a("--loss", choices=["release", "paper", "intra"], default="release", help="release: three groups with CutMix and "
       "symmetric targets; paper: L_intra + L_inter; intra: plain distillation, no bags")  # fmt: skip
     a(
@@ -71,21 +68,27 @@ def get_parser() -> Parser:
         help="alpha,beta: weights of the own and the cross target; of "
         "--loss release alone, as are --warmup_epochs, --mix and --alpha",
     )
-    a("--warmup_epochs", type=int, default=11, help="first epochs without cross terms (the release's 0 to 10)")
+    a("--warmup_epochs", type=natural, default=11, help="first epochs without cross terms (the release's 0 to 10)")
     a("--mix", choices=["cutmix", "none"], default="cutmix", help="third group of the release's loss, or two groups")
     a("--alpha", type=float, default=2.0, help="lambda ~ Beta(alpha, alpha) of CutMix")
-    a("--moco_dim", type=int, default=0, help="length of an embedding; 0: the teacher's (128 for MoCo and SwAV)")
-    a("--hidden", type=int, default=2048, help="width of the student's head")
-    a("--moco_k", type=int, default=65536, help="K, negatives in the queue; a multiple of --batch_size")
+    a("--moco_dim", type=natural, default=0, help="length of an embedding; 0: the teacher's (128 for MoCo and SwAV)")
+    a("--hidden", type=positive, default=2048, help="width of the student's head")
+    a("--moco_k", type=positive, default=65536, help="K, negatives in the queue; a multiple of --batch_size")
     a("--moco_t", type=float, default=0.2, help="tau, temperature (0.12 for EfficientNet)")
-    a("--aug_plus", choices=["true", "false"], default="true", help="MoCo v2's augmentation, or v1's")
-    a("--bn_splits", type=int, default=1, help="batch norm over so many shares of a process's batch (8: one GPU as 8)")
+    a("--aug_plus", choices=["true", "false"], default="true", help="MoCo v2's augmentation (false: v1's)")
+    a(
+        "--bn_splits",
+        type=positive,
+        default=1,
+        help="batch norm over so many shares of a process's batch, as if each were a process; on one GPU take 8 for "
+        "the paper's setting",
+    )
     a("--one_pass", action="store_true", help="the student's views in one pass, each with its own statistics: equal")
-    a("--batch_size", type=int, default=256, help="anchors a step, all processes together")
-    a("--momentum", type=float, default=0.9)
-    a("--wd", type=float, default=1e-4, help="weight decay (4e-5 for EfficientNet)")
+    a("--batch_size", type=positive, default=256, help="anchors a step, all processes together")
+    a("--momentum", type=not_negative, default=0.9)
+    a("--wd", "--weight_decay", type=not_negative, default=1e-4, help="weight decay (4e-5 for EfficientNet)")
     add_schedule_flags(p, 0.03, 200, "120,160")
-    a("--image_every", type=int, default=500, help="steps between pictures in tensorboard")
+    a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "bingo/pretrain/default")
     p.set_defaults(images_sha256="", bags_sha256="")  # of the data: a run is not resumed on others
     return p
@@ -93,11 +96,6 @@ def get_parser() -> Parser:
 
 def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags out of range, before anything is loaded."""
-    check_positive(
-        args, "img_size", "s_width", "t_width", "hidden", "batch_size", "moco_k", "end_epoch", "bn_splits",
-        "clus_pos_num", "log_every", "image_every",
-    )  # fmt: skip
-    check_not_negative(args, "per_class", "warmup_epochs", "moco_dim", "check_teacher")
     check_batch(args.batch_size, world, args.bn_splits)
     if len(args.lam) != 2 or min(args.lam) < 0:
         raise UserError(f"--lam {args.lam}: two weights, own and cross, for instance 0.5,0.5")

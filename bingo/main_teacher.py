@@ -17,8 +17,6 @@ from bingo.options import (
     add_data_flags,
     add_schedule_flags,
     check_batch,
-    check_not_negative,
-    check_positive,
     learning_rate,
     next_command,
     prepare_data,
@@ -28,7 +26,7 @@ from bingo.visualize import views_picture
 from shared_utils import UserError, distributed
 from shared_utils.augment import moco_v1, moco_v2
 from shared_utils.data import EpochSampler, Keyed, mix_key
-from shared_utils.run import Parser, Run, add_run_flags, cli
+from shared_utils.run import Parser, Run, add_run_flags, cli, not_negative, positive
 
 
 def get_parser() -> Parser:
@@ -36,19 +34,25 @@ def get_parser() -> Parser:
     a = p.add_argument
     add_data_flags(p)
     a("--arch", choices=ARCHS, default="resnet50")
-    a("--width", type=int, default=64, help="channels of the first stage")
+    a("--width", type=positive, default=64, help="channels of the first stage")
     a("--stem", choices=STEMS, default="imagenet", help="7x7/2 and max-pool, 3x3, or 3x3 and max-pool")
-    a("--moco_dim", type=int, default=128, help="length of an embedding")
-    a("--moco_k", type=int, default=65536, help="K, negatives in the queue; a multiple of --batch_size")
+    a("--moco_dim", type=positive, default=128, help="length of an embedding")
+    a("--moco_k", type=positive, default=65536, help="K, negatives in the queue; a multiple of --batch_size")
     a("--moco_m", type=float, default=0.999, help="m, momentum of the key encoder")
     a("--moco_t", type=float, default=0.2, help="tau, temperature")
-    a("--aug_plus", choices=["true", "false"], default="true", help="MoCo v2's augmentation, or v1's")
-    a("--bn_splits", type=int, default=1, help="batch norm over so many shares of a process's batch (8: one GPU as 8)")
-    a("--batch_size", type=int, default=256, help="images a step, all processes together")
-    a("--momentum", type=float, default=0.9)
-    a("--wd", type=float, default=1e-4, help="weight decay")
+    a("--aug_plus", choices=["true", "false"], default="true", help="MoCo v2's augmentation (false: v1's)")
+    a(
+        "--bn_splits",
+        type=positive,
+        default=1,
+        help="batch norm over so many shares of a process's batch, as if each were a process; on one GPU take 8 for "
+        "the paper's setting",
+    )
+    a("--batch_size", type=positive, default=256, help="images a step, all processes together")
+    a("--momentum", type=not_negative, default=0.9)
+    a("--wd", "--weight_decay", type=not_negative, default=1e-4, help="weight decay")
     add_schedule_flags(p, 0.03, 200, "120,160")
-    a("--image_every", type=int, default=500, help="steps between pictures in tensorboard")
+    a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "bingo/teacher/default")
     p.set_defaults(images_sha256="")  # of the data: a run is not resumed on other images
     return p
@@ -57,11 +61,6 @@ def get_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     run = Run(args, "bingo", "teacher")
-    check_positive(
-        args, "img_size", "width", "moco_dim", "batch_size", "moco_k", "end_epoch", "bn_splits", "log_every",
-        "image_every",
-    )  # fmt: skip
-    check_not_negative(args, "per_class")
     check_batch(args.batch_size, run.world, args.bn_splits)
     if not args.moco_t > 0 or not args.init_lr > 0 or not 0 <= args.moco_m <= 1:
         raise UserError("--moco_t and --init_lr must be above 0, and --moco_m in 0..1")

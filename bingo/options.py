@@ -8,35 +8,27 @@ from shlex import quote
 
 from shared_utils import UserError, distributed, mini
 from shared_utils.data import ImageList, image_folder, per_class
-from shared_utils.run import Parser
+from shared_utils.run import Parser, ints, natural, positive
 
 
 def add_data_flags(p: Parser) -> None:
     """--data_dir holds train/CLASS/*.jpg and val/CLASS/*.jpg, as ImageNet."""
     a = p.add_argument
-    a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="folder of train/ and val/")
+    a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="holds train/CLASS/*.jpg")
     a("--synthetic", action="store_true", help="generate the mini data and take it as --data_dir, no download")
-    a("--img_size", type=int, default=224, help="pixels of a crop")
-    a("--per_class", type=int, default=0, help="first so many training images of each class; 0: all")
-    a("--cache", action="store_true", help="decode the images once and keep them in memory (small images)")
+    a("--img_size", type=positive, default=224, help="pixels of a crop")
+    a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
+    a("--cache", action="store_true", help="decode all images once and keep them in memory")
 
 
 def add_schedule_flags(p: Parser, init_lr: float, end_epoch: int, schedule: str) -> None:
     """The release's flags of the optimiser; momentum and weight decay stand with each script."""
     a = p.add_argument
-    a("--init_lr", type=float, default=init_lr, help="learning rate of the first epoch")
+    a("--init_lr", "--lr", type=float, default=init_lr, help="learning rate of the first epoch")
     a("--decay_method", choices=["step", "cos"], default="cos", help="by epoch: cosine to 0, or by --schedule")
     a("--schedule", type=ints, default=schedule, help="epochs at which `step` multiplies by --lr_decay")
     a("--lr_decay", type=float, default=0.1)
-    a("--end_epoch", type=int, default=end_epoch, help="epochs of training")
-
-
-def ints(text: str) -> list[int]:
-    return [int(x) for x in text.split(",")]
-
-
-def floats(text: str) -> list[float]:
-    return [float(x) for x in text.split(",")]
+    a("--end_epoch", "--epochs", type=positive, default=end_epoch, help="epochs of training")
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
@@ -65,20 +57,6 @@ def next_command(args: argparse.Namespace, folder: Path) -> str:
     """The evaluation of what a run wrote into `folder`; network and image size are in the checkpoint."""
     images = f"--data_dir {quote(str(args.data_dir))}" + (f" --per_class {args.per_class}" if args.per_class else "")
     return f"evaluate: python -m bingo.main_knn --pretrained {quote(f'{folder}/checkpoint.pth')} {images}"
-
-
-def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """UserError for a flag below 1, before anything is loaded."""
-    for name in names:
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-
-
-def check_not_negative(args: argparse.Namespace, *names: str) -> None:
-    """UserError for a flag below 0, before anything is loaded."""
-    for name in names:
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
 
 
 def check_batch(batch_size: int, world: int, splits: int) -> None:

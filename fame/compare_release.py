@@ -10,16 +10,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import socket
 import sys
-import time
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -30,32 +28,16 @@ from torch import Tensor, nn
 from fame.backbone import build
 from fame.fame import make_mask, merge
 from fame.moco.builder import MoCo, info_nce, passes
-from shared_utils import UserError
-from shared_utils.run import Parser, cli
+from shared_utils import UserError, compare
+from shared_utils.run import Parser, cli, positive
 
 URL = "https://github.com/Mark12Ding/FAME"
 FILES = {
     "loader": "moco/loader.py", "builder": "moco/builder.py", "i3d": "backbone/i3d.py",
     "r2plus1d": "backbone/r2plus1d.py",
 }  # fmt: skip
+PACKAGES = {"kornia": "kornia"}
 LIMIT = 1e-6
-
-
-class Row(NamedTuple):
-    """One line of the table; `off` is the largest difference over the largest value of the release."""
-
-    what: str
-    ours: float
-    theirs: float
-    off: float
-
-
-def row(what: str, ours: Any, theirs: Any) -> Row:
-    """Compare two numbers or tensors; a tensor is shown by its norm."""
-    a, b = (torch.as_tensor(x).detach().double().flatten() for x in (ours, theirs))
-    off = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if a.shape == b.shape else math.inf
-    first, second = (float(x) if len(x) == 1 else float(x.norm()) for x in (a, b))
-    return Row(what, first, second, off)
 
 
 # --- fixed inputs ----------------------------------------------------------------------------------------------------
@@ -137,19 +119,10 @@ def our_contrast(v0: Tensor, v1: Tensor, queue: Tensor, order: str = "release") 
 # --- the checkout ----------------------------------------------------------------------------------------------------
 
 
-def check(root: Path) -> None:
-    """UserError unless `root` is a checkout of the release and the package that it imports is there."""
-    missing = [name for name in FILES.values() if not (root / name).is_file()]
-    if missing:
-        raise UserError(f"--release {root}: no checkout of the release, {missing[0]} is missing; git clone {URL}")
-    if importlib.util.find_spec("kornia") is None:
-        raise UserError("a package that the release imports is missing: pip install kornia")
-
-
 @contextmanager
 def release(root: Path) -> Iterator[SimpleNamespace]:
     """The release's modules (loader, builder, i3d, r2plus1d), usable inside; one process is a process group."""
-    check(root)
+    compare.check(root, URL, list(FILES.values()), PACKAGES)
     reader = types.ModuleType("torchvision.datasets.video_utils")
     reader.VideoClips = type("VideoClips", (), {})  # type: ignore[attr-defined]
     code = SimpleNamespace()
@@ -199,48 +172,48 @@ def clips_of(size: int) -> dict[str, Tensor]:
     return {"squares": moving_squares(size), "waves": waves(2, size)}
 
 
-def compare_masks(code: SimpleNamespace) -> Iterator[Row]:
+def compare_masks(code: SimpleNamespace) -> Iterator[compare.Row]:
     for size in (32, 48, 112):
         for name, x in clips_of(size).items():
             for beta in (0.3, 0.5):
                 theirs = code.loader.FAME(size, beta).getmask(x.clone())
                 mask = make_mask(x, beta=beta)
-                yield row(f"mask, {name}, {size} px, beta {beta}", mask.float(), theirs)
+                yield compare.row(f"mask, {name}, {size} px, beta {beta}", mask.float(), theirs, LIMIT)
             order = torch.arange(len(x)).roll(1)
             with mock.patch.object(torch, "randperm", lambda n, device=None, order=order: order):
-                yield row(f"merge, {name}, {size} px", merge(x, mask, order), code.loader.FAME(size, 0.5)(x.clone()))
+                yield compare.row(
+                    f"merge, {name}, {size} px", merge(x, mask, order), code.loader.FAME(size, 0.5)(x.clone()), LIMIT
+                )
 
 
-def compare_contrast(code: SimpleNamespace) -> Iterator[Row]:
+def compare_contrast(code: SimpleNamespace) -> Iterator[compare.Row]:
     inputs = contrast_inputs()
     ours, theirs = our_contrast(*inputs), their_contrast(code, *inputs)
     for name in ours:
-        yield row(name, ours[name], theirs[name])
+        yield compare.row(name, ours[name], theirs[name], LIMIT)
 
 
-def compare_networks(code: SimpleNamespace) -> Iterator[Row]:
+def compare_networks(code: SimpleNamespace) -> Iterator[compare.Row]:
     x = 2 * waves(2, 64, 8) - 1
     for name, theirs, ours in (
         ("I3D", code.i3d.I3D(num_classes=128), build("I3D", 128)),
         ("R(2+1)D-18", code.r2plus1d.r2plus1d_18(num_classes=128), build("r2plus1d_18", classes=128)),
     ):
         ours.load_state_dict(theirs.state_dict())
-        yield row(name, ours(x), theirs(x))
+        yield compare.row(name, ours(x), theirs(x), LIMIT)
 
 
-def seconds(code: SimpleNamespace, clips: int, repeats: int = 5) -> tuple[float, float]:
+def compare_all(code: SimpleNamespace) -> Iterator[compare.Row]:
+    yield from compare_masks(code)
+    yield from compare_contrast(code)
+    yield from compare_networks(code)
+
+
+def seconds(code: SimpleNamespace, clips: int) -> list[float]:
     """Best times of mask and merge of `clips` x 16 x 112 x 112, theirs and ours, taking turns."""
     x = waves(8, 112, 16).repeat(clips // 8, 1, 1, 1, 1)
     theirs = code.loader.FAME(112, 0.5)
-    times: list[tuple[float, float]] = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        theirs(x)
-        middle = time.perf_counter()
-        merge(x, make_mask(x), torch.randperm(len(x)))
-        times.append((middle - started, time.perf_counter() - middle))
-    first, second = zip(*times[1:])
-    return min(first), min(second)
+    return compare.fastest([lambda: theirs(x), lambda: merge(x, make_mask(x), torch.randperm(len(x)))], 5)
 
 
 def packed(mask: Tensor) -> str:
@@ -280,34 +253,30 @@ def reference(code: SimpleNamespace) -> dict[str, Any]:
 
 def get_parser() -> Parser:
     p = Parser(prog="fame.compare_release", description=__doc__.splitlines()[0])
-    p.add_argument("--release", type=Path, required=True, help="checkout of the release")
-    p.add_argument("--speed", action="store_true", help="time mask and merge, on one thread")
-    p.add_argument("--clips", type=int, default=64, help="clips of --speed, a multiple of 8")
+    compare.add_flags(p, URL, "mask and merge")
+    p.add_argument("--clips", type=positive, default=64, help="clips of --speed, a multiple of 8")
     p.add_argument("--write", type=Path, help="write the release's numbers on the fixed inputs to this json file")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Print the table; exit code 1 when a difference exceeds its tolerance."""
     args = get_parser().parse_args(argv)
-    if args.clips < 8 or args.clips % 8:
-        raise UserError(f"--clips {args.clips}: a multiple of 8")
+    if args.clips % 8:
+        raise UserError(f"--clips {args.clips}: must be a multiple of 8")
+    if args.threads:
+        torch.set_num_threads(args.threads)
     with release(args.release) as code:
         if args.write:
             args.write.write_text(json.dumps(reference(code), separators=(",", ":")) + "\n")
-        rows = [*compare_masks(code), *compare_contrast(code), *compare_networks(code)]
-        for what, ours, theirs, off in rows:
-            print(f"{what:36} ours {ours:<14.8g} release {theirs:<14.8g} off by {off:.1e}")
+        failed = compare.report(compare_all(code))
         if args.speed:
-            torch.set_num_threads(1)
             theirs, ours = seconds(code, args.clips)
             print(
-                f"mask and merge of {args.clips} x 16 x 112 x 112, one thread of {os.cpu_count()} cores: release "
+                f"mask and merge of {args.clips} x 16 x 112 x 112, {torch.get_num_threads()} threads: release "
                 f"{1e3 * theirs:.0f} ms, ours {1e3 * ours:.0f} ms, {theirs / ours:.1f} times as fast"
             )
-    worst = max(rows, key=lambda r: r.off)
-    if worst.off > LIMIT:
-        raise UserError(f"{worst.what} differs by {worst.off:.1e}, more than {LIMIT:.0e}")
-    return 0
+    return compare.verdict(failed)
 
 
 if __name__ == "__main__":

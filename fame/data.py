@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from fame import augment, motion
 from shared_utils import UserError, distributed, mini
-from shared_utils.run import runs_root
+from shared_utils.run import natural, positive, runs_root
 from shared_utils.video import SUFFIXES, BadVideo, Video, read, scan
 
 DATASETS = ("k400", "ucf101", "hmdb51", "diving48", "fight")
@@ -30,18 +30,18 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
     a("--dataset", choices=DATASETS, default="ucf101", help="layout of the folder; see README.md")
     a("--synthetic", nargs="?", const="video", choices=list(SYNTHETIC), help="generate this set and take it: `video`, "
       "files in UCF101's layout, or `motion`, more of them, as folders of frames")  # fmt: skip
-    a("--fold", type=int, default=1, help="train and test lists 1 to 3")
+    a("--fold", type=positive, default=1, help="train and test lists 1 to 3")
     a("--target", default="class", help="what is a video's label: class, or a column of the set's attributes.csv or "
       "clips.csv, such as background or source_video")  # fmt: skip
-    a("--per_class", type=int, default=0, help="first so many training videos of each class; 0: all")
-    a("-cs", "--crop_size", type=int, default=112, help="S, pixels of a clip")
-    a("-fpc", "--frame_per_clip", type=int, default=16, help="T, frames of a clip")
-    a("-sbc", "--step_between_clips", type=int, default=1, help="frames between the starts of two possible clips")
-    a("--stride", type=int, default=2, help="every so many frames are taken (release: 2)")
+    a("--per_class", type=natural, default=0, help="first so many training videos of each class; 0: all")
+    a("-cs", "--crop_size", type=positive, default=112, help="S, pixels of a clip")
+    a("-fpc", "--frame_per_clip", type=positive, default=16, help="T, frames of a clip")
+    a("-sbc", "--step_between_clips", type=positive, default=1, help="frames between the starts of two possible clips")
+    a("--stride", type=positive, default=2, help="every so many frames are taken (release: 2)")
     a("--min_scale", type=float, default=0.2, help="least area of a training crop")
     a("--hflip", type=float, default=0.5, help="probability of a flip in training")
     a("--cache", action="store_true", help="decode every video once and keep it in memory (small sets)")
-    a("--cache_side", type=int, default=0, help="short side of cached frames, smaller than stored; 0: as stored")
+    a("--cache_side", type=natural, default=0, help="short side of cached frames, smaller than stored; 0: as stored")
     a("--bad_videos", choices=["error", "skip"], default="error", help="unreadable and too short videos: stop, or go "
       "on without them; both name and count them")  # fmt: skip
     a("--index_cache", type=Path, default=runs_root() / "fame/video_index.pth", help="where the frame times of video "
@@ -50,13 +50,10 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
 
 def check_data_flags(args: argparse.Namespace) -> None:
     """UserError for flags out of range; with --synthetic write the set, once, before any process reads it."""
-    for name in ("crop_size", "frame_per_clip", "step_between_clips", "stride"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if args.crop_size < 30:
         raise UserError(f"--crop_size {args.crop_size}: at least 30, below it the mask's Gaussian has a single tap")
-    if min(args.per_class, args.cache_side) < 0 or not 0 < args.min_scale <= 1 or not 0 <= args.hflip <= 1:
-        raise UserError("--per_class and --cache_side must not be negative, --min_scale and --hflip lie in 0..1")
+    if not 0 < args.min_scale <= 1 or not 0 <= args.hflip <= 1:
+        raise UserError("--hflip must lie in 0..1, and --min_scale above 0 and up to 1")
     if args.synthetic:
         if distributed.rank() == 0:
             mini.ensure(args.synthetic)

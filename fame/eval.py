@@ -21,7 +21,7 @@ from fame.train import check_optimizer, keyed, learning_rate
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.evaluation import freeze, same_buffers, topk, unchanged, write_result
-from shared_utils.run import Parser, Run, add_run_flags, cli
+from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -34,20 +34,26 @@ def get_parser() -> argparse.ArgumentParser:
     a("-e", "--evaluate", action="store_true", help="only test; --pretrained holds a classifier too")
     a("--normalise", choices=["none", "l2"], default="none", help="features before the linear classifier: as "
       "they are, or unit vectors (--freeze)")  # fmt: skip
-    a("--num_class", type=int, default=0, help="checked against the data; 0: whatever they are")
+    a("--num_class", type=natural, default=0, help="checked against the data; 0: whatever they are")
     a("--dropout", type=float, default=0.7, help="before the classifier (--finetune)")
     a("--jitter", choices=["torchvision", "kornia_old"], default="torchvision", help="formulas of the colour jitter")
-    a("-b", "--batch_size", type=int, default=256, help="clips a step, all processes together")
-    a("--epochs", type=int, default=100)
+    a("-b", "--batch_size", type=positive, default=256, help="clips a step, all processes together")
+    a("--epochs", type=positive, default=100)
     a("--lr", "--learning_rate", type=float, default=30.0)
     a("--cos", action=argparse.BooleanOptionalAction, default=False, help="cosine by epoch instead of --schedule")
-    a("--schedule", type=int, nargs="*", default=[60, 80], help="epochs at which the rate is multiplied by --lr_decay")
+    a(
+        "--schedule",
+        type=natural,
+        nargs="*",
+        default=[60, 80],
+        help="epochs at which the rate is multiplied by --lr_decay",
+    )
     a("--lr_decay", "--learning_rate_decay", type=float, default=0.1)
     a("--warmup", action="store_true", help="linear from --wp_lr to --lr up to the first entry of --schedule")
-    a("--wp_lr", "--warmup_learning_rate", type=float, default=0.0025)
-    a("--momentum", type=float, default=0.9)
-    a("--wd", "--weight_decay", type=float, default=0.0)
-    a("--eval_every", type=int, default=10, help="epochs between tests; the last epoch is tested in any case")
+    a("--wp_lr", "--warmup_learning_rate", type=not_negative, default=0.0025)
+    a("--momentum", type=not_negative, default=0.9)
+    a("--wd", "--weight_decay", type=not_negative, default=0.0)
+    a("--eval_every", type=positive, default=10, help="epochs between tests; the last epoch is tested in any case")
     add_run_flags(p, "fame/eval/default")
     return p
 
@@ -60,9 +66,6 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
         raise UserError("--evaluate tests the classifier of a checkpoint; give --pretrained")
     if not args.freeze and args.normalise != "none":
         raise UserError("--normalise belongs to --freeze")
-    for name in ("batch_size", "epochs", "eval_every", "log_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if not args.lr > 0 or not 0 <= args.dropout < 1:
         raise UserError("--lr must be above 0, and --dropout from 0 to below 1")
     check_optimizer(args)
@@ -190,24 +193,25 @@ def main(argv: list[str] | None = None) -> int:
         loss.backward()
         optimizer.step()
         watched: dict[str, float] = {}
+        tested: dict[str, float] = {}
         if run.log_due():  # the GPU is waited for
             hits = distributed.all_sum(topk(logits, target).to(run.device))
             watched = {"lincls_train/acc1": 100 * float(hits[0]) / args.batch_size}
         last = run.step_in_epoch + 1 == sampler.steps_per_epoch
         if last and (epoch % args.eval_every == 0 or epoch + 1 == args.epochs):
             scores.history.append([epoch, *test()])
-            watched |= {"lincls_val/acc1": scores.history[-1][1], "lincls_val/acc5": scores.history[-1][2]}
+            tested = {"lincls_val/acc1": scores.history[-1][1], "lincls_val/acc5": scores.history[-1][2]}
             if frozen is not None:
                 unchanged(frozen, before)
             if run.rank == 0 and scores.history[-1][1] >= max(row[1] for row in scores.history):
                 checkpoint.save(
                     run.dir / "best.pth", {"state_dict": ReleaseKeys(model).state_dict(), "epoch": epoch + 1}
                 )
-        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
+        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, evaluated=tested, **watched)
 
     best = max(scores.history, key=lambda row: row[1])
     result: dict[str, Any] = {"acc1": scores.history[-1][1], "acc5": scores.history[-1][2], "best_acc1": best[1]}
-    result |= {"history": scores.history}  # epoch, top-1, top-5 of each test: the log has only steps that were due
+    result |= {"history": scores.history}  # epoch, top-1, top-5 of each test
     result |= {"best_epoch": int(best[0]), "chance": 100 * majority(val), "epochs": args.epochs}
     write_result(run.dir, result | {"pretrained": args.pretrained})
     run.finish()

@@ -18,14 +18,14 @@ from fame.data import TestClips, add_data_flags, check_data_flags, open_videos
 from fame.fame import make_mask, stretch
 from fame.network import add_network_flags, resolve, trunk
 from shared_utils import UserError, distributed
-from shared_utils.run import Parser, cli, runs_root, seed_everything, set_threads
+from shared_utils.run import Parser, cli, positive, runs_root, seed_everything, set_threads
 
 
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="fame.main_cam", description=__doc__.splitlines()[0])
     add_data_flags(p)
     add_network_flags(p)
-    p.add_argument("--count", type=int, default=8, help="test videos, evenly taken from the list")
+    p.add_argument("--count", type=positive, default=8, help="test videos, evenly taken from the list")
     p.add_argument("--beta", type=float, default=0.5, help="beta of the mask that is shown")
     p.add_argument("--out", type=Path, default=runs_root() / "fame/cam", help="folder of the pictures")
     p.add_argument("--device", default="auto")
@@ -48,8 +48,8 @@ def overlay(frames: Tensor, heat: Tensor) -> Tensor:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    if args.count < 1 or not 0 <= args.beta <= 1:
-        raise UserError("--count must be at least 1, and --beta lie in 0..1")
+    if not 0 <= args.beta <= 1:
+        raise UserError(f"--beta {args.beta}: must lie in 0..1")
     device = distributed.init(args.device)
     seed_everything(0)
     set_threads(0, 0, device)

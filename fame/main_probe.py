@@ -18,7 +18,7 @@ from fame.main_retrieve import recall, video_feature
 from fame.network import add_network_flags, outputs, resolve, trunk
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.evaluation import write_result
-from shared_utils.run import Parser, cli, runs_root, seed_everything, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, seed_everything, set_threads
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -33,10 +33,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="LABEL/FOLD, where a label is class or a column of the set's table",
     )
     a("--C", type=float, default=0.1, help="inverse strength of the classifier's L2 penalty")
-    a("--output-dir", "--log_dir", type=Path, default=runs_root() / "fame/probe/default")
-    a("--device", default="auto")
-    a("-j", "--workers", type=int, default=0)
-    a("--threads", type=int, default=0)
+    add_machine_flags(p, workers=0, output_dir="fame/probe/default")
     return p
 
 

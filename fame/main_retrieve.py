@@ -5,8 +5,6 @@ Gallery: the training part, queries: the test part; R@k is the share of queries 
 nearest.
 """
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +15,7 @@ from fame.network import add_network_flags, outputs, resolve, trunk
 from shared_utils import distributed
 from shared_utils.evaluation import gather_rows, write_result
 from shared_utils.neighbours import search
-from shared_utils.run import Parser, cli, runs_root, seed_everything, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, seed_everything, set_threads
 
 KS = (1, 5, 10, 20, 50)
 
@@ -29,10 +27,7 @@ def get_parser() -> Parser:
     add_network_flags(p)
     a("--stats", choices=["kinetics", "imagenet"], default="kinetics", help="mean and deviation of the input; training "
       "used Kinetics', the release's script ImageNet's")  # fmt: skip
-    a("--output-dir", "--log_dir", type=Path, default=runs_root() / "fame/retrieve/default")
-    a("--device", default="auto")
-    a("-j", "--workers", type=int, default=2)
-    a("--threads", type=int, default=0)
+    add_machine_flags(p, output_dir="fame/retrieve/default")
     return p
 
 

@@ -12,32 +12,40 @@ from fame import augment
 from fame.backbone import ARCHS, build
 from fame.data import TestClips, VideoSet
 from shared_utils import UserError, checkpoint, evaluation
-from shared_utils.run import plain_errors, worker_init
+from shared_utils.run import plain_errors, positive, worker_init
 
 # Flags whose default is what a run of ours has stored in its checkpoint, and the value where there is none.
 STORED = {"arch": "I3D", "width": 16, "crop_size": 112, "frame_per_clip": 16, "stride": 2}
 HEADS = ("id_head.*", "fc.*")  # of pretraining
 
 
-def add_network_flags(p: argparse.ArgumentParser) -> None:
+def add_weights_flags(p: argparse.ArgumentParser) -> None:
     a = p.add_argument
     a("--pretrained", default="none", help="checkpoint of a run or of the release, or none: random weights")
     a("-a", "--arch", choices=ARCHS, help="default: the checkpoint's, else I3D")
-    a("--width", type=int, help="channels of the first layer of tiny; default: the checkpoint's")
-    a("-cpv", "--clip_per_video", type=int, default=10, help="test clips of a video, evenly spaced")
-    a("--val_resize", default="auto", help="short side of a test video before the centre crop: pixels, none (the "
-      "release), or auto: 128 for crops of 112, in proportion for others")  # fmt: skip
+    a("--width", type=positive, help="channels of the first layer of tiny; default: the checkpoint's")
     p.set_defaults(**dict.fromkeys(STORED), backbone_sha256="")
 
 
-def resolve(args: argparse.Namespace) -> None:
-    """Fill in the flags that were left to the checkpoint, and --val_resize. UserError: a value out of range."""
+def add_network_flags(p: argparse.ArgumentParser) -> None:
+    a = p.add_argument
+    add_weights_flags(p)
+    a("-cpv", "--clip_per_video", type=positive, default=10, help="test clips of a video, evenly spaced")
+    a("--val_resize", default="auto", help="short side of a test video before the centre crop: pixels, none (the "
+      "release), or auto: 128 for crops of 112, in proportion for others")  # fmt: skip
+
+
+def from_checkpoint(args: argparse.Namespace) -> None:
+    """Fill in the flags that were left to the checkpoint."""
     stored = evaluation.stored_flags(args.pretrained)
     for name, fallback in STORED.items():
         if getattr(args, name) is None:
             setattr(args, name, stored.get(name, fallback))
-    if args.width < 1 or args.clip_per_video < 1:
-        raise UserError("--width and --clip_per_video must be at least 1")
+
+
+def resolve(args: argparse.Namespace) -> None:
+    """Fill in the flags that were left to the checkpoint, and --val_resize. UserError: a value out of range."""
+    from_checkpoint(args)
     side = {"auto": str(round(args.crop_size * 8 / 7)), "none": "0"}.get(args.val_resize, args.val_resize)
     if not side.isdecimal() or 0 < int(side) < args.crop_size:
         raise UserError(f"--val_resize {args.val_resize}: auto, none, or at least the crop's {args.crop_size} pixels")

@@ -21,7 +21,7 @@ from fame.moco.builder import QUEUE_ORDERS, MoCo, ReleaseKeys, contrast_rank, in
 from shared_utils import UserError, distributed
 from shared_utils.data import EpochSampler, Keyed, mix_key, sample_rng
 from shared_utils.evaluation import write_result
-from shared_utils.run import Parser, Run, add_run_flags, cli
+from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
 
 QUEUE = {"k400": 65536}  # K where --moco_k is not given; 2,048 for the others, as the release does for UCF101
 
@@ -31,43 +31,49 @@ def get_parser() -> argparse.ArgumentParser:
     a = p.add_argument
     add_data_flags(p)
     a("-a", "--arch", choices=ARCHS, default="I3D", help=f"not in the release: all but {' and '.join(RELEASE)}")
-    a("--width", type=int, default=16, help="channels of the first layer of tiny")
+    a("--width", type=positive, default=16, help="channels of the first layer of tiny")
     a("--mask", choices=MASKS, default="full", help="what is kept of a clip: the paper's mask; motion alone (seed), a "
       "Gaussian, a grid, blobs that ignore the clip (random); erase: a still frame blended in; none: MoCo")  # fmt: skip
     a("--beta", type=float, default=0.5, help="beta, share of the pixels that are foreground")
     a("--hue", choices=["release", "correct"], default="release", help="2 pi twice in the colour's angle, or once")
-    a("--bins", type=int, default=10, help="bins of a colour histogram along each of three axes (release: 10)")
+    a("--bins", type=positive, default=10, help="bins of a colour histogram along each of three axes (release: 10)")
     a("--laplace", type=float, default=1.0, help="added to each bin of the background's histogram (release: 1)")
     a("--alpha", type=float, default=1.0, help="opacity of the other clip's part (release: 1)")
     a("--merge_views", choices=["first", "both"], default="first", help="which of the two clips is merged")
     a("--queue_order", choices=QUEUE_ORDERS, default="release", help="the second pass sees the queue with the first "
       "pass's keys, a false negative for each clip; or both see it as it was (clean)")  # fmt: skip
-    a("--moco_dim", type=int, default=128, help="D, length of an embedding")
-    a("--moco_k", type=int, help="K, columns of the queue; default 65536 for k400, else 2048")
+    a("--moco_dim", type=positive, default=128, help="D, length of an embedding")
+    a("--moco_k", type=positive, help="K, columns of the queue; default 65536 for k400, else 2048")
     a("--moco_m", type=float, default=0.999, help="m, momentum of the key encoder")
     a("--moco_t", type=float, default=0.1, help="T, temperature")
     a("--jitter", choices=["torchvision", "kornia_old"], default="torchvision", help="formulas of the colour jitter")
     a("--blur_sigma", type=float, help="of the blur, in pixels, for the whole run; default: drawn from U(0.1, 2) by "
       "--seed")  # fmt: skip
-    a("--bn_splits", type=int, default=1, help="batch norm and merge over so many shares of a process's batch, as if "
-      "each were a process; on one GPU take 8 for the paper's setting")  # fmt: skip
-    a("-b", "--batch_size", type=int, default=256, help="videos a step, all processes together; must divide --moco_k")
-    a("--epochs", type=int, default=200)
+    a("--bn_splits", type=positive, default=1, help="batch norm and merge over so many shares of a process's batch, as "
+      "if each were a process; on one GPU take 8 for the paper's setting")  # fmt: skip
+    a(
+        "-b",
+        "--batch_size",
+        type=positive,
+        default=256,
+        help="videos a step, all processes together; must divide --moco_k",
+    )
+    a("--epochs", type=positive, default=200)
     a("--lr", "--learning_rate", type=float, default=0.03)
     a("--cos", action=argparse.BooleanOptionalAction, default=False, help="cosine by epoch instead of --schedule")
     a(
         "--schedule",
-        type=int,
+        type=natural,
         nargs="*",
         default=[120, 160],
         help="epochs at which the rate is multiplied by --lr_decay",
     )
     a("--lr_decay", "--learning_rate_decay", type=float, default=0.1)
     a("--warmup", action="store_true", help="linear from --wp_lr to --lr up to the first entry of --schedule")
-    a("--wp_lr", "--warmup_learning_rate", type=float, default=0.0025)
-    a("--momentum", type=float, default=0.9)
-    a("--wd", "--weight_decay", type=float, default=1e-4)
-    a("--image_every", type=int, default=500, help="steps between pictures in tensorboard")
+    a("--wp_lr", "--warmup_learning_rate", type=not_negative, default=0.0025)
+    a("--momentum", type=not_negative, default=0.9)
+    a("--wd", "--weight_decay", type=not_negative, default=1e-4)
+    a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "fame/pretrain/default")
     return p
 
@@ -76,19 +82,6 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
     """Fill in what depends on other flags; UserError for flags that contradict each other, before data is opened."""
     args.moco_k = QUEUE.get(args.dataset, 2048) if args.moco_k is None else args.moco_k
     args.blur_sigma = augment.draw_sigma(args.seed) if args.blur_sigma is None else args.blur_sigma
-    for name in (
-        "width",
-        "bins",
-        "moco_dim",
-        "moco_k",
-        "bn_splits",
-        "batch_size",
-        "epochs",
-        "log_every",
-        "image_every",
-    ):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if not args.moco_t > 0 or not args.lr > 0 or not args.blur_sigma > 0 or args.laplace <= 0:
         raise UserError("--moco_t, --lr, --blur_sigma and --laplace must be above 0")
     if not 0 <= args.moco_m <= 1 or not 0 <= args.beta <= 1 or not 0 <= args.alpha <= 1:
@@ -108,9 +101,9 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
 
 
 def check_optimizer(args: argparse.Namespace) -> None:
-    """UserError for flags of SGD and its schedule that are out of range."""
-    if not args.momentum >= 0 or not args.wd >= 0 or not args.wp_lr >= 0 or not args.lr_decay > 0:
-        raise UserError("--momentum, --wd and --wp_lr must not be negative, --lr_decay must be above 0")
+    """UserError for a flag of the schedule that is out of range."""
+    if not args.lr_decay > 0:
+        raise UserError(f"--lr_decay {args.lr_decay}: must be above 0")
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:

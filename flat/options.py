@@ -14,7 +14,7 @@ from flat.methods.baselinetrain import BaselineTrain, make_head
 from flat.methods.pair import BN_MODES, PairModel
 from flat.methods.protonet import ProtoNet
 from shared_utils import UserError, distributed, mini
-from shared_utils.run import Parser, add_run_flags
+from shared_utils.run import Parser, add_run_flags, at_least, natural, not_negative, positive
 
 METHODS = ("baseline", "baseline++", "cosine", "protonet")
 # optimiser, lr, weight decay, nesterov, images a step, steps an epoch (0: once through the data), schedule
@@ -31,12 +31,18 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
     a("--dataset", default="miniImagenet", help=f"{', '.join(data.DATASETS)}; their layouts stand in flat/data.py")
     a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="folder of the data sets")
     a("--synthetic", action="store_true", help="generate the mini data and read it as --dataset folder, no download")
-    a("--image_size", type=int, default=0, help="0: 84 (Conv4, ResNet12), 80 (WRN28), 224 (ResNet10/18), 32 for CIFAR")
+    a(
+        "--image_size",
+        "--img_size",
+        type=natural,
+        default=0,
+        help="0: 84 (Conv4, ResNet12), 80 (WRN28), 224 (ResNet10/18), 32 for CIFAR",
+    )
     a("--mean_std", choices=list(data.MEAN_STD), default="imagenet", help="normalisation of the images")
-    a("--holdout", type=int, default=0, help="images of each base class kept out of training, to be evaluated")
-    a("--base_classes", type=int, default=0, help="so many of the base classes; 0: all")
-    a("--base_draw", type=int, default=0, help="number of the draw of --base_classes")
-    a("--per_class", type=int, default=0, help="so many training images of each base class; 0: all")
+    a("--holdout", type=natural, default=0, help="images of each base class kept out of training, to be evaluated")
+    a("--base_classes", type=natural, default=0, help="so many of the base classes; 0: all")
+    a("--base_draw", type=natural, default=0, help="number of the draw of --base_classes")
+    a("--per_class", type=natural, default=0, help="so many training images of each base class; 0: all")
     a("--cache", action="store_true", help="decode all images once and keep them in memory")
 
 
@@ -45,20 +51,30 @@ def get_parser() -> argparse.ArgumentParser:
     a = p.add_argument
     add_data_flags(p)
     a("--model", default="Conv4", help=", ".join(MODELS))
-    a("--width", type=int, default=0, help="channels of the first stage; 0: the published width")
+    a("--width", type=natural, default=0, help="channels of the first stage; 0: the published width")
     a("--drop_block", type=float, default=0.1, help="rate in the last two blocks of ResNet12")
     a("--method", default="baseline++", help=f"{', '.join(METHODS)} (baseline++: cosine with class norms, scale 2)")
-    a("--num_classes", type=int, default=200, help="outputs of the classifier, at least the number of base classes")
-    a("--train_n_way", type=int, default=5, help="classes of a training episode (protonet)")
-    a("--test_n_way", type=int, default=5, help="classes of a validation episode, and what n_query is scaled by")
-    a("--n_shot", type=int, default=5, help="support images of a class in an episode")
+    a(
+        "--num_classes",
+        type=positive,
+        default=200,
+        help="outputs of the classifier, at least the number of base classes",
+    )
+    a("--train_n_way", type=positive, default=5, help="classes of a training episode (protonet)")
+    a("--test_n_way", type=positive, default=5, help="classes of a validation episode, and what n_query is scaled by")
+    a("--n_shot", type=positive, default=5, help="support images of a class in an episode")
     a("--train_aug", action="store_true", help="random crop, colour jitter, flip")
     a("--crop", choices=["resized", "padded"], default="resized", help="random crop of --train_aug")
     a("--aet", choices=["aet", "avt", "none"], default="aet", help="L_AT: squared error, variational, or none")
-    a("--aet_lambda", type=float, default=1.0, help="lambda, weight of L_AT (avt sums over 8 coefficients: lambda/8)")
-    a("--aet_warm", type=float, default=0.0, help="w: weight lambda min(w progress, 1); 0: constant (EnAET: 10)")
+    a(
+        "--aet_lambda",
+        type=not_negative,
+        default=1.0,
+        help="lambda, weight of L_AT (avt sums over 8 coefficients: lambda/8)",
+    )
+    a("--aet_warm", type=not_negative, default=0.0, help="w: weight lambda min(w progress, 1); 0: constant (EnAET: 10)")
     a("--aet_type", choices=["projective", "affine"], default="projective")
-    a("--aet_shift", type=int, default=-1, help="S, pixels a corner moves at most; -1: int(image_size / 8)")
+    a("--aet_shift", type=at_least(-1), default=-1, help="S, pixels a corner moves at most; -1: int(image_size / 8)")
     a("--shrink", type=float, help="smallest scale (default: .8, affine .7)")
     a("--enlarge", type=float, help="largest scale (default: 1.2, affine 1.3)")
     a("--rot", type=float, default=180.0, help="degrees, affine")
@@ -79,15 +95,20 @@ def get_parser() -> argparse.ArgumentParser:
     a("--lrMul", type=float, default=10.0, help="learning rate of avt's fc2 over the others'")
     a("--avt_noise_eval", type=int, choices=[0, 1], default=0, help="noise at test time too, as in the AVT release")
     a("--recipe", choices=list(RECIPES), default="closerlook")
-    a("--batch_size", type=int, default=0, help="images a step, all processes together; 0: the recipe's")
+    a("--batch_size", type=natural, default=0, help="images a step, all processes together; 0: the recipe's")
     a("--lr", type=float, default=0.0, help="0: the recipe's")
-    a("--stop_epoch", type=int, default=-1, help="epochs; -1: by recipe, data set and method")
-    a("--epoch_steps", type=int, default=-1, help="steps of an epoch, 0: once through the data; -1: the recipe's")
-    a("--save_freq", type=int, default=50, help="epochs between EPOCH.tar files")
-    a("--val_freq", type=int, default=10, help="epochs between evaluations on the held-out base images")
+    a("--stop_epoch", "--epochs", type=at_least(-1), default=-1, help="epochs; -1: by recipe, data set and method")
+    a(
+        "--epoch_steps",
+        type=at_least(-1),
+        default=-1,
+        help="steps of an epoch, 0: once through the data; -1: the recipe's",
+    )
+    a("--save_freq", type=positive, default=50, help="epochs between EPOCH.tar files")
+    a("--val_freq", type=positive, default=10, help="epochs between evaluations on the held-out base images")
     a("--select", choices=["last", "val"], default="last", help="val: best_model.tar by prototypes on the val classes")
-    a("--episodes", type=int, default=600, help="validation episodes of --select val")
-    a("--image-every", type=int, default=500, help="steps between pictures in tensorboard")
+    a("--episodes", type=positive, default=600, help="validation episodes of --select val")
+    a("--image-every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "flat/train/default")
     return p
 
@@ -132,13 +153,8 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags that contradict each other, before anything is loaded."""
     if args.method not in METHODS:
         raise UserError(f"--method {args.method}: unknown; choose from {', '.join(METHODS)}")
-    for name in ("num_classes", "train_n_way", "test_n_way", "n_shot", "stop_epoch", "save_freq", "val_freq",
-                 "episodes", "log_every", "image_every"):  # fmt: skip
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("holdout", "base_classes", "per_class", "aet_lambda", "aet_warm"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
+    if not args.stop_epoch:
+        raise UserError("--stop_epoch 0: must be at least 1, or -1")
     if not 0 < args.shrink <= args.enlarge:
         raise UserError(f"--shrink {args.shrink} --enlarge {args.enlarge}: must be above 0 and in this order")
     if 4 * args.aet_shift >= args.image_size:

@@ -21,7 +21,7 @@ from flat.options import get_parser as training_parser
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import ImageList
 from shared_utils.evaluation import collect
-from shared_utils.run import Parser, cli, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, natural, set_threads
 
 PROBE = 7  # seed of the transformations that a decoder is measured on: the same for every network
 OWN = ("model", "width", "image_size", "mean_std", "dataset", "data_dir", "method", "base_classes", "base_draw",
@@ -125,24 +125,21 @@ def load(path: Path, given: argparse.Namespace) -> tuple[Encoder, PairModel | No
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="flat.save_features", description=(__doc__ or "").splitlines()[0])
     a = p.add_argument
-    a("--checkpoint", type=Path, required=True, help="of flat.train (checkpoint.pth, EPOCH.tar, best_model.tar), or of "
-      "CloserLookFewShot")  # fmt: skip
+    a("--checkpoint", "--pretrained", type=Path, required=True, help="of flat.train (checkpoint.pth, "
+      "EPOCH.tar, best_model.tar), or of CloserLookFewShot")  # fmt: skip
     a("--split", choices=list(data.SPLITS), default="novel")
     a("--out", type=Path, help="default: features.pt (features_SPLIT.pt for another split) beside the checkpoint")
     a("--model", help="this and the following default to the checkpoint's own flags")
-    a("--width", type=int)
-    a("--image_size", type=int)
+    a("--width", type=natural)
+    a("--image_size", "--img_size", type=natural)
     a("--mean_std", choices=list(data.MEAN_STD))
     a("--dataset", help="another one for a test across domains")
     a("--data_dir", type=Path)
     a("--method", choices=METHODS, help="chooses the default head of flat.test")
-    a("--base_classes", type=int)
-    a("--base_draw", type=int)
-    a("--holdout", type=int)
-    a("--device", default="auto")
-    a("--amp", choices=["none", "bf16"], default="none")
-    a("--workers", "--num_workers", type=int, default=2)
-    a("--threads", type=int, default=0, help="0: cores - workers on a CPU")
+    a("--base_classes", type=natural)
+    a("--base_draw", type=natural)
+    a("--holdout", type=natural)
+    add_machine_flags(p, amp="none")
     return p
 
 

@@ -17,7 +17,7 @@ from flat.episodes import EpisodeDrawer
 from flat.methods.baselinefinetune import HEADS, predict
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.evaluation import write_result
-from shared_utils.run import Parser, cli, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, natural, positive, set_threads
 
 # CloserLookFewShot: what a training method is tested with; prototypes are always printed too
 DEFAULT_HEAD = {"baseline": "finetune", "baseline++": "finetune_cosine", "cosine": "finetune_cosine"}
@@ -71,16 +71,15 @@ def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="flat.test", description=(__doc__ or "").splitlines()[0])
     a = p.add_argument
     a("--features", type=Path, required=True, help="file of flat.save_features")
-    a("--test_n_way", type=int, default=5)
+    a("--test_n_way", type=positive, default=5)
     a("--n_shot", default="1,5", help="support images of a class; several numbers with commas")
-    a("--n_query", type=int, default=15, help="queries of a class")
-    a("--episodes", type=int, default=600)
+    a("--n_query", type=positive, default=15, help="queries of a class")
+    a("--episodes", type=positive, default=600)
     a("--eval_head", help=f"of {', '.join(HEADS)}, with commas; default: by the training method, and proto")
-    a("--seed", type=int, default=0, help="of the episodes; keep it for everything that is compared")
+    a("--seed", type=natural, default=0, help="of the episodes; keep it for everything that is compared")
     a("--compare", type=Path, help="episodes.pt of another network: paired differences, this one minus that one")
     a("--output-dir", type=Path, help="folder of result.json and episodes.pt; default: that of the features")
-    a("--device", default="auto")
-    a("--threads", type=int, default=0, help="0: all cores of a CPU")
+    add_machine_flags(p, workers=None)
     return p
 
 
@@ -99,8 +98,6 @@ def main(argv: list[str] | None = None) -> int:
     heads = list(dict.fromkeys(chosen.split(",")))
     if unknown := [head for head in heads if head not in HEADS]:
         raise UserError(f"--eval_head {unknown[0]}: unknown; choose from {', '.join(HEADS)}")
-    if args.episodes < 1:
-        raise UserError(f"--episodes {args.episodes}: must be at least 1")
     other = checkpoint.load(args.compare) if args.compare else None
     if other is not None and not (isinstance(other, Mapping) and {"accuracies", "digests"} <= set(other)):
         raise UserError(f"{args.compare}: not a file of flat.test (episodes.pt)")

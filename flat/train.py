@@ -160,9 +160,11 @@ def main(argv: list[str] | None = None) -> int:
             if mu is not None and target is not None and l_at is not None:
                 watched |= {"loss/at": l_at.detach(), "at/weight": weight}
                 watched |= aet.telemetry(mu.detach(), target, mean, std, fam)
+        tested: dict[str, float] = {}
         if run.step_in_epoch == steps - 1 and bool(torch.isfinite(loss)):
-            end_of_epoch(run, model, scores, held, val, epoch)
-        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched, **scores.values)
+            tested = end_of_epoch(run, model, scores, held, val, epoch)
+        watched |= scores.values
+        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, evaluated=tested, **watched)
         if paired and run.due(args.image_every):
             shown = torch.cat([pixels[:8].float(), copies[:8]]).cpu() / 255
             run.image("views/image_transformed", make_grid(shown, nrow=min(8, len(pixels)), padding=2))
@@ -174,28 +176,29 @@ def main(argv: list[str] | None = None) -> int:
 @torch.no_grad()
 def end_of_epoch(
     run: Run, model: PairModel, scores: Scores, held: ImageList | None, val: ImageList | None, epoch: int
-) -> None:
+) -> dict[str, float]:
     """Held-out base images, the best model on the val classes, and the numbered checkpoint, where they are due.
 
-    No global generator is touched, and every process comes to the same numbers.
+    Returns what was found. No global generator is touched, and every process comes to the same numbers.
     """
     args, final = run.args, epoch == run.args.stop_epoch - 1
+    found: dict[str, float] = {}
     model.eval()
     if held is not None and (final or (epoch + 1) % args.val_freq == 0):
-        found = base_scores(model, held, args, run.device)
-        scores.values |= {f"held/{name}": value for name, value in found.items()}
+        found = {f"held/{name}": value for name, value in base_scores(model, held, args, run.device).items()}
     saving = final or epoch % args.save_freq == 0
     if val is not None and saving:
         feats = extract(model.feature, val, args, run.device)
         drawer = EpisodeDrawer(val.labels, args.test_n_way, args.n_shot, 15, args.seed, val.classes)
-        found_accuracy = 100 * float(accuracies(feats, drawer, "proto", args.episodes, run.device).mean())
-        scores.values["val/proto"] = found_accuracy
-        if found_accuracy > scores.values.get("val/best", -1.0):
-            scores.values["val/best"] = found_accuracy
+        found["val/proto"] = 100 * float(accuracies(feats, drawer, "proto", args.episodes, run.device).mean())
+        if found["val/proto"] > scores.values.get("val/best", -1.0):
+            found["val/best"] = found["val/proto"]
             save(run, model, epoch, "best_model.tar")
     if saving:
         save(run, model, epoch, f"{epoch}.tar")
     model.train()
+    scores.values |= found
+    return found
 
 
 def save(run: Run, model: PairModel, epoch: int, name: str) -> None:

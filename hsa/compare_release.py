@@ -8,19 +8,16 @@ does nothing, `numpy.int` exists and `mkl` is an empty module. It also imports a
 from __future__ import annotations
 
 import ast
-import ctypes
 import importlib
 import importlib.util
-import math
 import sys
 import tempfile
-import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -33,8 +30,8 @@ from hsa import losses
 from hsa.arch import build
 from hsa.builder import CsMl
 from hsa.cutmix import draw_box, paste
-from shared_utils import UserError, neighbours
-from shared_utils.run import Parser, cli
+from shared_utils import compare, neighbours
+from shared_utils.run import Parser, cli, positive
 
 URL = "https://github.com/haohang96/CSML"
 FILES = ("main_moco.py", "utils.py", "clustering.py", "moco/builder.py")
@@ -43,35 +40,7 @@ LIMIT = {torch.float32: 1e-6, torch.float64: 1e-12}
 LAM, TAU = (0.5, 0.5), 0.2
 
 
-class Row(NamedTuple):
-    """One line of the table; `off` is the largest difference over the largest value of the release."""
-
-    what: str
-    ours: float
-    theirs: float
-    off: float
-    limit: float
-
-
-def row(what: str, ours: Any, theirs: Any, limit: float) -> Row:
-    """Compare two numbers or tensors; a tensor is shown by its norm."""
-    a, b = (torch.as_tensor(x, dtype=torch.float64).detach().flatten() for x in (ours, theirs))
-    off = float((a - b).abs().max() / b.abs().max()) if a.shape == b.shape else math.inf
-    first, second = (float(x) if len(x) == 1 else float(x.norm()) for x in (a, b))
-    return Row(what, first, second, off, limit)
-
-
 # --- the checkout ----------------------------------------------------------------------------------------------------
-
-
-def check(root: Path) -> None:
-    """UserError unless `root` is a checkout of the release and the packages that it imports are there."""
-    missing = [name for name in FILES if not (root / name).is_file()]
-    if missing:
-        raise UserError(f"--release {root}: no checkout of the release, {missing[0]} is missing; git clone {URL}")
-    wanted = [pip for name, pip in PACKAGES.items() if importlib.util.find_spec(name) is None]
-    if wanted:
-        raise UserError(f"packages that the release imports are missing: pip install {' '.join(wanted)}")
 
 
 def loss_statements(source: str) -> types.CodeType:
@@ -87,7 +56,7 @@ def loss_statements(source: str) -> types.CodeType:
 @contextmanager
 def release(root: Path) -> Iterator[SimpleNamespace]:
     """The release's modules (main, clustering, builder) and `flags`, usable inside."""
-    check(root)
+    compare.check(root, URL, FILES, PACKAGES)
     sys.modules.setdefault("mkl", types.ModuleType("mkl")).__dict__.setdefault("get_max_threads", lambda: 1)
     with ExitStack() as stack:
         for kind in (torch.Tensor, nn.Module):
@@ -125,7 +94,7 @@ def fixed_inputs(n: int, dim: int, size: int, dtype: torch.dtype, seed: int = 0)
     return [torch.from_numpy(np.ascontiguousarray(array)).to(dtype) for array in [x.T for x in unit[:5]] + unit[5:]]
 
 
-def compare_networks(code: SimpleNamespace) -> Iterator[Row]:
+def compare_networks(code: SimpleNamespace) -> Iterator[compare.Row]:
     """Embeddings by the same weights: the keys are the release's, the pooling of ours is adaptive."""
     x = torch.from_numpy(np.random.RandomState(0).standard_normal((2, 3, 224, 224)).astype(np.float32))
     for name in ("resnet18", "resnet50"):
@@ -134,7 +103,7 @@ def compare_networks(code: SimpleNamespace) -> Iterator[Row]:
         ours.fc = nn.Linear(ours.num_features, 1000)
         ours.load_state_dict(theirs.state_dict())
         with torch.no_grad():
-            yield row(f"network {name}, two images of 224", ours.eval()(x), theirs.eval()(x), 1e-5)
+            yield compare.row(f"network {name}, two images of 224", ours.eval()(x), theirs.eval()(x), 1e-5)
 
 
 def our_loss(x: Sequence[Tensor], epoch: int, mu: float, tau: float = TAU) -> Tensor:
@@ -147,7 +116,7 @@ def their_loss(code: SimpleNamespace, x: Sequence[Tensor], epoch: int, mu: float
     return code.loss([code.builder.MoCo.logits_q_nk(model, z, keys, x[5]) for z in x[:3]], epoch, mu)
 
 
-def compare_losses(code: SimpleNamespace) -> Iterator[Row]:
+def compare_losses(code: SimpleNamespace) -> Iterator[compare.Row]:
     cases = [(6, 16, 40, 10, 0.7, 0.2), (6, 16, 40, 11, 0.7, 0.2), (6, 16, 40, 11, 0.25, 0.12)]
     for dtype in (torch.float64, torch.float32):
         torch.set_default_dtype(dtype)  # the release starts its sum from torch.tensor(0.)
@@ -159,9 +128,9 @@ def compare_losses(code: SimpleNamespace) -> Iterator[Row]:
             a.backward()
             b.backward()
             label = f"{n} x {size} x {dim}, epoch {epoch}, tau {tau}, {str(dtype)[6:]}"
-            yield row(f"loss, {label}", a, b, LIMIT[dtype])
+            yield compare.row(f"loss, {label}", a, b, LIMIT[dtype])
             grad_a, grad_b = (torch.cat([z.grad for z in x[:3] if z.grad is not None]) for x in (ours, theirs))
-            yield row(f"gradient, {label}", grad_a, grad_b, LIMIT[dtype])
+            yield compare.row(f"gradient, {label}", grad_a, grad_b, LIMIT[dtype])
     torch.set_default_dtype(torch.float32)
 
 
@@ -171,7 +140,7 @@ def legacy(seed: int) -> Any:
     return SimpleNamespace(beta=rng.beta, integers=rng.randint)
 
 
-def compare_cutmix(code: SimpleNamespace) -> Row:
+def compare_cutmix(code: SimpleNamespace) -> compare.Row:
     ours, theirs = [], []
     for seed in range(200):
         views = torch.zeros(1, 1, 40, 56), torch.ones(1, 1, 40, 56)
@@ -180,19 +149,19 @@ def compare_cutmix(code: SimpleNamespace) -> Row:
         np.random.seed(seed)
         image, mu = code.main.cutmix(views[0].clone(), views[1], 2.0)
         theirs.append([*image.flatten().tolist(), mu])
-    return row("CutMix, 200 draws at 40 x 56: pixels and mu", ours, theirs, 0.0)
+    return compare.row("CutMix, 200 draws at 40 x 56: pixels and mu", ours, theirs, 0.0)
 
 
 def unit_features(n: int, dim: int) -> Tensor:
     return F.normalize(torch.from_numpy(np.random.RandomState(1).standard_normal((n, dim)).astype(np.float32)), dim=1)
 
 
-def compare_neighbours(code: SimpleNamespace) -> Row:
+def compare_neighbours(code: SimpleNamespace) -> compare.Row:
     features = unit_features(2000, 64)
     code.flags.dataset_len, code.flags.clus_pos_num = len(features), 5
     theirs = np.array(code.clustering.knn(features.numpy()).imgs_corr)
     ours = neighbours.search(features, features, 5, exclude_self=True)[1]
-    return row("neighbours, 5 of 2,000 x 64: indices", ours, theirs, 0.0)
+    return compare.row("neighbours, 5 of 2,000 x 64: indices", ours, theirs, 0.0)
 
 
 class Tiny(nn.Module):
@@ -213,7 +182,7 @@ class Tiny(nn.Module):
         return [self(x)]
 
 
-def compare_steps(code: SimpleNamespace, steps: int = 4, batch: int = 8) -> Iterator[Row]:
+def compare_steps(code: SimpleNamespace, steps: int = 4, batch: int = 8) -> Iterator[compare.Row]:
     """Training steps of both models from the same weights: momentum, shuffle, queue, warm-up, CutMix."""
     torch.manual_seed(0)
     theirs = code.builder.MoCo(Tiny, 128, 3 * batch, 0.9, TAU, True)
@@ -247,13 +216,13 @@ def compare_steps(code: SimpleNamespace, steps: int = 4, batch: int = 8) -> Iter
             losses_theirs.append(loss_theirs.item())
         dist.destroy_process_group()
     # the same sums in another order: rounding grows with the steps
-    yield row(f"{steps} training steps, tiny networks: losses", losses_ours, losses_theirs, 1e-5)
+    yield compare.row(f"{steps} training steps, tiny networks: losses", losses_ours, losses_theirs, 1e-5)
     mine = ours.state_dict()
     for name in ("queue", "queue_ptr", "encoder_q.conv.weight", "encoder_k.conv.weight", "encoder_k.bn.running_var"):
-        yield row(f"after {steps} steps: {name}", mine[name], theirs.state_dict()[name], 1e-5)
+        yield compare.row(f"after {steps} steps: {name}", mine[name], theirs.state_dict()[name], 1e-5)
 
 
-def compare_all(code: SimpleNamespace) -> Iterator[Row]:
+def compare_all(code: SimpleNamespace) -> Iterator[compare.Row]:
     yield from compare_networks(code)
     yield from compare_losses(code)
     yield compare_cutmix(code)
@@ -264,42 +233,13 @@ def compare_all(code: SimpleNamespace) -> Iterator[Row]:
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
-def fastest(functions: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Shortest wall time of each; they take turns, so that a busy machine slows all of them."""
-    times: list[list[float]] = [[] for _ in functions]
-    for turn in range(repeats + 1):
-        for function, taken in zip(functions, times):
-            start = time.perf_counter()
-            function()
-            if turn or repeats == 1:  # the first round warms up
-                taken.append(time.perf_counter() - start)
-    return [min(taken) for taken in times]
-
-
-def peak_mib(function: Callable[[], Any]) -> float:
-    """Growth of the resident high-water mark during one call (Linux; nan elsewhere)."""
-
-    def status(key: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
-
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed is given back, so that it counts again
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status("VmRSS")
-        function()
-        return status("VmHWM") - before
-    except (OSError, AttributeError):
-        return math.nan
-
-
 def speed(code: SimpleNamespace, images: int, repeats: int) -> bool:
     """Loss with gradients at the paper's sizes, and the search for neighbours; whether all demands are met."""
     x = fixed_inputs(32, 128, 65536, torch.float32)
     for z in x[:3]:
         z.requires_grad_()
     steps = [lambda: our_loss(x, 11, 0.7).backward(), lambda: their_loss(code, x, 11, 0.7).backward()]
-    times, peaks = fastest(steps, repeats), [peak_mib(step) for step in steps]
+    times, peaks = compare.fastest(steps, repeats), [compare.peak_mib(step) for step in steps]
     threads = torch.get_num_threads()
     print(f"loss and gradients, 32 x 65,536 x 128, {threads} threads: {1e3 * times[0]:.1f} ms, release", end=" ")
     print(f"{1e3 * times[1]:.1f} ms, {times[1] / times[0]:.1f} times as fast; ", end="")
@@ -317,7 +257,7 @@ def speed(code: SimpleNamespace, images: int, repeats: int) -> bool:
     def theirs() -> None:
         found[1] = index.search(features.numpy(), 6)[1][:, 1:]
 
-    seconds = fastest([ours, theirs], 1)
+    seconds = compare.fastest([ours, theirs], 1)
     same = 100 * float((found[0] == found[1]).mean())
     print(
         f"5 neighbours of {images} x 2,048, {threads} threads: {seconds[0]:.1f} s, faiss {seconds[1]:.1f} s, ", end=""
@@ -326,29 +266,24 @@ def speed(code: SimpleNamespace, images: int, repeats: int) -> bool:
     return times[1] >= 4 * times[0] and not 2 * peaks[0] > peaks[1] and seconds[0] <= seconds[1]
 
 
+def get_parser() -> Parser:
+    parser = Parser(prog="hsa.compare_release", description=(__doc__ or "").split("\n")[0])
+    compare.add_flags(parser, URL, "the loss and the neighbour search")
+    parser.add_argument("--images", type=positive, default=50000, help="rows of the timed neighbour search")
+    parser.add_argument("--repeats", type=positive, default=7, help="calls of which the fastest counts")
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the table; exit code 1 when a difference exceeds its tolerance or, with --speed, a demand is missed."""
-    parser = Parser(prog="python -m hsa.compare_release", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--release", type=Path, required=True, metavar="PATH", help=f"a checkout of {URL}")
-    parser.add_argument("--speed", action="store_true", help="also time the loss and the neighbour search")
-    parser.add_argument("--images", type=int, default=50000, help="rows of the timed neighbour search")
-    parser.add_argument("--repeats", type=int, default=7, help="calls of which the fastest counts")
-    parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
-    args = parser.parse_args(argv)
+    args = get_parser().parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    failed = 0
     with release(args.release) as code:
-        print(f"{'':66s} {'ours':>12s} {'release':>12s} {'difference':>11s} {'allowed':>8s}")
-        for line in compare_all(code):
-            bad = not line.off <= line.limit
-            failed += bad
-            numbers = f"{line.ours:12.6g} {line.theirs:12.6g} {line.off:11.1e} {line.limit:8.0e}"
-            print(f"{line.what:66s} {numbers}{'  DIFFERS' if bad else ''}", flush=True)
+        failed = compare.report(compare_all(code))
         if args.speed:
             failed += not speed(code, args.images, args.repeats)
-    print("all within tolerance" if not failed else f"{failed} beyond what is allowed")
-    return int(failed > 0)
+    return compare.verdict(failed)
 
 
 if __name__ == "__main__":

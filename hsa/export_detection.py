@@ -9,9 +9,8 @@ import argparse
 
 from hsa.arch import DEPTHS as ARCHS
 from hsa.arch import STEMS, build
-from shared_utils import checkpoint
 from shared_utils.evaluation import add_network_flags, load_backbone
-from shared_utils.export import add_export_flags, check, resnet_lines, write_detectron2, write_safetensors
+from shared_utils.export import add_export_flags, check, resnet_lines, write_backbone, write_detectron2
 from shared_utils.run import Parser, cli
 
 # Heads of both levels; level 3 may have a private stage.
@@ -32,16 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     encoder, report = load_backbone(build, args, "resnet50", DROP)
     state, network = encoder.state_dict(), (args.arch, args.width, args.stem)
     print(report)
-    if args.format == "safetensors":
-        name = f"{args.arch}, width {args.width}, stem {args.stem}"
-        lines = resnet_lines(*network, "hsa.arch.build")
-        print(write_safetensors(state, args.out, "hsa", name, lines, args.pretrained))
-    elif args.format == "detectron2":
+    if args.format == "detectron2":
         print(f"{write_detectron2(state, args.out, *network)} {MEAN_STD}")
         print("release: SyncBN and an extra norm after res5 (R50-C4), TEST.PRECISE_BN True; VOC 24k, COCO 2x schedule")
     else:
-        checkpoint.save(args.out, {key: value.contiguous() for key, value in state.items()})
-        print(f"{len(state)} tensors -> {args.out}")
+        name = f"{args.arch}, width {args.width}, stem {args.stem}"
+        lines = resnet_lines(*network, "hsa.arch.build")
+        print(write_backbone(args, state, "hsa", name, lines))
     return 0
 
 

@@ -24,7 +24,7 @@ from hsa.data import Neighbours, Views, small_crop, training_images
 from shared_utils import UserError, augment, distributed, mini
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
 from shared_utils.neighbours import features
-from shared_utils.run import Parser, Run, add_run_flags, cli
+from shared_utils.run import Parser, Run, add_run_flags, boolean, cli, floats, ints, natural, not_negative, positive
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -32,61 +32,51 @@ def get_parser() -> argparse.ArgumentParser:
     a = p.add_argument
     a("--data_dir", type=Path, default=Path("data/imagenet"), help="holds train/CLASS/*.jpg")
     a("--synthetic", action="store_true", help="generate the mini data and take it as --data_dir, no download")
-    a("--img_size", type=int, default=224)
-    a("--per_class", type=int, default=0, help="take only so many images of each class; 0: all")
+    a("--img_size", type=positive, default=224, help="pixels of a crop")
+    a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
     a("--cache", action="store_true", help="decode all images once and keep them in memory")
     a("--arch", choices=list(arch.DEPTHS), default="resnet50")
-    a("--width", type=int, default=64, help="channels of the first stage")
+    a("--width", type=positive, default=64, help="channels of the first stage")
     a("--stem", choices=arch.STEMS, default="imagenet")
     a("--mode", choices=["release", "paper", "moco"], default="release", help="the released method; with the paper's "
       "second level and multi-crop (reconstructed); or the baseline MoCo v2 without neighbours")  # fmt: skip
     a("--mix", choices=["cutmix", "none"], help="third group of the loss (default: cutmix; none for --mode moco)")
     a("--neighbours", choices=["knn", "random", "label"], default="knn", help="nearest in feature space, or a control: "
       "random images, or images of the same class")  # fmt: skip
-    a("--inter_weight", type=float, help="w_3, weight of level 3's loss (default: 1 for --mode paper, else 0)")
+    a("--inter_weight", type=not_negative, help="w_3, weight of level 3's loss (default: 1 for --mode paper, else 0)")
     a("--inter_head", choices=arch.INTER_HEADS, default="mlp", help="head of level 3")
-    a("--crops", type=int, help="small crops of the anchor, query encoder only (default: 6 for --mode paper, else 0)")
-    a("--crop_size", type=int, default=0, help="pixels of a small crop; 0: 96/224 of --img_size")
+    a(
+        "--crops",
+        type=natural,
+        help="small crops of the anchor, query encoder only (default: 6 for --mode paper, else 0)",
+    )
+    a("--crop_size", type=natural, default=0, help="pixels of a small crop; 0: 96/224 of --img_size")
     a("--min_scale", type=float, help="least area of a crop (default: .2, and .14 beside small crops)")
-    a("--lam", type=_floats, default="0.5,0.5", help="(a, b): weights of the own key and of the other image's key")
-    a("--warmup_epochs", type=int, default=11, help="epochs with (a, b) = (1, 0)")
-    a("--clus_pos_num", type=int, default=5, help="K, neighbours of an image")
-    a("--cluster_freq", type=int, default=5, help="epochs between refreshes of the neighbours")
+    a("--lam", type=floats, default="0.5,0.5", help="(a, b): weights of the own key and of the other image's key")
+    a("--warmup_epochs", type=natural, default=11, help="epochs with (a, b) = (1, 0)")
+    a("--clus_pos_num", type=positive, default=5, help="K, neighbours of an image")
+    a("--cluster_freq", type=positive, default=5, help="epochs between refreshes of the neighbours")
     a("--feature_dir", type=Path, help="keep the refresh's features in a file there, shared by the processes, instead "
       "of in memory (ImageNet: 10.5 GB); auto: in the run's own folder; no two runs may share one")  # fmt: skip
     a("--alpha", type=float, default=2.0, help="CutMix ratio ~ Beta(alpha, alpha)")
-    a("--moco_dim", type=int, default=128, help="D, length of an embedding")
-    a("--moco_k", type=int, default=65536, help="columns of the queue")
+    a("--moco_dim", type=positive, default=128, help="D, length of an embedding")
+    a("--moco_k", type=positive, default=65536, help="columns of the queue")
     a("--moco_m", type=float, default=0.999, help="m, momentum of the key encoder")
     a("--moco_t", type=float, default=0.2, help="tau, temperature")
-    a("--aug_plus", type=_bool, default=True, help="MoCo v2's augmentation (false: v1's)")
-    a("--bn_splits", type=int, default=1, help="batch norm over so many shares of a process's batch, as if each were a "
-      "process; on one GPU take 8 for the paper's setting")  # fmt: skip
-    a("--batch_size", type=int, default=256, help="images a step, all processes together; must divide --moco_k")
-    a("--end_epoch", type=int, default=200, help="epochs")
-    a("--init_lr", type=float, default=0.03, help="learning rate for this batch size")
-    a("--decay_method", choices=["cos", "step"], default="cos", help="schedule, by epoch")
-    a("--schedule", type=_ints, default="120,160", help="epochs of --decay_method step")
+    a("--aug_plus", type=boolean, default=True, help="MoCo v2's augmentation (false: v1's)")
+    a("--bn_splits", type=positive, default=1, help="batch norm over so many shares of a process's batch, as if each "
+      "were a process; on one GPU take 8 for the paper's setting")  # fmt: skip
+    a("--batch_size", type=positive, default=256, help="images a step, all processes together; must divide --moco_k")
+    a("--end_epoch", "--epochs", type=positive, default=200, help="epochs of training")
+    a("--init_lr", "--lr", type=float, default=0.03, help="learning rate of the first epoch")
+    a("--decay_method", choices=["cos", "step"], default="cos", help="by epoch: cosine to 0, or by --schedule")
+    a("--schedule", type=ints, default="120,160", help="epochs at which `step` multiplies by --lr_decay")
     a("--lr_decay", type=float, default=0.1, help="factor of --decay_method step")
-    a("--momentum", type=float, default=0.9)
-    a("--wd", type=float, default=1e-4)
-    a("--image_every", type=int, default=500, help="steps between pictures in tensorboard")
+    a("--momentum", type=not_negative, default=0.9)
+    a("--wd", "--weight_decay", type=not_negative, default=1e-4)
+    a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "hsa/pretrain/default")
     return p
-
-
-def _floats(text: str) -> list[float]:
-    return [float(x) for x in text.split(",")]
-
-
-def _ints(text: str) -> list[int]:
-    return [int(x) for x in text.split(",")]
-
-
-def _bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
-    return text.lower() == "true"
 
 
 def resolve(args: argparse.Namespace) -> None:
@@ -101,15 +91,6 @@ def resolve(args: argparse.Namespace) -> None:
 
 def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags that contradict each other, before anything is loaded."""
-    for name in (
-        "img_size", "width", "clus_pos_num", "cluster_freq", "moco_dim", "moco_k", "bn_splits", "batch_size",
-        "end_epoch", "log_every", "image_every", "crop_size",
-    ):  # fmt: skip
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("per_class", "inter_weight", "crops", "warmup_epochs"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
     if not args.moco_t > 0 or not args.init_lr > 0 or not args.alpha > 0:
         raise UserError("--moco_t, --init_lr and --alpha must be above 0")
     if not 0 <= args.moco_m <= 1 or not 0 < args.min_scale <= 1:

@@ -41,7 +41,7 @@ from shared_utils.evaluation import (
     topk,
     write_result,
 )
-from shared_utils.run import Parser, Run, add_run_flags, cli
+from shared_utils.run import Parser, Run, add_run_flags, cli, not_negative, positive
 
 # [inferred] by share of labels: epochs, learning rate of the backbone, factor of the classifier's.
 DEFAULTS = {"1%": (60, 0.02, 100.0), "10%": (30, 0.01, 20.0)}
@@ -58,12 +58,22 @@ def get_parser() -> Parser:
         help="list of the labelled images, as SimCLR's 1percent.txt (default: drawn by --fraction)",
     )
     a("--fraction", type=float, default=0.01, help="share of each class that is labelled, drawn by --seed")
-    a("--init_lr", type=float, help="of the backbone (default: .02 below 5 %% of the labels, else .01) [inferred]")
+    a(
+        "--init_lr",
+        "--lr",
+        type=float,
+        help="of the backbone (default: .02 below 5 %% of the labels, else .01) [inferred]",
+    )
     a("--head_lr_mult", type=float, help="the classifier's learning rate over it (default: 100, else 20) [inferred]")
-    a("--end_epoch", type=int, help="(default: 60, else 30) [inferred]")
-    a("--momentum", type=float, default=0.9)
-    a("--wd", type=float, default=0.0)
-    a("--batch_size", type=int, default=256, help="images a step, all processes together; at most the labelled ones")
+    a("--end_epoch", "--epochs", type=positive, help="(default: 60, else 30) [inferred]")
+    a("--momentum", type=not_negative, default=0.9)
+    a("--wd", "--weight_decay", type=not_negative, default=0.0)
+    a(
+        "--batch_size",
+        type=positive,
+        default=256,
+        help="images a step, all processes together; at most the labelled ones",
+    )
     a("--self_training", choices=["true", "false"], default="true", help="(ii) to (iv) after the fine-tuning")
     a("--threshold", type=float, default=1.0, help="bits of entropy up to which a prediction becomes a pseudo-label")
     add_run_flags(p, "hsa/semi/default")
@@ -77,9 +87,6 @@ def resolve(args: argparse.Namespace, labelled: int, total: int, world: int) -> 
     args.end_epoch = epochs if args.end_epoch is None else args.end_epoch
     args.init_lr = lr if args.init_lr is None else args.init_lr
     args.head_lr_mult = mult if args.head_lr_mult is None else args.head_lr_mult
-    for name in ("batch_size", "end_epoch", "log_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if not args.init_lr > 0 or not args.head_lr_mult > 0:
         raise UserError("--init_lr and --head_lr_mult must be above 0")
     if args.batch_size % world or args.batch_size // world < 2:

@@ -20,7 +20,7 @@ from shared_utils.augment import plain
 from shared_utils.data import ImageList
 from shared_utils.evaluation import add_data_flags, add_network_flags, freeze, load_backbone, open_splits, write_result
 from shared_utils.neighbours import features, few_shot, knn_accuracy, neighbours, purity
-from shared_utils.run import Parser, cli, runs_root, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, positive, set_threads
 
 
 def get_parser() -> Parser:
@@ -29,15 +29,11 @@ def get_parser() -> Parser:
     add_network_flags(p, list(arch.DEPTHS), arch.STEMS, "resnet50")
     add_data_flags(p)
     a("--features", choices=["backbone", "projected"], default="backbone", help="pooled, or after the projection head")
-    a("--k", type=int, default=200, help="neighbours of knn200")
+    a("--k", type=positive, default=200, help="neighbours of knn200")
     a("--tau", type=float, default=0.1, help="temperature of knn200's weights")
     a("--feature_dir", type=Path, help="keep features in .npy files there (mapped, not in memory: for ImageNet)")
-    a("--batch_size", type=int, default=256, help="images a process")
-    a("--output-dir", type=Path, default=runs_root() / "kscl/knn/default", help="folder of result.json")
-    a("--workers", "--num_workers", type=int, default=2)
-    a("--device", default="auto")
-    a("--amp", choices=["none", "bf16"], default="none")
-    a("--threads", type=int, default=0, help="0: cores - workers on a CPU")
+    a("--batch_size", type=positive, default=256, help="images a process")
+    add_machine_flags(p, amp="none", output_dir="kscl/knn/default")
     return p
 
 
@@ -57,8 +53,8 @@ def with_head(pretrained: str) -> Callable[[str, int, str], arch.Encoder]:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    if args.batch_size < 1 or args.k < 1 or not args.tau > 0:
-        raise UserError("--batch_size and --k must be at least 1, and --tau above 0")
+    if not args.tau > 0:
+        raise UserError(f"--tau {args.tau}: must be above 0")
     device = distributed.init(args.device)
     set_threads(args.threads, args.workers, device)
     train, val = open_splits(args)

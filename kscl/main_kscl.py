@@ -21,7 +21,7 @@ from kscl.losses import against_queue, kscl_loss
 from kscl.subspace import RANK_RULES, SIMILARITIES, RankRule, Subspaces
 from shared_utils import UserError, augment, checkpoint, distributed, mini
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
-from shared_utils.run import Parser, Run, add_run_flags, cli
+from shared_utils.run import Parser, Run, add_run_flags, boolean, cli, ints, natural, not_negative, positive
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -29,66 +29,48 @@ def get_parser() -> argparse.ArgumentParser:
     a = p.add_argument
     a("--data_dir", type=Path, default=Path("data/imagenet"), help="holds train/CLASS/*.jpg")
     a("--synthetic", action="store_true", help="generate the mini data and take it as --data_dir, no download")
-    a("--img_size", type=int, default=224)
-    a("--per_class", type=int, default=0, help="take only so many images of each class; 0: all")
+    a("--img_size", type=positive, default=224, help="pixels of a crop")
+    a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
     a("--cache", action="store_true", help="decode all images once and keep them in memory")
     a("--arch", choices=list(arch.DEPTHS), default="resnet50")
-    a("--width", type=int, default=64, help="channels of the first stage")
+    a("--width", type=positive, default=64, help="channels of the first stage")
     a("--stem", choices=arch.STEMS, default="imagenet")
-    a("--shots", type=int, default=5, help="K, key views of an image beside its query view")
+    a("--shots", type=positive, default=5, help="K, key views of an image beside its query view")
     a("--rank_rule", choices=RANK_RULES, default="energy", help="which directions are significant: the fewest that "
       "hold --energy of the trace; those of at least --rel_gamma of the largest; or always --rank")  # fmt: skip
     a("--energy", type=float, default=0.9, help="e, share of the eigenvalues' sum that is kept")
     a("--rel_gamma", type=float, default=0.1, help="least eigenvalue kept by --rank_rule relative, over the largest")
-    a("--rank", type=int, default=1, help="directions kept by --rank_rule fixed")
-    a("--max_rank", type=int, default=0, help="P, directions that the queue has room for; 0: as many as the rule can "
-      "keep")  # fmt: skip
+    a("--rank", type=positive, default=1, help="directions kept by --rank_rule fixed")
+    a("--max_rank", type=natural, default=0, help="P, directions that the queue has room for; 0: as many as the rule "
+      "can keep")  # fmt: skip
     a("--sim", choices=SIMILARITIES, default="proj_len", help="match of a query with a subspace: length of its "
       "projection, the square, or the length with the sign of the first direction (one shot: the cosine)")  # fmt: skip
     a("--subspace_grad", choices=["none", "pos"], default="none", help="none: keys of the momentum encoder, constants; "
       "pos: the positive subspace is of the query encoder's keys, with gradient (collapses: README.md)")  # fmt: skip
     a("--center", type=int, choices=[0, 1], default=0, help="1: take the mean of the K keys away before (a control)")
     a("--pretrained", type=Path, help="start from this checkpoint of MoCo v2 (encoders and queue) or of a run of ours")
-    a("--moco_dim", type=int, default=128, help="D, length of an embedding")
-    a("--moco_k", type=int, default=65536, help="M, subspaces in the queue")
+    a("--moco_dim", type=positive, default=128, help="D, length of an embedding")
+    a("--moco_k", type=positive, default=65536, help="M, subspaces in the queue")
     a("--moco_m", type=float, default=0.999, help="m, momentum of the key encoder")
     a("--moco_t", type=float, default=0.2, help="tau, temperature")
-    a("--aug_plus", type=_bool, default=True, help="MoCo v2's augmentation (false: v1's)")
-    a("--bn_splits", type=int, default=1, help="batch norm over so many shares of a process's batch, as if each were a "
-      "process; on one GPU take 8 for the paper's setting")  # fmt: skip
-    a("--batch_size", type=int, default=256, help="images a step, all processes together; must divide --moco_k")
-    a("--end_epoch", type=int, default=200, help="epochs")
-    a("--init_lr", type=float, default=0.03, help="learning rate for this batch size")
-    a("--decay_method", choices=["cos", "step"], default="cos", help="schedule, by epoch")
-    a("--schedule", type=_ints, default="120,160", help="epochs of --decay_method step")
+    a("--aug_plus", type=boolean, default=True, help="MoCo v2's augmentation (false: v1's)")
+    a("--bn_splits", type=positive, default=1, help="batch norm over so many shares of a process's batch, as if each "
+      "were a process; on one GPU take 8 for the paper's setting")  # fmt: skip
+    a("--batch_size", type=positive, default=256, help="images a step, all processes together; must divide --moco_k")
+    a("--end_epoch", "--epochs", type=positive, default=200, help="epochs of training")
+    a("--init_lr", "--lr", type=float, default=0.03, help="learning rate of the first epoch")
+    a("--decay_method", choices=["cos", "step"], default="cos", help="by epoch: cosine to 0, or by --schedule")
+    a("--schedule", type=ints, default="120,160", help="epochs at which `step` multiplies by --lr_decay")
     a("--lr_decay", type=float, default=0.1, help="factor of --decay_method step")
-    a("--momentum", type=float, default=0.9)
-    a("--wd", type=float, default=1e-4)
-    a("--image_every", type=int, default=500, help="steps between pictures in tensorboard")
+    a("--momentum", type=not_negative, default=0.9)
+    a("--wd", "--weight_decay", type=not_negative, default=1e-4)
+    a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "kscl/pretrain/default")
     return p
 
 
-def _ints(text: str) -> list[int]:
-    return [int(x) for x in text.split(",")]
-
-
-def _bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
-    return text.lower() == "true"
-
-
 def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags out of range or at odds with each other, before anything is loaded; resolves --max_rank."""
-    for name in (
-        "img_size", "width", "shots", "rank", "moco_dim", "moco_k", "bn_splits", "batch_size", "end_epoch",
-        "log_every", "image_every",
-    ):  # fmt: skip
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    if args.per_class < 0 or args.max_rank < 0:
-        raise UserError("--per_class and --max_rank must not be negative")
     if not args.moco_t > 0 or not args.init_lr > 0:
         raise UserError("--moco_t and --init_lr must be above 0")
     if not 0 <= args.moco_m <= 1:

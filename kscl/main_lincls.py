@@ -36,7 +36,7 @@ from shared_utils.evaluation import (
     unchanged,
     write_result,
 )
-from shared_utils.run import Parser, Run, add_run_flags, cli
+from shared_utils.run import Parser, Run, add_run_flags, cli, ints, not_negative, positive
 
 
 def get_parser() -> Parser:
@@ -47,13 +47,13 @@ def get_parser() -> Parser:
     a("--selected_feat_id", type=_words, default="last", help="comma-separated block ids, or last, layer1 to layer4; "
       "a classifier each, trained at once")  # fmt: skip
     a("--pool_type", choices=["avg", "max"], default="avg")
-    a("--init_lr", type=float, default=30.0, help="learning rate of the first epoch")
-    a("--momentum", type=float, default=0.9)
-    a("--wd", type=float, default=0.0)
-    a("--batch_size", type=int, default=256, help="images a step, all processes together")
-    a("--end_epoch", type=int, default=100)
+    a("--init_lr", "--lr", type=float, default=30.0, help="learning rate of the first epoch")
+    a("--momentum", type=not_negative, default=0.9)
+    a("--wd", "--weight_decay", type=not_negative, default=0.0)
+    a("--batch_size", type=positive, default=256, help="images a step, all processes together")
+    a("--end_epoch", "--epochs", type=positive, default=100, help="epochs of training")
     a("--decay_method", choices=["step", "cos"], default="step", help="by epoch")
-    a("--schedule", type=_ints, default="60,80", help="epochs at which `step` multiplies by --lr_decay")
+    a("--schedule", type=ints, default="60,80", help="epochs at which `step` multiplies by --lr_decay")
     a("--lr_decay", type=float, default=0.1)
     a("--min_lr", type=float, default=0.01, help="end of `cos`")
     a("--cached_train", action="store_true", help="a cheap probe: train on features of unaugmented images, computed "
@@ -68,15 +68,8 @@ def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",")]
 
 
-def _ints(text: str) -> list[int]:
-    return [int(x) for x in text.split(",")]
-
-
 def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags out of range, before anything is loaded."""
-    for name in ("batch_size", "end_epoch", "log_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if not args.init_lr > 0 or args.min_lr < 0:
         raise UserError("--init_lr must be above 0 and --min_lr not below")
     if args.batch_size % world:
@@ -316,11 +309,12 @@ def main(argv: list[str] | None = None) -> int:
         loss.backward()
         optimizer.step()
         watched: dict[str, float] = {}
+        tested: dict[str, float] = {}
         if run.log_due():  # the GPU is waited for
             watched = {f"acc1_{n}": 100 * float(topk(out, target)[0]) / len(target) for n, out in zip(ids, logits)}
         if run.step_in_epoch + 1 == sampler.steps_per_epoch:
             scores.history.append(evaluate(probes, val_batches(), len(ids), len(val), run.device))
-            watched |= {f"val/acc1_{n}": pair[0] for n, pair in zip(ids, scores.history[-1])}
+            tested = {f"val/acc1_{n}": pair[0] for n, pair in zip(ids, scores.history[-1])}
             if scores.improved() and run.rank == 0:
                 checkpoint.save(
                     run.dir / "best.pth",
@@ -328,7 +322,8 @@ def main(argv: list[str] | None = None) -> int:
                 )
             if epoch == 0:
                 unchanged(encoder, before)
-        run.log(distributed.all_sum(loss.detach()) / run.world, lr=optimizer.param_groups[0]["lr"], **watched)
+        mean = distributed.all_sum(loss.detach()) / run.world
+        run.log(mean, lr=optimizer.param_groups[0]["lr"], evaluated=tested, **watched)
 
     unchanged(encoder, before)
     result = scores.result() | {

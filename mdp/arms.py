@@ -4,14 +4,13 @@ mIoU after a tenth of the fine-tuning schedule and at its end, mean and sample s
 `--record` writes the rows of the small tier into results.csv and compact logs into mdp/logs/.
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 
 from shared_utils import UserError, checkpoint
 from shared_utils.arms import STATUS, cell, replace_rows, thinned, verdict
-from shared_utils.run import cli
+from shared_utils.run import Parser, cli
 
 HERE = Path(__file__).resolve().parent
 ARMS = {
@@ -123,11 +122,15 @@ def record(found: dict[str, dict[str, dict[int, dict]]], root: Path, results: Pa
     return replace_rows(results, "small-", rows)
 
 
-def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="mdp.arms", description=__doc__.splitlines()[0])
+def get_parser() -> Parser:
+    p = Parser(prog="mdp.arms", description=__doc__.splitlines()[0])
     p.add_argument("root", type=Path, help="folder that run_arms.sh wrote")
-    p.add_argument("--record", action="store_true", help="write the rows of results.csv and mdp/logs/")
-    args = p.parse_args(argv)
+    p.add_argument("--record", action="store_true", help="write the rows of results.csv and the logs")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
     found = collect(args.root)
     print(table(found))
     if args.record:

@@ -30,7 +30,7 @@ from mdp.datasets import READERS, open_set
 from mdp.models import Encoder
 from shared_utils import UserError, checkpoint
 from shared_utils.data import load_image
-from shared_utils.run import cli, plain, provenance, runs_root, set_threads
+from shared_utils.run import Parser, cli, natural, plain, provenance, runs_root, set_threads
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -95,7 +95,7 @@ def evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{args.run}: not a fine-tuned model of python -m mdp.finetune (model.pth)")
     from mdp import finetune
 
-    flags = finetune.parser().parse_args(["--config", args.config or saved["args"]["config"]])
+    flags = finetune.get_parser().parse_args(["--config", args.config or saved["args"]["config"]])
     for key in (*finetune.MODEL_FLAGS, "seed", "short_side"):
         setattr(flags, key, saved["args"].get(key))
     flags.data_root = args.data_root
@@ -214,25 +214,25 @@ def panels(photo: np.ndarray, label: np.ndarray, guess: np.ndarray, palette: Any
 
 
 # ------------------------------------------------------------------------------------------------------------- entry
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def get_parser() -> Parser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--protocol", choices=["mmseg", "prototype"], default="mmseg")
     p.add_argument("--run", type=Path, help="mmseg: folder of a fine-tuning run, or its model.pth")
     p.add_argument("--config", help="mmseg: another config than the run's (name or path)")
     p.add_argument("--split", choices=["val", "test"], default="val", help="mmseg: split of the config's data set")
     p.add_argument("--checkpoint", type=Path, help="prototype: checkpoint of a pretraining run")
     p.add_argument("--branch", choices=["q", "k"], default="k", help="prototype: k, the encoder that filled the bank")
-    p.add_argument("--images", type=int, default=0, help="prototype: images of each set; 0: all")
-    p.add_argument("--short-side", type=int, default=0, help="prototype: resize images to it; 0: as stored")
-    p.add_argument("--data-root", type=Path, default=Path(os.environ.get("DATA_ROOT", "data")))
+    p.add_argument("--images", type=natural, default=0, help="prototype: images of each set; 0: all")
+    p.add_argument("--short-side", type=natural, default=0, help="prototype: resize images to it; 0: as stored")
+    p.add_argument("--data-root", "--data_dir", type=Path, default=Path(os.environ.get("DATA_ROOT", "data")))
     p.add_argument("--output-dir", type=Path)
-    p.add_argument("--workers", type=int, default=2)
-    p.add_argument("--threads", type=int, default=0, help="threads of this process; 0: cores - workers on a CPU")
+    p.add_argument("--workers", type=natural, default=2)
+    p.add_argument("--threads", type=natural, default=0, help="threads of this process; 0: cores - workers on a CPU")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    args = get_parser().parse_args(argv)
     set_threads(args.threads, args.workers, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     started = time.time()
     done = evaluate_run(args) if args.protocol == "mmseg" else evaluate_prototypes(args)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shared_utils import UserError, checkpoint
 from shared_utils.export import add_export_flags, check, write_safetensors
-from shared_utils.run import cli
+from shared_utils.run import Parser, cli
 
 FORMATS = ("mmseg", "torchvision")
 
@@ -66,12 +66,16 @@ def load_pretrained(path: str | Path, branch: str = "q") -> tuple[dict[str, Tens
     )
 
 
+def get_parser() -> Parser:
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("checkpoint", type=Path, help="checkpoint.pth of python -m mdp.main_pretrain")
+    p.add_argument("--branch", choices=["q", "k"], default="q", help="query encoder, or its moving average")
+    add_export_flags(p, [*FORMATS, "safetensors"], "mmseg")
+    return p
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="checkpoint.pth of python -m mdp.main_pretrain")
-    parser.add_argument("--branch", choices=["q", "k"], default="q", help="query encoder, or its moving average")
-    add_export_flags(parser, [*FORMATS, "safetensors"], "mmseg")
-    args = parser.parse_args(argv)
+    args = get_parser().parse_args(argv)
     check(str(args.checkpoint), args.out, args.format)
     obj = checkpoint.load(args.checkpoint)
     if not isinstance(obj, Mapping) or not isinstance(obj.get("state_dict"), Mapping):

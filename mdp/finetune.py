@@ -29,7 +29,7 @@ from mdp.datasets import open_set
 from mdp.export_mmseg import load_pretrained
 from mdp.models import ARCHS, HEADS
 from shared_utils import UserError, checkpoint, distributed
-from shared_utils.run import RUNTIME_FLAGS, cli, plain, provenance, runs_root, set_threads
+from shared_utils.run import RUNTIME_FLAGS, Parser, cli, natural, plain, positive, provenance, runs_root, set_threads
 
 CONFIGS = Path(__file__).parent / "mmseg_configs"
 MODEL_FLAGS = ("arch", "head", "base_channels", "head_channels", "dilations")
@@ -39,9 +39,9 @@ RUN_FILES = ("config.json", "result.json", "validations.json", "log.jsonl", "mod
 NEW = ("decode_head.conv_seg.*",)
 
 
-def parser() -> argparse.ArgumentParser:
+def get_parser() -> Parser:
     names = ", ".join(sorted(p.stem for p in CONFIGS.glob("[a-z]*.py")))
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--config", required=True, help=f"{names}, or a path")
     p.add_argument(
         "--checkpoint", default="none", help="MDP checkpoint or export; none; imagenet:PATH; imagenet:torchvision"
@@ -50,25 +50,25 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--compare", choices=["none", "scratch"], default="none", help="afterwards repeat without the checkpoint"
     )
-    p.add_argument("--data-root", type=Path, default=Path(os.environ.get("DATA_ROOT", "data")))
+    p.add_argument("--data-root", "--data_dir", type=Path, default=Path(os.environ.get("DATA_ROOT", "data")))
     p.add_argument("--output-dir", type=Path, help="default $RUNS/mdp/finetune/CONFIG/TAG")
     p.add_argument("--tag", help="name of the run; default: the checkpoint's folder (or scratch, imagenet) and seed")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--iters", type=int, help="length of the schedule; the early validation is at a tenth of it")
-    p.add_argument("--batch-size", type=int, help="over all processes")
+    p.add_argument("--seed", type=natural, default=0)
+    p.add_argument("--iters", type=positive, help="length of the schedule; the early validation is at a tenth of it")
+    p.add_argument("--batch-size", type=positive, help="over all processes")
     p.add_argument("--lr", type=float)
-    p.add_argument("--crop-size", type=int, nargs="+", help="one number, or height and width")
-    p.add_argument("--short-side", type=int, help="images are resized to this short side before cropping")
+    p.add_argument("--crop-size", type=positive, nargs="+", help="one number, or height and width")
+    p.add_argument("--short-side", type=positive, help="images are resized to this short side before cropping")
     p.add_argument("--validate", choices=["tenths", "ends"], help="ten validations, or only the early and last one")
     p.add_argument("--arch", choices=ARCHS, help="default: the checkpoint's, else the config's; so for the next four")
     p.add_argument("--head", choices=HEADS[:2])
-    p.add_argument("--base-channels", type=int)
-    p.add_argument("--head-channels", type=int)
-    p.add_argument("--dilations", type=int, nargs="+", help="of the ASPP branches")
+    p.add_argument("--base-channels", type=positive)
+    p.add_argument("--head-channels", type=positive)
+    p.add_argument("--dilations", type=positive, nargs="+", help="of the ASPP branches")
     p.add_argument("--amp", choices=["none", "bf16"], default="none")
-    p.add_argument("--workers", type=int, default=2)
-    p.add_argument("--threads", type=int, default=0, help="threads of this process; 0: cores - workers on a CPU")
-    p.add_argument("--log-every", type=int, default=10)
+    p.add_argument("--workers", type=natural, default=2)
+    p.add_argument("--threads", type=natural, default=0, help="threads of this process; 0: cores - workers on a CPU")
+    p.add_argument("--log-every", type=positive, default=10)
     p.add_argument("--overwrite", action="store_true", help="start anew where the output folder holds a run")
     return p
 
@@ -322,9 +322,7 @@ def compare(args: argparse.Namespace, implied: dict[str, Any], pretrained: dict[
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    if args.iters is not None and args.iters < 1:
-        raise UserError(f"--iters {args.iters}: give 1 or more")
+    args = get_parser().parse_args(argv)
     find_config(args.config)
     distributed.init()
     state, implied = read_checkpoint(args.checkpoint, args.branch)

@@ -23,37 +23,43 @@ from mdp.transforms import TwoViews
 from mdp.visualize import batch_picture
 from shared_utils import UserError, checkpoint, distributed, mini
 from shared_utils.data import EpochSampler, Keyed, mix_key
-from shared_utils.run import Run, add_run_flags, cli
+from shared_utils.run import Parser, Run, add_run_flags, cli, ints, natural, not_negative, positive
 
 
 def get_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="mdp.main_pretrain", description=__doc__.splitlines()[0])
+    p = Parser(prog="mdp.main_pretrain", description=__doc__.splitlines()[0])
     a = p.add_argument
     a("--datasets", default="voc,ade", help="comma-separated: voc ade coco cityscapes context context59 camvid ...")
-    a("--data-root", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="folder of the official trees")
+    a(
+        "--data-root",
+        "--data_dir",
+        type=Path,
+        default=os.environ.get("DATA_ROOT", "data"),
+        help="folder of the official trees",
+    )
     a(
         "--synthetic",
         action="store_true",
         help="generate the mini data and take it as --data-root, no download",
     )
     a("--voc-background", choices=["class", "ignore"], default="class", help="VOC's background: class 0 or ignored")
-    a("--cache-size", type=int, default=0, help="keep images decoded in memory, shorter side at most this; 0: off")
+    a("--cache-size", type=natural, default=0, help="keep images decoded in memory, shorter side at most this; 0: off")
     a("--arch", choices=ARCHS, default="resnet50")
     a("--head", choices=HEADS, default="aspp", help="DeepLabV3 (aspp), DeepLabV3+ (sep_aspp) or no decode head")
-    a("--dim", type=int, default=128, help="D, length of an embedding")
-    a("--base-channels", type=int, default=64, help="width of the first stage (64 in the paper)")
-    a("--head-channels", type=int, default=512, help="width of the decode head")
-    a("--dilations", type=_ints, default="1,12,24,36", help="dilations of the ASPP branches")
+    a("--dim", type=positive, default=128, help="D, length of an embedding")
+    a("--base-channels", type=positive, default=64, help="width of the first stage (64 in the paper)")
+    a("--head-channels", type=positive, default=512, help="width of the decode head")
+    a("--dilations", type=ints, default="1,12,24,36", help="dilations of the ASPP branches")
     a("--norm", choices=["sync", "local", "shuffle"], default="sync", help="batch norm over all processes, "
       "each its own, or each its own with the key images shuffled over the processes")  # fmt: skip
     a("--init", default="none", help="none (random), imagenet (torchvision) or a file of backbone weights")
-    a("--crop-size", type=int, default=224)
+    a("--crop-size", type=positive, default=224)
     a("--aug", choices=["moco", "mmseg"], default="moco", help="augmentation of the two views")
-    a("--batch-size", type=int, default=64, help="images a step, all processes together; must divide --bank-size")
-    a("--epochs", type=int, default=100)
+    a("--batch-size", type=positive, default=64, help="images a step, all processes together; must divide --bank-size")
+    a("--epochs", type=positive, default=100)
     a("--lr", type=float, default=0.03, help="peak learning rate, cosine to 0")
-    a("--wd", type=float, default=1e-4)
-    a("--momentum", type=float, default=0.9)
+    a("--wd", "--weight_decay", type=not_negative, default=1e-4)
+    a("--momentum", type=not_negative, default=0.9)
     a("--warmup-epochs", type=float, default=1, help="linear warm-up")
     a("--moco-m", type=float, default=0.999, help="m, momentum of the key encoder")
     a("--key-encoder", choices=["momentum", "self"], default="momentum")
@@ -62,43 +68,31 @@ def get_parser() -> argparse.ArgumentParser:
     a("--tau", type=float, default=0.07, help="temperature")
     a("--bank-type", choices=["class", "region", "none"], default="class", help="contrast against prototypes (the "
       "method), against single bank regions, or pixel to pixel")  # fmt: skip
-    a("--bank-size", type=int, default=4096, help="M, images in the memory bank")
-    a("--regions", type=int, default=32, help="R, regions kept of an image, the largest first")
+    a("--bank-size", type=positive, default=4096, help="M, images in the memory bank")
+    a("--regions", type=positive, default=32, help="R, regions kept of an image, the largest first")
     a("--proto-update", choices=["bank", "ema"], default="bank")
     a("--proto-m", type=float, default=0.99, help="m_p of --proto-update ema")
-    a("--anchors", type=int, default=0, help="query pixels drawn of each image for --bank-type region / none; 0: all")
+    a(
+        "--anchors",
+        type=natural,
+        default=0,
+        help="query pixels drawn of each image for --bank-type region / none; 0: all",
+    )
     a("--mix", choices=["none", "region", "pixel", "both"], default="both", help="cross-dataset mixing of query views")
     a("--mix-prob", type=float, default=0.5)
     a("--mix-beta", type=float, default=1.0, help="lambda ~ Beta(b, b)")
     a("--mix-ignore", choices=["keep", "renorm"], default="keep", help="weight of a lone label of a mixed pixel")
     a("--csc", choices=["none", "nopush", "pull"], default="pull", help="pixel-to-class sparse coding")
-    a("--csc-k", type=int, default=5, help="K, size of T_i")
+    a("--csc-k", type=positive, default=5, help="K, size of T_i")
     a("--csc-weight", type=float, default=0.1, help="beta, weight of the sparse coding")
     a("--csc-scope", choices=["all", "cross"], default="all", help="candidates of T_i: all classes, or other datasets'")
-    a("--image-every", type=int, default=500, help="steps between pictures in tensorboard")
+    a("--image-every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "mdp/pretrain/default")
     return p
 
 
-def _ints(text: str) -> list[int]:
-    return [int(x) for x in text.split(",")]
-
-
 def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags that contradict each other, before anything is loaded."""
-    for name in (
-        "batch_size",
-        "epochs",
-        "crop_size",
-        "dim",
-        "bank_size",
-        "regions",
-        "csc_k",
-        "log_every",
-        "image_every",
-    ):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if not args.tau > 0 or not args.lr > 0 or not args.mix_beta > 0:
         raise UserError("--tau, --lr and --mix-beta must be above 0")
     if not 0 <= args.moco_m <= 1 or not 0 <= args.mix_prob <= 1:

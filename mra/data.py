@@ -30,6 +30,7 @@ from shared_utils import UserError, distributed
 from shared_utils.augment import MEAN, STD
 from shared_utils.data import EpochSampler, ImageList, flat_folder, image_folder, list_file, load_image, mix_key
 from shared_utils.evaluation import ArrayImages, subset
+from shared_utils.run import natural, positive
 
 SETS = ("folder", "cifar10", "cifar100", "stl10", "cub", "aircraft", "cars")
 STATS = {
@@ -44,7 +45,7 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
     a("--data_path", "--data_dir", type=Path, default=Path(os.environ.get("DATA_ROOT", "data")), help="see mra/data.py")
     a("--dataset", choices=SETS, default="folder", help="layout of --data_path")
     a("--synthetic", action="store_true", help="generate the texture-shortcut set and take it, no download")
-    a("--input_size", "--img_size", type=int, default=224, help="pixels")
+    a("--input_size", "--img_size", type=positive, default=224, help="pixels")
     a("--cache", action="store_true", help="decode all images once and keep them in memory")
 
 
@@ -53,8 +54,8 @@ def add_label_flags(p: argparse.ArgumentParser) -> None:
     a = p.add_argument
     a("--tests", default="", help="test folders with commas (default: val, or test; --synthetic: test_b,test_a); the "
       "first is the one that counts")  # fmt: skip
-    a("--per_class", type=int, default=0, help="labelled images of each class, drawn by --label_seed; 0: all")
-    a("--label_seed", type=int, default=0, help="which images are labelled; for stl10 with folds: the fold, 0 to 9")
+    a("--per_class", type=natural, default=0, help="labelled images of each class, drawn by --label_seed; 0: all")
+    a("--label_seed", type=natural, default=0, help="which images are labelled; for stl10 with folds: the fold, 0 to 9")
     a("--imbalance", type=float, default=0, help="long tail: the largest class over the smallest; 0: as it is")
     a("--train_list", type=Path, help="lists of ImageNet-LT, `train/CLASS/image.jpg LABEL` a line, below --data_path")
     a("--val_list", type=Path)

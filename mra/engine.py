@@ -18,7 +18,7 @@ from mra.mra import MRA, attention_scores, score_entropy
 from shared_utils import UserError, augment, distributed
 from shared_utils.data import EpochSampler, ImageList, mix_key, sample_rng
 from shared_utils.evaluation import same_buffers, stream, topk
-from shared_utils.run import Run
+from shared_utils.run import Run, natural, not_negative, positive
 
 MIXES = ("none", "mixup", "cutmix", "cutout")
 DRAWS, MIXING = 1, 2  # names of the streams of randomness of a seed
@@ -27,7 +27,7 @@ DRAWS, MIXING = 1, 2  # names of the streams of randomness of a seed
 def add_training_flags(p: argparse.ArgumentParser) -> None:
     a = p.add_argument
     a("--arch", choices=nets.ARCHS, default="resnet50")
-    a("--width", type=int, default=0, help="channels of the first stage; 0: the network's own")
+    a("--width", type=natural, default=0, help="channels of the first stage; 0: the network's own")
     a("--stem", choices=nets.STEMS, default="imagenet", help="of ResNet-18 to 50; cifar: 3x3 without pooling")
     a("--pretrained", help="weights to start from, a public torchvision file or a run; default: none")
     a("--crop", choices=["resized", "padded"], default="resized", help="random resized crop, or padded by an eighth")
@@ -36,22 +36,21 @@ def add_training_flags(p: argparse.ArgumentParser) -> None:
     a("--mix", choices=MIXES, default="none", help="after MRA, so that pasted rectangles stay whole")
     a("--mix_alpha", type=float, default=1.0, help="share ~ Beta(alpha, alpha) of mixup and cutmix")
     a("--mix_prob", type=float, default=1.0, help="probability that a batch is mixed")
-    a("--cutout_size", type=int, default=0, help="side of the hole; 0: half of the image")
+    a("--cutout_size", type=natural, default=0, help="side of the hole; 0: half of the image")
     a("--head_lr_mult", type=float, default=1.0, help="learning rate of the linear layer over that of the rest")
-    a("--momentum", type=float, default=0.9)
+    a("--momentum", type=not_negative, default=0.9)
     a("--sync_bn", action="store_true", help="batch norm over all processes")
-    a("--eval_every", type=int, default=1, help="epochs between tests; the last one is always tested; 0: that alone")
-    a("--image_every", type=int, default=500, help="steps between pictures in tensorboard")
+    a(
+        "--eval_every",
+        type=natural,
+        default=1,
+        help="epochs between tests; the last one is always tested; 0: that alone",
+    )
+    a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
 
 
 def check_training_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags out of range, before anything is loaded."""
-    for name in ("input_size", "batch_size", "epochs", "log_every", "image_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("width", "wd", "cutout_size", "eval_every"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
     if not 0 <= args.momentum < 1:
         raise UserError(f"--momentum {args.momentum}: must lie in 0..1 (1 excluded)")
     if not args.lr > 0 or not args.mix_alpha > 0 or not args.head_lr_mult > 0:
@@ -195,6 +194,7 @@ def fit(
 
         total = distributed.all_sum(loss.detach()) / run.world  # of all: what follows is decided alike everywhere
         watched: dict[str, Any] = {}
+        tested: dict[str, float] = {}
         if run.log_due():
             watched["acc/train"] = 100 * (logits.detach().argmax(1) == y).float().mean()
             if operator is not None:
@@ -204,8 +204,8 @@ def fit(
         if run.step_in_epoch + 1 == sampler.steps_per_epoch and bool(torch.isfinite(total)):
             if last or (args.eval_every and (epoch + 1) % args.eval_every == 0):
                 info.history.append({**evaluate(), "epoch": float(epoch)})
-                watched |= {f"val/{k}": v for k, v in info.history[-1].items() if k != "epoch"}
-        run.log(total, lr=lr, **watched)
+                tested = {f"val/{k}": v for k, v in info.history[-1].items() if k != "epoch"}
+        run.log(total, lr=lr, evaluated=tested, **watched)
         if run.due(args.image_every):
             shown = [augment.denormalise(v[:8]).cpu() for v in (x, x_hat, x_mix)]
             run.image("views/input_mra_mixed", make_grid(torch.cat(shown), nrow=len(shown[0]), padding=2))

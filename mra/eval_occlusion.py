@@ -19,7 +19,7 @@ from mra.mra import MRA, add_mae_flags, attention_scores, load_mae, pixel_mask, 
 from shared_utils import UserError, distributed
 from shared_utils.data import ImageList
 from shared_utils.evaluation import subset, write_result
-from shared_utils.run import Parser, cli, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, natural, positive, set_threads
 
 SHARES = [q / 10 for q in range(10)]
 INHERITED = ("data_path", "dataset", "synthetic", "input_size", "tests", "mean_std")
@@ -28,21 +28,26 @@ INHERITED = ("data_path", "dataset", "synthetic", "input_size", "tests", "mean_s
 def get_parser() -> Parser:
     p = Parser(prog="mra.eval_occlusion", description=(__doc__ or "").splitlines()[0])
     a = p.add_argument
-    a("--checkpoint", type=Path, required=True, help="of main_supervised or main_fixmatch (there the EMA is tested)")
+    a(
+        "--checkpoint",
+        "--pretrained",
+        type=Path,
+        required=True,
+        help="of main_supervised or main_fixmatch (there the EMA is tested)",
+    )
     a("--data_path", "--data_dir", type=Path, help="default: what the run was trained on; so are the next three")
     a("--dataset", choices=data.SETS)
     a("--synthetic", action="store_true", default=None)
-    a("--input_size", "--img_size", type=int)
+    a("--input_size", "--img_size", type=positive)
     a("--tests", help="test folders; the first one is occluded")
-    a("--images", type=int, default=0, help="so many test images, evenly spaced; 0: all")
-    a("--cell", type=int, default=16, help="side of a cell in pixels; a multiple of the autoencoder's patch")
+    a("--images", type=natural, default=0, help="so many test images, evenly spaced; 0: all")
+    a("--cell", type=positive, default=16, help="side of a cell in pixels; a multiple of the autoencoder's patch")
     a("--mask_ratio", type=float, default=0.4, help="r of the diagnostics")
     add_mae_flags(p)
-    a("--batch_size", type=int, default=256)
-    a("--seed", type=int, default=0, help="of the random cells; keep it for everything that is compared")
+    a("--batch_size", type=positive, default=256)
+    a("--seed", type=natural, default=0, help="of the random cells; keep it for everything that is compared")
     a("--output-dir", type=Path, help="folder of result.json; default: RUN-test")
-    a("--device", default="auto")
-    a("--threads", type=int, default=0, help="0: all cores of a CPU")
+    add_machine_flags(p, workers=None)
     return p
 
 
@@ -136,8 +141,8 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     device = distributed.init(args.device)
     set_threads(args.threads, 0, device)
-    if args.batch_size < 1 or args.images < 0 or not 0 < args.mask_ratio < 1:
-        raise UserError("--batch_size must be at least 1, --images 0 or more, --mask_ratio between 0 and 1")
+    if not 0 < args.mask_ratio < 1:
+        raise UserError(f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1")
     network, flags = nets.load_run(args.checkpoint, device)
     if "dataset" not in flags:
         raise UserError(f"{args.checkpoint}: of main_fewshot, whose novel classes it has no scores for; give a run of "
@@ -150,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     name, images = next(iter(sets.tests.items()))
     if images.classes != flags["classes"]:
         raise UserError(f"{args.data_path}: its classes are not those that {args.checkpoint} was trained on")
-    if args.cell < 1 or args.input_size < 1 or args.input_size % args.cell:
+    if args.input_size % args.cell:
         raise UserError(f"--cell {args.cell}: must divide the {args.input_size} pixels of an image")
     if args.images:
         images = subset(images, [i * len(images) // args.images for i in range(min(args.images, len(images)))])

@@ -18,7 +18,7 @@ from mra.mra import MRA, add_mra_flags, build
 from shared_utils import UserError, distributed, mini
 from shared_utils.data import EpochSampler, ImageList, Keyed
 from shared_utils.evaluation import gather_rows, same_buffers, share, stream, write_result
-from shared_utils.run import Parser, Run, add_run_flags, cli
+from shared_utils.run import Parser, Run, add_run_flags, at_least, cli, natural, not_negative, positive
 
 
 def get_parser() -> Parser:
@@ -28,22 +28,22 @@ def get_parser() -> Parser:
     a("--data_path", "--data_dir", type=Path, default=default, help="holds train/, val/, test/ of disjoint classes, or "
       "train.csv, val.csv, test.csv and images/ (mini-ImageNet)")  # fmt: skip
     a("--synthetic", action="store_true", help="generate the mini few-shot data and take it, no download")
-    a("--input_size", "--img_size", type=int, default=84, help="pixels")
+    a("--input_size", "--img_size", type=positive, default=84, help="pixels")
     a("--cache", action="store_true", help="decode all training images once and keep them in memory")
     a("--mean_std", choices=list(data.STATS), default="imagenet")
     add_mra_flags(p)
     engine.add_training_flags(p)
     p.set_defaults(arch="resnet12")
-    a("--epochs", type=int, default=100)
-    a("--batch_size", type=int, default=128, help="images a step, all processes together")
+    a("--epochs", type=positive, default=100)
+    a("--batch_size", type=positive, default=128, help="images a step, all processes together")
     a("--lr", type=float, default=0.1)
     a("--decay", choices=["step", "cos"], default="step")
     a("--schedule", default="60,80", help="epochs of --decay step")
-    a("--wd", type=float, default=5e-4)
-    a("--n_way", type=int, default=5)
-    a("--n_query", type=int, default=15, help="queries of a class")
-    a("--episodes", type=int, default=2000, help="of the test; validation takes at most 600")
-    a("--episode_seed", type=int, default=0, help="keep it for everything that is compared")
+    a("--wd", "--weight_decay", type=not_negative, default=5e-4)
+    a("--n_way", type=at_least(2), default=5)
+    a("--n_query", type=positive, default=15, help="queries of a class")
+    a("--episodes", type=at_least(2), default=2000, help="of the test; validation takes at most 600")
+    a("--episode_seed", type=natural, default=0, help="keep it for everything that is compared")
     a("--mra_on_support", action="store_true", help="prototypes of support images and of what MRA makes of them")
     add_run_flags(p, "mra/fewshot/default")
     return p
@@ -124,9 +124,6 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(args, "mra", "fewshot")
     args.schedule = engine.epochs_of(args.schedule)
     engine.check_training_flags(args, run.world)
-    for name, least in (("n_way", 2), ("n_query", 1), ("episodes", 2)):  # one episode has no interval
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
     if args.mra_on_support and args.mae_ckpt is None:
         raise UserError("--mra_on_support needs an autoencoder: give --mae_ckpt")
     if args.synthetic:

@@ -24,7 +24,7 @@ from mra.mra import add_mra_flags, build
 from shared_utils import UserError, augment, checkpoint, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key, sample_rng
 from shared_utils.evaluation import write_result
-from shared_utils.run import Parser, Run, add_run_flags, cli
+from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
 
 
 def get_parser() -> Parser:
@@ -34,22 +34,22 @@ def get_parser() -> Parser:
     data.add_label_flags(p)
     add_mra_flags(p)
     a("--arch", choices=nets.ARCHS, default="wrn28-2")
-    a("--width", type=int, default=0, help="channels of the first stage; 0: the network's own")
+    a("--width", type=natural, default=0, help="channels of the first stage; 0: the network's own")
     a("--stem", choices=nets.STEMS, default="imagenet")
     a("--strong", choices=list(data.POLICIES), default="randaugment", help="policy of the strong branch, before MRA")
     a("--strong_cutout", action=argparse.BooleanOptionalAction, default=True, help="FixMatch's, after MRA")
-    a("--iterations", type=int, default=2**20, help="steps, a whole number of epochs")
-    a("--epoch_steps", type=int, default=1024, help="steps of an epoch: between tests and checkpoints")
-    a("--batch_size", type=int, default=64, help="labelled images a step, all processes together")
-    a("--mu", type=int, default=7, help="unlabelled images for one labelled image")
+    a("--iterations", type=positive, default=2**20, help="steps, a whole number of epochs")
+    a("--epoch_steps", type=positive, default=1024, help="steps of an epoch: between tests and checkpoints")
+    a("--batch_size", type=positive, default=64, help="labelled images a step, all processes together")
+    a("--mu", type=positive, default=7, help="unlabelled images for one labelled image")
     a("--threshold", type=float, default=0.95, help="confidence from which a pseudo-label counts")
     a("--lambda_u", type=float, default=1.0, help="weight of the unlabelled loss")
     a("--lr", type=float, default=0.03, help="times cos(7 pi k / 16 K) at step k of K")
-    a("--wd", type=float, default=5e-4, help="1e-3 for CIFAR-100")
-    a("--momentum", type=float, default=0.9, help="Nesterov's")
+    a("--wd", "--weight_decay", type=not_negative, default=5e-4, help="1e-3 for CIFAR-100")
+    a("--momentum", type=not_negative, default=0.9, help="Nesterov's")
     a("--ema", type=float, default=0.999, help="decay of the moving average of the weights")
     a("--sync_bn", action="store_true", help="batch norm over all processes")
-    a("--image_every", type=int, default=1000, help="steps between pictures in tensorboard")
+    a("--image_every", type=positive, default=1000, help="steps between pictures in tensorboard")
     add_run_flags(p, "mra/fixmatch/default")
     p.set_defaults(head_lr_mult=1.0)
     return p
@@ -57,12 +57,6 @@ def get_parser() -> Parser:
 
 def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags out of range, before anything is loaded."""
-    for name in ("input_size", "batch_size", "iterations", "epoch_steps", "mu", "log_every", "image_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("width", "wd"):
-        if not getattr(args, name) >= 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
     if not 0 < args.momentum < 1:
         raise UserError(f"--momentum {args.momentum}: Nesterov's must lie between 0 and 1")
     if args.iterations % args.epoch_steps:
@@ -246,6 +240,7 @@ def main(argv: list[str] | None = None) -> int:
 
         total = distributed.all_sum(loss.detach()) / run.world
         watched: dict[str, Any] = {}
+        tested: dict[str, float] = {}
         if run.log_due():
             watched = {"loss/labelled": l_x, "loss/unlabelled": l_u, "fixmatch/mask": confident.mean()}
             if operator is not None:
@@ -253,8 +248,8 @@ def main(argv: list[str] | None = None) -> int:
             watched = engine.everywhere(watched)
         if run.step_in_epoch + 1 == args.epoch_steps and bool(torch.isfinite(total)):
             info.history.append({**engine.accuracy(run, ema.network, test), "epoch": float(epoch)})
-            watched["val/top1"] = info.history[-1]["top1"]
-        run.log(total, lr=lr, **watched)
+            tested["val/top1"] = info.history[-1]["top1"]
+        run.log(total, lr=lr, evaluated=tested, **watched)
         if run.due(args.image_every):
             shown = [augment.denormalise(v[:8]).cpu() for v in (u_weak, u_strong, u_hat)]
             run.image("views/weak_strong_mra", make_grid(torch.cat(shown), nrow=len(shown[0]), padding=2))

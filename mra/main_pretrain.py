@@ -19,7 +19,7 @@ from mra.mra import pixel_mask
 from shared_utils import UserError, augment, checkpoint, distributed
 from shared_utils.data import EpochSampler, Keyed, mix_key
 from shared_utils.evaluation import write_result
-from shared_utils.run import Parser, Run, add_run_flags, cli, plain
+from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, plain, positive
 
 
 def get_parser() -> Parser:
@@ -28,34 +28,34 @@ def get_parser() -> Parser:
     data.add_data_flags(p)
     a("--model", choices=list(SIZES), default="mae_mini_patch16", help="sizes of encoder and decoder")
     for flag, what in zip(FLAGS, ("p, side of a patch", "De", "encoder blocks", "", "Dd", "decoder blocks", "")):
-        a(f"--{flag}", type=int, help=f"{what or 'heads'}; default: --model's")
+        a(f"--{flag}", type=positive, help=f"{what or 'heads'}; default: --model's")
     a("--mask_ratio", type=float, default=0.75, help="r, share of erased patches")
     a("--norm_pix_loss", action="store_true", help="normalised patches as targets: of no use for MRA")
-    a("--batch_size", type=int, default=64, help="images of a process and a pass")
-    a("--accum_iter", type=int, default=1, help="passes whose gradients make one step")
-    a("--epochs", type=int, default=400)
-    a("--warmup_epochs", type=int, default=40)
+    a("--batch_size", type=positive, default=64, help="images of a process and a pass")
+    a("--accum_iter", type=positive, default=1, help="passes whose gradients make one step")
+    a("--epochs", type=positive, default=400)
+    a("--warmup_epochs", type=natural, default=40)
     a("--lr", type=float, help="absolute; default: --blr * effective batch / 256")
     a("--blr", type=float, default=1e-3)
-    a("--min_lr", type=float, default=0.0)
-    a("--weight_decay", type=float, default=0.05, help="of everything but biases and other 1-d parameters")
+    a("--min_lr", type=not_negative, default=0.0)
+    a(
+        "--weight_decay",
+        "--wd",
+        type=not_negative,
+        default=0.05,
+        help="of everything but biases and other 1-d parameters",
+    )
     a("--min_scale", type=float, default=0.2, help="least area of a crop")
     a("--resident", action="store_true", help="images in the device's memory, crops made there a batch at a time: for "
       "small images; not the paper's PIL pipeline")  # fmt: skip
-    a("--ckpt_freq", type=int, default=20, help="epochs between checkpoint-EPOCH.pth, weights alone; 0: none")
-    a("--image_every", type=int, default=500, help="steps between pictures in tensorboard")
+    a("--ckpt_freq", type=natural, default=20, help="epochs between checkpoint-EPOCH.pth, weights alone; 0: none")
+    a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "mra/pretrain/default")
     return p
 
 
 def check_flags(args: Any) -> None:
     """UserError for flags out of range, before anything is loaded."""
-    for name in ("input_size", "batch_size", "accum_iter", "epochs", "log_every", "image_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("warmup_epochs", "min_lr", "weight_decay", "ckpt_freq"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
     if not 0 < args.mask_ratio < 1 or not 0 < args.min_scale <= 1:
         raise UserError("--mask_ratio must lie between 0 and 1, and --min_scale above 0 and up to 1")
     if not args.blr > 0 or (args.lr is not None and not args.lr > 0):

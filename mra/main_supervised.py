@@ -15,7 +15,7 @@ from mra.mra import add_mra_flags, build
 from shared_utils import distributed
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.evaluation import write_result
-from shared_utils.run import Parser, Run, add_run_flags, cli
+from shared_utils.run import Parser, Run, add_run_flags, cli, not_negative, positive
 
 # epochs, batch, lr, decay, milestones, weight decay: the community's recipes, the paper's own are not known
 PRESETS: dict[str, tuple[int, int, float, str, str, float]] = {
@@ -36,12 +36,12 @@ def get_parser() -> Parser:
     add_mra_flags(p)
     engine.add_training_flags(p)
     a("--preset", choices=list(PRESETS), default="short", help="defaults of the flags that follow")
-    a("--epochs", type=int)
-    a("--batch_size", type=int, help="images a step, all processes together")
+    a("--epochs", type=positive)
+    a("--batch_size", type=positive, help="images a step, all processes together")
     a("--lr", type=float)
     a("--decay", choices=["cos", "step"])
     a("--schedule", help="epochs of --decay step, with commas")
-    a("--wd", type=float)
+    a("--wd", "--weight_decay", type=not_negative)
     add_run_flags(p, "mra/supervised/default")
     return p
 

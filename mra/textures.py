@@ -4,7 +4,6 @@ DIR/{train,test_a,test_b}/SHAPE/*.png in ImageNet's layout, DIR/masks/ the same 
 test_a the texture is the shape's own with probability 0.8 (another one, else); in test_b it says nothing.
 """
 
-import argparse
 import colorsys
 import fcntl
 import math
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from shared_utils import UserError, mini_draw
-from shared_utils.run import cli
+from shared_utils.run import Parser, cli
 
 SHAPES = ("bar", "crescent", "cross", "disc", "ring", "square", "star", "triangle")
 FAMILIES = ("stripes", "checker", "dots", "rings", "clouds", "grain", "bricks", "waves")  # the shapes' own, in order
@@ -137,10 +136,14 @@ def ensure(folder: Path = ROOT) -> Path:
     return folder
 
 
-def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="mra.textures", description=(__doc__ or "").splitlines()[0])
+def get_parser() -> Parser:
+    p = Parser(prog="mra.textures", description=(__doc__ or "").splitlines()[0])
     p.add_argument("--root", type=Path, default=ROOT, help="folder of the set (default: %(default)s)")
-    print(ensure(p.parse_args(argv).root))
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    print(ensure(get_parser().parse_args(argv).root))
     return 0
 
 

@@ -14,7 +14,7 @@ from mra import data
 from mra.mra import MRA, Parts, add_mra_flags, build, pixel_mask
 from shared_utils import UserError, augment, distributed
 from shared_utils.data import flat_folder
-from shared_utils.run import Parser, cli, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, natural, positive, set_threads
 
 
 def get_parser() -> Parser:
@@ -22,12 +22,11 @@ def get_parser() -> Parser:
     a = p.add_argument
     data.add_data_flags(p)
     add_mra_flags(p)
-    a("--count", type=int, default=8, help="images, evenly spaced")
-    a("--zoom", type=int, default=2, help="pixels of the picture for one of the image")
-    a("--seed", type=int, default=0, help="of random masks")
+    a("--count", type=positive, default=8, help="images, evenly spaced")
+    a("--zoom", type=positive, default=2, help="pixels of the picture for one of the image")
+    a("--seed", type=natural, default=0, help="of random masks")
     a("--out", type=Path, default=Path("mra.png"), help="file of the picture")
-    a("--device", default="auto")
-    a("--threads", type=int, default=0)
+    add_machine_flags(p, workers=None)
     return p
 
 
@@ -47,8 +46,6 @@ def main(argv: list[str] | None = None) -> int:
     set_threads(args.threads, 0, device)
     if args.mae_ckpt is None:
         raise UserError("--mae_ckpt is missing: give an autoencoder, for example one of bash mra/run_pretrain.sh")
-    if args.count < 1 or args.zoom < 1:
-        raise UserError("--count and --zoom must be at least 1")
     if args.dataset == "folder" and not args.synthetic:
         images = flat_folder(args.data_path)
     else:

@@ -14,7 +14,7 @@ from sage.arch import DEPTHS, STEMS
 from sage.options import backbone
 from shared_utils import UserError, checkpoint
 from shared_utils.evaluation import add_network_flags
-from shared_utils.export import add_export_flags, check, resnet_lines, write_detectron2, write_safetensors
+from shared_utils.export import add_export_flags, check, resnet_lines, write_backbone, write_detectron2
 from shared_utils.run import Parser, cli
 
 
@@ -48,20 +48,17 @@ def main(argv: list[str] | None = None) -> int:
     encoder, report = backbone(args)
     plain, network = encoder.state_dict(), (args.arch, args.width, args.stem)
     print(report)
-    if args.format == "safetensors":
-        name = f"{args.arch}, width {args.width}, stem {args.stem}, input of mean and standard deviation 0.5"
-        lines = resnet_lines(*network, "sage.arch.build")
-        print(write_safetensors(plain, args.out, "sage", name, lines, args.pretrained))
-    elif args.format == "detectron2":
+    if args.format == "detectron2":
         line = write_detectron2(plain, args.out, *network, author="sage")
         print(
             f"{line} MODEL.PIXEL_MEAN [127.5,127.5,127.5] MODEL.PIXEL_STD [127.5,127.5,127.5] "
             "MODEL.BACKBONE.FREEZE_AT 0"
         )
         print("R50-C4 2x (an extra norm after res5, SyncBN) or R50-FPN 1x; batch 16, lr 0.02, 90k iterations")
-    else:
-        checkpoint.save(args.out, {key: value.contiguous() for key, value in plain.items()})
-        print(f"{len(plain)} tensors -> {args.out}")
+        return 0
+    name = f"{args.arch}, width {args.width}, stem {args.stem}, input of mean and standard deviation 0.5"
+    print(write_backbone(args, plain, "sage", name, resnet_lines(*network, "sage.arch.build")))
+    if args.format == "torchvision":
         print(
             "mean and standard deviation of the input are 0.5 (bytes: 127.5); mmsegmentation: a dilated ResNet-50 with "
             f"init_cfg=dict(type='Pretrained', checkpoint='{args.out}'), FCN head, Cityscapes, crop 769, 40k iterations"

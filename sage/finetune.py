@@ -16,11 +16,7 @@ from sage.options import backbone
 from shared_utils import UserError, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed
 from shared_utils.evaluation import same_buffers, stream, topk, write_result
-from shared_utils.run import Run
-
-
-def floats(text: str) -> list[float]:
-    return [float(x) for x in text.split(",")]
+from shared_utils.run import Run, floats, not_negative, positive
 
 
 def add_finetune_flags(p: argparse.ArgumentParser, **defaults: Any) -> None:
@@ -28,10 +24,10 @@ def add_finetune_flags(p: argparse.ArgumentParser, **defaults: Any) -> None:
     a = p.add_argument
     a("--lr", type=floats, help="of the backbone; several with commas: each is tried")
     a("--head_lr_mult", type=floats, help="the classifier's rate over it; several: each is tried")
-    a("--momentum", type=float, default=0.9)
-    a("--weight_decay", type=float)
-    a("--batch_size", type=int, help="images a step, all processes together; at most the training images")
-    a("--total_epochs", type=int)
+    a("--momentum", type=not_negative, default=0.9)
+    a("--weight_decay", "--wd", type=not_negative)
+    a("--batch_size", type=positive, help="images a step, all processes together; at most the training images")
+    a("--total_epochs", "--epochs", type=positive)
     a("--lr_policy", choices=["cosine", "step"], help="by step to 0, or x --gamma at each of --step, by epoch")
     a("--step", type=lambda text: [int(x) for x in text.split(",")], default="12,16")
     a("--gamma", type=float, default=0.2)
@@ -55,9 +51,6 @@ class Classifier(nn.Module):
 
 def check_flags(args: argparse.Namespace, world: int, images: int) -> None:
     """UserError for flags out of range; the batch is at most the images."""
-    for name in ("batch_size", "total_epochs", "log_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if min(args.lr) <= 0 or min(args.head_lr_mult) <= 0:
         raise UserError("--lr and --head_lr_mult must be above 0")
     args.batch_size = min(args.batch_size, images // world * world)

@@ -24,7 +24,16 @@ from shared_utils import UserError, distributed
 from shared_utils.data import mix_key
 from shared_utils.evaluation import check_cache, collect, freeze, write_result
 from shared_utils.neighbours import knn_accuracy
-from shared_utils.run import Parser, cli, runs_root, set_threads
+from shared_utils.run import (
+    Parser,
+    add_machine_flags,
+    at_least,
+    cli,
+    natural,
+    not_negative,
+    positive,
+    set_threads,
+)
 
 
 def get_parser() -> Parser:
@@ -32,17 +41,19 @@ def get_parser() -> Parser:
     a = p.add_argument
     add_flags(p)
     a("--no_attributes", action="store_true", help="only the reconstruction; needs no attributes.csv")
-    a("--penalty", type=float, default=1e-3, help="half of the squared weights of a linear classifier counts so much")
-    a("--recon_updates", type=int, default=600, help="Adam updates of the fresh decoder; 0: no reconstruction")
+    a(
+        "--penalty",
+        type=not_negative,
+        default=1e-3,
+        help="half of the squared weights of a linear classifier counts so much",
+    )
+    a("--recon_updates", type=natural, default=600, help="Adam updates of the fresh decoder; 0: no reconstruction")
     a("--recon_lr", type=float, default=1e-3)
-    a("--recon_batch", type=int, default=64)
-    a("--decoder_width", type=int, default=0, help="channels of the bottleneck; 0: 8 x --width")
-    a("--batch_size", type=int, default=256)
-    a("--seed", type=int, default=0, help="of the fresh decoder and its batches")
-    a("--output-dir", type=Path, default=runs_root() / "sage/attributes/default", help="folder of result.json")
-    a("--workers", "--num_workers", type=int, default=2)
-    a("--device", default="auto")
-    a("--threads", type=int, default=0, help="0: cores - workers on a CPU")
+    a("--recon_batch", type=at_least(2), default=64)
+    a("--decoder_width", type=natural, default=0, help="channels of the bottleneck; 0: 8 x --width")
+    a("--batch_size", type=positive, default=256)
+    a("--seed", type=natural, default=0, help="of the fresh decoder and its batches")
+    add_machine_flags(p, output_dir="sage/attributes/default")
     return p
 
 
@@ -97,12 +108,8 @@ def reconstruction(
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    if args.batch_size < 1 or args.recon_updates < 0 or args.recon_batch < 2 or not args.recon_lr > 0:
-        raise UserError(
-            "--batch_size at least 1, --recon_updates 0 or more, --recon_batch at least 2, --recon_lr above 0"
-        )
-    if args.penalty < 0:
-        raise UserError(f"--penalty {args.penalty}: must not be negative")
+    if not args.recon_lr > 0:
+        raise UserError(f"--recon_lr {args.recon_lr}: must be above 0")
     device = distributed.init(args.device)
     if distributed.world() > 1:
         raise UserError("main_attributes runs in one process; start it without torchrun")

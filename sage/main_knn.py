@@ -13,11 +13,11 @@ from torch import Tensor
 from sage.data import plain
 from sage.finegrained import open_images
 from sage.options import add_flags, backbone
-from shared_utils import UserError, distributed
+from shared_utils import distributed
 from shared_utils.data import ImageList
 from shared_utils.evaluation import freeze, write_result
 from shared_utils.neighbours import features, knn_accuracy
-from shared_utils.run import Parser, cli, runs_root, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, positive, set_threads
 
 
 def get_parser() -> Parser:
@@ -25,19 +25,13 @@ def get_parser() -> Parser:
     a = p.add_argument
     add_flags(p)
     a("--feature_dir", type=Path, help="keep features in .npy files there (mapped, not in memory: for ImageNet)")
-    a("--batch_size", type=int, default=256, help="images a process")
-    a("--output-dir", type=Path, default=runs_root() / "sage/knn/default", help="folder of result.json")
-    a("--workers", "--num_workers", type=int, default=2)
-    a("--device", default="auto")
-    a("--amp", choices=["none", "bf16"], default="none")
-    a("--threads", type=int, default=0, help="0: cores - workers on a CPU")
+    a("--batch_size", type=positive, default=256, help="images a process")
+    add_machine_flags(p, amp="none", output_dir="sage/knn/default")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size {args.batch_size}: must be at least 1")
     device = distributed.init(args.device)
     set_threads(args.threads, args.workers, device)
     train, val = open_images(args)

@@ -20,7 +20,7 @@ from sage.options import add_flags, backbone
 from shared_utils import UserError, distributed
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.evaluation import check_cache, collect, freeze, topk, unchanged, write_result
-from shared_utils.run import Parser, Run, add_run_flags, cli
+from shared_utils.run import Parser, Run, add_run_flags, cli, ints, not_negative, positive
 
 
 def get_parser() -> Parser:
@@ -28,27 +28,20 @@ def get_parser() -> Parser:
     a = p.add_argument
     add_flags(p)
     a("--lr", type=float, default=0.2, help="learning rate of the first epoch")
-    a("--momentum", type=float, default=0.9)
-    a("--weight_decay", type=float, default=0.0)
-    a("--batch_size", type=int, default=256, help="images a step, all processes together")
-    a("--total_epochs", type=int, default=80)
+    a("--momentum", type=not_negative, default=0.9)
+    a("--weight_decay", "--wd", type=not_negative, default=0.0)
+    a("--batch_size", type=positive, default=256, help="images a step, all processes together")
+    a("--total_epochs", "--epochs", type=positive, default=80)
     a("--lr_policy", choices=["cosine", "step"], default="cosine", help="by epoch: to 0, or x .1 at each of --step")
-    a("--step", type=_ints, default="60,80", help="epochs of --lr_policy step (release r50_last: lr 30, 100 epochs)")
+    a("--step", type=ints, default="60,80", help="epochs of --lr_policy step (release r50_last: lr 30, 100 epochs)")
     a("--cached_train", action="store_true", help="a cheap probe: train on features of unaugmented images, computed "
       "once; not equal to the protocol")  # fmt: skip
     add_run_flags(p, "sage/lincls/default")
     return p
 
 
-def _ints(text: str) -> list[int]:
-    return [int(x) for x in text.split(",")]
-
-
 def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags out of range, before anything is loaded."""
-    for name in ("batch_size", "total_epochs", "log_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if not args.lr > 0:
         raise UserError(f"--lr {args.lr}: must be above 0")
     if args.batch_size % world:
@@ -168,6 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         loss.backward()
         optimizer.step()
         watched: dict[str, float] = {}
+        tested: dict[str, float] = {}
         if run.log_due():
             watched["acc1"] = 100 * float(topk(logits.detach(), target, (1,))[0]) / len(target)
         if run.step_in_epoch + 1 == sampler.steps_per_epoch:
@@ -175,8 +169,8 @@ def main(argv: list[str] | None = None) -> int:
                 val_feats = collect(embed, val, run.device, args.batch_size, args.workers)
             pieces = zip(val_feats[0][0].split(args.batch_size), val_feats[1].split(args.batch_size))
             scores.history.append(evaluate(probe, pieces, len(val), run.device))
-            watched |= {"val/top1": scores.history[-1][0], "val/top5": scores.history[-1][1]}
-        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
+            tested = {"val/top1": scores.history[-1][0], "val/top5": scores.history[-1][1]}
+        run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, evaluated=tested, **watched)
 
     unchanged(encoder, before)
     facts = {"epochs": args.total_epochs, "cached_train": args.cached_train, "pretrained": args.pretrained}

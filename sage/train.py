@@ -27,7 +27,7 @@ from sage.losses import WEIGHTS
 from sage.schedule import learning_rate, target_momentum
 from shared_utils import UserError, checkpoint, distributed, mini
 from shared_utils.data import EpochSampler, Keyed
-from shared_utils.run import Parser, Run, add_run_flags, cli
+from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
 
 MODES = {"sage": list(WEIGHTS), "pixel": ["w_pix"], "byol": []}  # terms that have a weight
 
@@ -38,15 +38,15 @@ def get_parser() -> argparse.ArgumentParser:
     a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="holds train/CLASS/*.jpg")
     a("--list_file", type=Path, help="train on these images: CLASS/image.jpg a line, below --data_dir/train")
     a("--synthetic", action="store_true", help="generate the mini data and take it as --data_dir, no download")
-    a("--img_size", type=int, default=224)
-    a("--per_class", type=int, default=0, help="take only so many images of each class; 0: all")
+    a("--img_size", type=positive, default=224, help="pixels of a crop")
+    a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
     a("--cache", action="store_true", help="decode all images once and keep them in memory")
     a("--blur_max", type=float, default=2.0, help="largest sigma of the blur, pixels")
     a("--arch", choices=list(arch.DEPTHS), default="resnet50", help="f_E")
-    a("--width", type=int, default=64, help="channels of the first stage")
+    a("--width", type=positive, default=64, help="channels of the first stage")
     a("--stem", choices=arch.STEMS, default="imagenet")
-    a("--hid_channels", type=int, default=4096, help="of projector and predictor")
-    a("--out_channels", type=int, default=256, help="D, of z and q")
+    a("--hid_channels", type=positive, default=4096, help="of projector and predictor")
+    a("--out_channels", type=positive, default=256, help="D, of z and q")
     a(
         "--mode",
         choices=list(MODES),
@@ -54,10 +54,14 @@ def get_parser() -> argparse.ArgumentParser:
         help="sage; pixel, generation by pixels alone; byol, no generation",
     )
     for flag, weight in WEIGHTS.items():
-        a(f"--{flag}", type=float, help=f"weight of the term (default: {weight:.4g} where --mode has it, else 0)")
+        a(
+            f"--{flag}",
+            type=not_negative,
+            help=f"weight of the term (default: {weight:.4g} where --mode has it, else 0)",
+        )
     a("--gen_target", choices=["self", "other", "clean"], default="self", help="what is recovered from a view: itself, "
       "the other view, or the image without augmentation")  # fmt: skip
-    a("--decoder_width", type=int, default=0, help="channels of the bottleneck; 0: 8 x --width")
+    a("--decoder_width", type=natural, default=0, help="channels of the bottleneck; 0: 8 x --width")
     a("--stem_bn", choices=["local", "sync"], default="local", help="batch norm behind the bottleneck, over one "
       "process (release) or all")  # fmt: skip
     a("--evaluator", default="", help="h_G: a checkpoint of a BYOL network, or random")
@@ -65,21 +69,26 @@ def get_parser() -> argparse.ArgumentParser:
       "drifting buffers, as in the release")  # fmt: skip
     a("--evaluator_norm", choices=["half", "imagenet"], default="half", help="input normalisation of its own training")
     a("--base_momentum", type=float, default=0.99, help="m at the start")
-    a("--imgs_per_gpu", type=int, default=64, help="images a process and iteration")
-    a("--update_interval", type=int, default=2, help="iterations whose gradients are accumulated for an update")
-    a("--total_epochs", type=int, default=300)
+    a("--imgs_per_gpu", type=positive, default=64, help="images a process and iteration")
+    a("--update_interval", type=positive, default=2, help="iterations whose gradients are accumulated for an update")
+    a("--total_epochs", "--epochs", type=positive, default=300)
     a("--lr", type=float, default=4.8, help="LARS, everything but the decoder")
-    a("--momentum", type=float, default=0.9)
-    a("--weight_decay", type=float, default=1e-6)
+    a("--momentum", type=not_negative, default=0.9)
+    a("--weight_decay", "--wd", type=not_negative, default=1e-6)
     a("--eta", type=float, default=0.001, help="of LARS")
     a("--lars_release_groups", action="store_true", help="exclude from decay and scaling by the release's names, which "
       "miss downsample.1; default: all one-dimensional parameters")  # fmt: skip
-    a("--warmup_iters", type=float, default=10, help="epochs of linear warm-up, of both optimisers")
+    a("--warmup_iters", type=not_negative, default=10, help="epochs of linear warm-up, of both optimisers")
     a("--warmup_ratio", type=float, default=1e-4)
     a("--decoder_lr", type=float, default=0.048, help="Adam; take 1e-3 for small batches")
     a("--decoder_lr_policy", choices=["const", "cosine"], default="const", help="after the warm-up (release: constant)")
-    a("--gallery", type=int, default=4, help="images whose views are shown beside what is recovered from them; 0: none")
-    a("--stages", type=int, default=5, help="how often, evenly over the run")
+    a(
+        "--gallery",
+        type=natural,
+        default=4,
+        help="images whose views are shown beside what is recovered from them; 0: none",
+    )
+    a("--stages", type=positive, default=5, help="how often, evenly over the run")
     add_run_flags(p, "sage/pretrain/default")
     p.set_defaults(evaluator_sha256="")
     return p
@@ -94,15 +103,6 @@ def resolve(args: argparse.Namespace) -> None:
 
 def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags that contradict each other, before anything is loaded."""
-    for name in (
-        "img_size", "width", "hid_channels", "out_channels", "imgs_per_gpu", "update_interval", "total_epochs",
-        "log_every", "stages",
-    ):  # fmt: skip
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("per_class", "gallery", "weight_decay", "warmup_iters", *WEIGHTS):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
     for name in ("lr", "decoder_lr", "eta"):
         if not getattr(args, name) > 0:
             raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
@@ -112,7 +112,7 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
         raise UserError(f"--blur_max {args.blur_max}: the blur begins at 0.1 pixels")
     if args.imgs_per_gpu < 2:
         raise UserError("batch norm needs at least 2 images a process; raise --imgs_per_gpu")
-    if args.decoder_width < 0 or args.decoder_width % 16:
+    if args.decoder_width % 16:
         raise UserError(f"--decoder_width {args.decoder_width}: must be a multiple of 16, or 0")
     needs = [flag for flag in WEIGHTS if flag != "w_pix" and getattr(args, flag)]
     if needs and not args.evaluator:

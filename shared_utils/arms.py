@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from shared_utils import UserError, checkpoint
+from shared_utils.run import Parser
 
 STATUS = {
     "above": "effect shown at small scale",
@@ -247,7 +248,7 @@ class Arms:
 
     # -- the command line --------------------------------------------------------------------------------------------
     def parser(self, doc: str) -> argparse.ArgumentParser:
-        p = argparse.ArgumentParser(prog=f"{self.paper}.arms", description=doc.splitlines()[0])
+        p = Parser(prog=f"{self.paper}.arms", description=doc.splitlines()[0])
         p.add_argument("root", type=Path, help="folder that run_arms.sh wrote")
         p.add_argument("--record", action="store_true", help="write the rows of results.csv and the logs")
         return p

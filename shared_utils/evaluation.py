@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 
 from shared_utils import UserError, checkpoint, distributed, mini
 from shared_utils.data import ImageList, image_folder, list_file, mix_key, per_class
-from shared_utils.run import plain_errors, worker_init
+from shared_utils.run import natural, plain_errors, positive, worker_init
 
 SETS = ("folder", "cifar10", "cifar100")
 
@@ -38,8 +38,8 @@ def add_data_flags(p: argparse.ArgumentParser, more: Sequence[str] = ()) -> None
         help="folder: as above; else torchvision's files below --data_dir",
     )
     a("--synthetic", action="store_true", help="generate the mini data and take it as --data_dir, no download")
-    a("--img_size", type=int, help="pixels of a crop; default: what the checkpoint was trained with, else 224")
-    a("--per_class", type=int, default=0, help="first so many training images of each class; 0: all")
+    a("--img_size", type=positive, help="pixels of a crop; default: what the checkpoint was trained with, else 224")
+    a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
     a("--cache", action="store_true", help="decode the training images once and keep them in memory (small images)")
 
 
@@ -77,8 +77,6 @@ def prepare_data(args: argparse.Namespace) -> None:
     """Resolve and check the flags; with --synthetic write the mini data, once, before any process reads it."""
     if args.img_size is None:
         args.img_size = stored_flags(getattr(args, "pretrained", "none")).get("img_size", 224)
-    if args.img_size < 1 or args.per_class < 0:
-        raise UserError(f"--img_size {args.img_size} --per_class {args.per_class}: at least 1, and 0 or more")
     if args.synthetic:
         if distributed.rank() == 0:
             mini.ensure("images")
@@ -170,7 +168,7 @@ def add_network_flags(p: argparse.ArgumentParser, archs: Sequence[str], stems: S
     a("--pretrained", required=True, help="checkpoint of a run, a published file (MoCo, SwAV, torchvision), or none: "
       "random weights")  # fmt: skip
     a("--arch", choices=archs, help=f"default: the checkpoint's, else {default}")
-    a("--width", type=int, help="channels of the first stage; default: the checkpoint's, else 64")
+    a("--width", type=positive, help="channels of the first stage; default: the checkpoint's, else 64")
     a("--stem", choices=stems, help="default: the checkpoint's, else imagenet")
     p.set_defaults(backbone_sha256="")
 
@@ -293,7 +291,10 @@ def check_cache(wanted: Mapping[str, tuple[int, int]]) -> None:
 
 @torch.no_grad()
 def same_buffers(network: nn.Module) -> None:
-    """Batch-norm statistics of process 0 on every process: after training each has those of its own last batch."""
+    """Batch-norm statistics of process 0 on every process: those of the checkpoint, and of the releases' wrappers.
+
+    After training without synchronised batch norm each process has those of its own batches.
+    """
     if distributed.world() > 1:
         for buffer in network.buffers():
             torch.distributed.broadcast(buffer, 0)

@@ -6,6 +6,7 @@ of the same name that ends in .md: the paper, how to load, the flags of the trai
 """
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -68,17 +69,35 @@ def resnet_lines(arch: str, width: int, stem: str, build: str) -> list[str]:
     return [f"model = {module}.{name}({arch!r}, {width}, {stem!r})", "model.load_state_dict(load_file(FILE))"]
 
 
+# timm's ViTs for 224 pixels: patch, width, depth, heads
+VITS = {
+    "vit_tiny_patch16_224": (16, 192, 12, 3), "vit_small_patch16_224": (16, 384, 12, 6),
+    "vit_small_patch8_224": (8, 384, 12, 6), "vit_base_patch16_224": (16, 768, 12, 12),
+    "vit_base_patch8_224": (8, 768, 12, 12), "vit_large_patch16_224": (16, 1024, 24, 16),
+    "vit_huge_patch14_224": (14, 1280, 32, 16),
+}  # fmt: skip
+
+
+def vit_lines(img_size: int, patch: int, dim: int, depth: int, heads: int) -> list[str]:
+    """How a ViT is loaded by timm: under a name where it has that network, else by its sizes."""
+    name = next((k for k, v in VITS.items() if (img_size, v) == (224, (patch, dim, depth, heads))), None)
+    sizes = f"img_size={img_size}, patch_size={patch}, embed_dim={dim}, depth={depth}, num_heads={heads}"
+    made = f'timm.create_model("{name}", num_classes=0)'
+    made = made if name else f"timm.models.VisionTransformer({sizes}, num_classes=0)"
+    return [f"model = {made}", "model.load_state_dict(load_file(FILE))"]
+
+
 def model_card(paper: str, network: str, out: Path, lines: Sequence[str], flags: Mapping[str, object]) -> str:
     """Markdown: paper, network, loading, training flags, and the measured rows of the folder's results.csv."""
     about = next(p for p in results.PAPERS if p.folder == paper)
     folder = Path(__file__).resolve().parent.parent / paper
     measured = [row for row in results.read(folder)[0] if row["ours_mean"]]
-    imports = sorted({line.split(" = ")[1].split("(")[0].rsplit(".", 1)[0] for line in lines if " = " in line})
+    imports = sorted(set(re.findall(r"\b((?:\w+\.)*\w+)\.\w+\(", "\n".join(lines))) - {"model"})
     text = [
         f"# {about.title}: {network}",
         "",
         f"Weights of a backbone, `{out.name}`, written by `{paper}` of this workspace (arXiv {about.arxiv}).",
-        "Code: Apache-2.0. The weights carry whatever terms the images of `data_dir` below have.",
+        "Code: Apache-2.0. The weights carry whatever terms the data have that they were trained on.",
         "",
         "```python",
         *(f"import {name}" for name in imports),
@@ -120,3 +139,13 @@ def write_safetensors(
     text = model_card(paper, network, out, lines, stored_flags(pretrained))
     checkpoint.write(card, lambda handle: handle.write(text.encode()))
     return f"{len(plain)} tensors -> {out}; model card -> {card}"
+
+
+def write_backbone(
+    args: argparse.Namespace, state: Mapping[str, Tensor], paper: str, network: str, lines: Sequence[str]
+) -> str:
+    """As --format says: safetensors and a card, or the same names in a .pth file; returns what was written."""
+    if args.format == "safetensors":
+        return write_safetensors(state, args.out, paper, network, lines, str(args.pretrained))
+    checkpoint.save(args.out, {key: value.contiguous() for key, value in state.items()})
+    return f"{len(state)} tensors -> {args.out}"

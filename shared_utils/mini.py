@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import fcntl
 import json
@@ -29,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from shared_utils import UserError, mini_draw
-from shared_utils.run import cli
+from shared_utils.run import Parser, cli
 
 ROOT = Path("data/mini")
 STAMP = "mini.stamp"
@@ -235,12 +234,16 @@ def ensure(kind: str, root: Path | str = ROOT) -> Path:
     return folder
 
 
+def get_parser() -> Parser:
+    p = Parser(prog="python -m shared_utils.mini", description="Write mini data sets.")
+    p.add_argument("kinds", nargs="+", metavar="KIND", help=f"{', '.join(WRITERS)}, or all")
+    p.add_argument("--root", type=Path, default=ROOT, help="parent folder (default: %(default)s)")
+    return p
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line: write the named kinds and print one line for each."""
-    parser = argparse.ArgumentParser(prog="python -m shared_utils.mini", description="Write mini data sets.")
-    parser.add_argument("kinds", nargs="+", metavar="KIND", help=f"{', '.join(WRITERS)}, or all")
-    parser.add_argument("--root", type=Path, default=ROOT, help="parent folder (default: %(default)s)")
-    args = parser.parse_args(argv)
+    args = get_parser().parse_args(argv)
     kinds = [kind for name in args.kinds for kind in (WRITERS if name == "all" else [name])]
     for kind in kinds:  # all of them before the first is written
         _check(kind)

@@ -26,7 +26,7 @@ from shared_utils.evaluation import (
     topk,
     write_result,
 )
-from shared_utils.run import Parser, cli, runs_root, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, positive, set_threads
 from sscl.calibration import Alignment, calibrate, equal_coverage, log_similarity
 from sscl.data import training_images
 from sscl.main import labelled_images
@@ -46,11 +46,8 @@ def get_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also top-1 of the calibrated prediction (an extra)",
     )
-    a("--output-dir", type=Path, default=runs_root() / "sscl/cls/default")
-    a("--batch_size", type=int, default=256)
-    a("--workers", type=int, default=2)
-    a("--threads", type=int, default=0, help="0: cores - workers on a CPU")
-    a("--device", default="auto")
+    a("--batch_size", type=positive, default=256)
+    add_machine_flags(p, output_dir="sscl/cls/default")
     return p
 
 
@@ -103,8 +100,6 @@ class Predictor:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    if args.batch_size < 1:
-        raise UserError("--batch_size must be at least 1")
     device = distributed.init(args.device)
     set_threads(args.threads, args.workers, device)
     flags = stored_flags(args.pretrained)

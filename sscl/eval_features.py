@@ -18,7 +18,7 @@ from shared_utils.augment import plain
 from shared_utils.data import ImageList, image_folder
 from shared_utils.evaluation import add_data_flags, check_cache, freeze, open_splits, write_result
 from shared_utils.neighbours import features, knn_accuracy, neighbours, purity
-from shared_utils.run import Parser, cli, runs_root, set_threads
+from shared_utils.run import Parser, add_machine_flags, cli, natural, positive, set_threads
 from sscl.fewshot import episodes, k_shot, logistic
 from sscl.weights import add_network_flags, load_encoder
 
@@ -34,16 +34,12 @@ def get_parser() -> argparse.ArgumentParser:
     a("--copy", choices=["query", "momentum"], default="query", help="whose backbone")
     a("--novel_dir", type=Path, help="CLASS/* of classes that training has not seen, for episodes")
     a("--shots", default="1,2,5,10", help="labelled images of a class in fewshot")
-    a("--draws", type=int, default=5, help="random subsets of fewshot")
-    a("--episodes", type=int, default=600)
+    a("--draws", type=positive, default=5, help="random subsets of fewshot")
+    a("--episodes", type=positive, default=600)
     a("--l2", type=float, default=1e-4, help="weight decay of the linear probe's logistic regression")
-    a("--output-dir", type=Path, default=runs_root() / "sscl/features/default")
-    a("--batch_size", type=int, default=256)
-    a("--workers", type=int, default=2)
-    a("--threads", type=int, default=0, help="0: cores - workers on a CPU")
-    a("--device", default="auto")
-    a("--amp", choices=["none", "bf16"], default="none")
-    a("--seed", type=int, default=0, help="of the episodes")
+    a("--batch_size", type=positive, default=256)
+    add_machine_flags(p, amp="none", output_dir="sscl/features/default")
+    a("--seed", type=natural, default=0, help="of the episodes")
     return p
 
 
@@ -63,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         shots = [int(text) for text in args.shots.split(",")]
     except ValueError:
         raise UserError(f"--shots {args.shots}: must be whole numbers such as 1,5") from None
-    if min(args.batch_size, args.draws, args.episodes, *shots) < 1:
-        raise UserError("--batch_size, --draws, --episodes and --shots must be at least 1")
+    if min(shots) < 1:
+        raise UserError(f"--shots {args.shots}: must be at least 1")
     if "episodes" in chosen and not args.novel_dir and not args.synthetic:
         raise UserError("--protocols episodes needs --novel_dir, a folder of classes that training has not seen")
     device = distributed.init(args.device)

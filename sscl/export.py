@@ -6,8 +6,7 @@ file of tensors alone. Both heads stay behind.
 
 import argparse
 
-from shared_utils import checkpoint
-from shared_utils.export import add_export_flags, check, resnet_lines, write_safetensors
+from shared_utils.export import add_export_flags, check, resnet_lines, write_backbone
 from shared_utils.run import Parser, cli
 from sscl.weights import add_network_flags, load_encoder
 
@@ -24,15 +23,10 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     check(args.pretrained, args.out, args.format)
     encoder, report = load_encoder(args, None, args.copy)
-    state = encoder.backbone.state_dict()
     print(report)
-    if args.format == "safetensors":
-        name = f"{args.arch}, width {args.width}, stem {args.stem}"
-        lines = resnet_lines(args.arch, args.width, args.stem, "sscl.arch.build")
-        print(write_safetensors(state, args.out, "sscl", name, lines, args.pretrained))
-    else:
-        checkpoint.save(args.out, {key: value.contiguous() for key, value in state.items()})
-        print(f"{len(state)} tensors -> {args.out}")
+    name = f"{args.arch}, width {args.width}, stem {args.stem}"
+    lines = resnet_lines(args.arch, args.width, args.stem, "sscl.arch.build")
+    print(write_backbone(args, encoder.backbone.state_dict(), "sscl", name, lines))
     return 0
 
 

@@ -17,7 +17,7 @@ from shared_utils import UserError, distributed
 from shared_utils.augment import plain
 from shared_utils.data import EpochSampler, ImageList, Keyed
 from shared_utils.evaluation import add_data_flags, open_splits, same_buffers, share, stream, subset, topk, write_result
-from shared_utils.run import Parser, Run, add_run_flags, cli
+from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
 from sscl.data import augmentations
 from sscl.main import labelled_images
 from sscl.weights import add_network_flags, load_encoder
@@ -29,19 +29,24 @@ def get_parser() -> argparse.ArgumentParser:
     add_data_flags(p)
     a = p.add_argument
     a("--split_file", type=Path, help="list of the labelled images, as SimCLR's 1percent.txt")
-    a("--labels_per_class", type=int, default=0, help="so many of each class, drawn by --split")
-    a("--split", type=int, default=0)
+    a("--labels_per_class", type=natural, default=0, help="so many of each class, drawn by --split")
+    a("--split", type=natural, default=0)
     a("--fraction", type=float, default=0.01, help="this share of each class, where neither of the above is given")
     a("--weak", choices=["rrc", "shift"], default="rrc", help="augmentation")
     a("--no_flip", action="store_true", help="no mirror images (digits)")
     a("--min_scale", type=float, default=0.2, help="least area of a random resized crop")
     a("--lr", type=float, default=0.001, help="of the backbone")
     a("--lr_head", type=float, default=0.1, help="of the new classifier")
-    a("--epochs", type=int, default=50, help="of the labelled images")
+    a("--epochs", type=positive, default=50, help="of the labelled images")
     a("--drops", default="30,40", help="epochs at which both rates fall to a tenth")
-    a("--momentum", type=float, default=0.9)
-    a("--wd", type=float, default=1e-4)
-    a("--batch_size", type=int, default=256, help="images a step, all processes together; at most the labelled ones")
+    a("--momentum", type=not_negative, default=0.9)
+    a("--wd", "--weight_decay", type=not_negative, default=1e-4)
+    a(
+        "--batch_size",
+        type=positive,
+        default=256,
+        help="images a step, all processes together; at most the labelled ones",
+    )
     add_run_flags(p, "sscl/finetune/default")
     p.set_defaults(split_sha256="", no_labels=False, backbone_sha256="")
     return p
@@ -49,12 +54,6 @@ def get_parser() -> argparse.ArgumentParser:
 
 def check_flags(args: argparse.Namespace) -> list[int]:
     """The epochs of --drops. UserError for flags out of range, before anything is loaded."""
-    for name in ("batch_size", "epochs", "log_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("labels_per_class", "split", "wd", "momentum"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
     if not 0 < args.min_scale <= 1:
         raise UserError(f"--min_scale {args.min_scale}: must lie above 0 and up to 1")
     if args.lr < 0 or not args.lr_head > 0:

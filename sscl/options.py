@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from shared_utils import UserError
-from shared_utils.run import Parser, add_run_flags
+from shared_utils.run import Parser, add_run_flags, natural, not_negative, positive
 from sscl import arch, calibration, losses, prototypes
 from sscl.weights import default_width
 
@@ -14,25 +14,30 @@ def get_parser(doc: str) -> argparse.ArgumentParser:
     a = p.add_argument
     a("--data", "--data_dir", type=Path, default=Path("data/imagenet"), help="holds train/CLASS/*.jpg")
     a("--synthetic", action="store_true", help="generate the mini data and take it as --data, no download")
-    a("--img_size", type=int, default=224)
-    a("--per_class", type=int, default=0, help="take only so many images of each class; 0: all")
+    a("--img_size", type=positive, default=224, help="pixels of a crop")
+    a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
     a("--imbalance", type=float, default=1.0, help="the last class keeps so many times fewer images than the first")
     a("--cache", action="store_true", help="decode all images once and keep them in memory")
     g = p.add_argument_group("which images are labelled").add_argument
     g("--split_file", type=Path, help="list of the labelled images, as SimCLR's 1percent.txt")
-    g("--labels_per_class", type=int, default=0, help="so many of each class, drawn by --split (frozen in splits.json)")
-    g("--split", type=int, default=0, help="which draw of --labels_per_class or --fraction")
+    g(
+        "--labels_per_class",
+        type=natural,
+        default=0,
+        help="so many of each class, drawn by --split (frozen in splits.json)",
+    )
+    g("--split", type=natural, default=0, help="which draw of --labels_per_class or --fraction")
     g("--fraction", type=float, default=0.01, help="this share of each class, where neither of the above is given")
     g("--no_labels", action="store_true", help="none: MoCo v2 (needs --lambda_u 0)")
     g("--balanced", choices=["on", "off"], default="on", help="labelled batches hold each class equally often")
     g = p.add_argument_group("network").add_argument
     g("--arch", choices=arch.ARCHS, default="resnet50")
-    g("--width", type=int, help="channels of the first stage (default: 64; wrn28: 32, that is WRN-28-2)")
+    g("--width", type=positive, help="channels of the first stage (default: 64; wrn28: 32, that is WRN-28-2)")
     g("--stem", choices=arch.STEMS, default="imagenet")
-    g("--dim", type=int, default=128, help="D, length of an embedding")
+    g("--dim", type=positive, default=128, help="D, length of an embedding")
     g("--init", default="scratch", help="scratch, or a file to start from (MoCo v2, torchvision, a run of ours)")
-    g("--bn_splits", type=int, default=1, help="batch norm over so many shares of a process's batch, as if each were a "
-      "process; on one GPU take 8 for the paper's setting")  # fmt: skip
+    g("--bn_splits", type=positive, default=1, help="batch norm over so many shares of a process's batch, as if each "
+      "were a process; on one GPU take 8 for the paper's setting")  # fmt: skip
     g = p.add_argument_group("views").add_argument
     g("--weak", choices=["rrc", "shift"], default="rrc", help="random resized crop, or translation (small images)")
     g("--strong", choices=["moco", "randaug"], default="moco", help="s(u): MoCo v2's, or RandAugment(2, 10)")
@@ -40,50 +45,50 @@ def get_parser(doc: str) -> argparse.ArgumentParser:
     g("--no_flip", action="store_true", help="no mirror images (digits)")
     g("--min_scale", type=float, default=0.2, help="least area of a random resized crop")
     g = p.add_argument_group("class branch").add_argument
-    g("--lambda_u", type=float, default=10.0, help="weight of L_u (CIFAR: 1)")
+    g("--lambda_u", type=not_negative, default=10.0, help="weight of L_u (CIFAR: 1)")
     g("--calib", choices=calibration.CALIBRATIONS, default="product", help="how q corrects p; none: that exchange off")
     g("--calib_weight", type=float, default=0.5, help="a, weight of q in average and geomean")
     g("--tau_s", type=float, default=0.1, help="temperature of q")
     g("--sharpen_t", type=float, help="T of Sharpen (default: .5; 1, that is none, for --calib none)")
-    g("--theta", type=float, default=0.7, help="confidence from which a pseudo-label counts (CIFAR: .95)")
+    g("--theta", type=not_negative, default=0.7, help="confidence from which a pseudo-label counts (CIFAR: .95)")
     g("--theta_on", choices=["sharp", "raw"], default="sharp", help="the threshold is of p after or before Sharpen")
     g("--theta_ramp", action="store_true", help="the threshold rises from .5 to theta during training")
     g("--soft_targets", action="store_true", help="L_u against the distribution in place of its argmax")
     g("--da", choices=calibration.ALIGNMENTS, default="ema", help="distribution alignment of p")
     g("--da_m", type=float, default=0.999, help="momentum of --da ema and of the prior")
-    g("--pl_start", type=int, help="epochs without pseudo-labels (default: 5; 0 with --init)")
+    g("--pl_start", type=natural, help="epochs without pseudo-labels (default: 5; 0 with --init)")
     g = p.add_argument_group("contrastive branch").add_argument
-    g("--lambda_c", type=float, default=1.0, help="weight of L_c")
+    g("--lambda_c", type=not_negative, default=1.0, help="weight of L_c")
     g("--neighbours", choices=["on", "off"], default="on", help="positives and negatives by pseudo-label; off: that "
       "exchange off, the own key against the whole queue")  # fmt: skip
-    g("--num_pos", type=int, default=5, help="K, neighbours of an anchor")
+    g("--num_pos", type=natural, default=5, help="K, neighbours of an anchor")
     g("--sim", choices=["prob", "embed"], default="prob", help="neighbours ranked by <p, p'>, or by cosine (the queue "
       "then keeps no probabilities)")  # fmt: skip
     g("--ctr", choices=losses.FORMS, default="unified", help="eq. 8a or 8b")
     g("--labelled_anchors", action="store_true", help="labelled images are anchors too, not only keys; with neighbours "
       "from --pl_start on")  # fmt: skip
     g("--tau", type=float, default=0.2, help="temperature of L_c")
-    g("--moco_k", type=int, default=65536, help="places of the queue")
+    g("--moco_k", type=positive, default=65536, help="places of the queue")
     g("--moco_m", type=float, default=0.999, help="m, momentum of the key encoder")
-    g("--ctr_start", type=int, default=0, help="epochs without L_c")
+    g("--ctr_start", type=natural, default=0, help="epochs without L_c")
     g = p.add_argument_group("prototypes").add_argument
     g("--proto", choices=prototypes.KINDS, default="mixture", help="mu_c of labelled images, with mixtures, or EMA")
-    g("--proto_every", type=int, default=5, help="E_p, epochs between refreshes")
-    g("--num_nn", type=int, default=20, help="K_nn, unlabelled images of a class that are mixed")
+    g("--proto_every", type=positive, default=5, help="E_p, epochs between refreshes")
+    g("--num_nn", type=positive, default=20, help="K_nn, unlabelled images of a class that are mixed")
     g("--proto_m", type=float, default=0.99, help="momentum of --proto ema")
     g = p.add_argument_group("optimisation").add_argument
-    g("--batch_labelled", type=int, default=64, help="B, labelled images a step, all processes together")
-    g("--mu", type=int, default=5, help="unlabelled images a step: mu B")
-    g("--epochs", type=int, default=200, help="of the unlabelled images")
+    g("--batch_labelled", type=positive, default=64, help="B, labelled images a step, all processes together")
+    g("--mu", type=positive, default=5, help="unlabelled images a step: mu B")
+    g("--epochs", type=positive, default=200, help="of the unlabelled images")
     g("--lr", type=float, default=0.03, help="learning rate for --lr_batch unlabelled images a step")
-    g("--lr_batch", type=int, default=256, help="0: --lr is taken as it is")
+    g("--lr_batch", type=natural, default=256, help="0: --lr is taken as it is")
     g("--schedule", choices=["cos", "cos7_16"], default="cos", help="cosine to 0, or cos(7 pi k / 16 K)")
-    g("--warmup_epochs", type=float, default=5.0, help="linear warm-up of the learning rate")
-    g("--momentum", type=float, default=0.9, help="Nesterov")
-    g("--wd", type=float, default=1e-4)
+    g("--warmup_epochs", type=not_negative, default=5.0, help="linear warm-up of the learning rate")
+    g("--momentum", type=not_negative, default=0.9, help="Nesterov")
+    g("--wd", "--weight_decay", type=not_negative, default=1e-4)
     a("--diagnostics", choices=["on", "off"], default="on", help="use the true labels of unlabelled images to log the "
       "accuracy of pseudo-labels and the purity of neighbours; nothing else sees them")  # fmt: skip
-    a("--image_every", type=int, default=500, help="steps between pictures in tensorboard")
+    a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_run_flags(p, "sscl/train/default")
     p.set_defaults(split_sha256="")
     return p
@@ -100,18 +105,6 @@ def resolve(args: argparse.Namespace) -> None:
 
 def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags that contradict each other, before anything is loaded."""
-    for name in (
-        "img_size", "width", "dim", "bn_splits", "moco_k", "proto_every", "num_nn", "batch_labelled", "mu", "epochs",
-        "log_every", "image_every",
-    ):  # fmt: skip
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in (
-        "per_class", "labels_per_class", "split", "num_pos", "lambda_u", "lambda_c", "lr_batch", "warmup_epochs",
-        "pl_start", "ctr_start", "theta", "wd", "momentum",
-    ):  # fmt: skip
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
     if min(args.tau, args.tau_s, args.sharpen_t, args.lr) <= 0:
         raise UserError("--tau, --tau_s, --sharpen_t and --lr must be above 0")
     if args.imbalance < 1:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shared_utils import UserError, checkpoint
 from shared_utils.evaluation import stored_flags
+from shared_utils.run import positive
 from sscl.arch import ARCHS, STEMS, Encoder, build
 
 MOCO_HEAD = {f"fc.{layer}.{kind}": f"proj.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
@@ -51,7 +52,7 @@ def momentum_copy(path: str) -> dict[str, Tensor]:
 def add_network_flags(a: Any) -> None:
     a("--pretrained", required=True, help="checkpoint of a run of ours, a MoCo or torchvision file, or none: random")
     a("--arch", choices=ARCHS, help="default: the checkpoint's, else resnet50")
-    a("--width", type=int, help="channels of the first stage; default: the checkpoint's, else the architecture's")
+    a("--width", type=positive, help="channels of the first stage; default: the checkpoint's, else the architecture's")
     a("--stem", choices=STEMS, help="default: the checkpoint's, else imagenet")
 
 

@@ -12,7 +12,6 @@ The overhead is step - floor (or method) over the floor.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import statistics
 import sys
@@ -27,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from shared_utils import UserError  # noqa: E402
-from shared_utils.run import cli  # noqa: E402
+from shared_utils.run import Parser, cli, positive  # noqa: E402
 
 FUNCTIONS = ("floor", "step", "method", "release")
 KEYS: dict[str, Any] = {"name": str, "note": str, "floor_scale": (int, float)}
@@ -120,14 +119,18 @@ def papers() -> list[str]:
     return sorted(path.parent.name for path in ROOT.glob("*/bench.py") if path.parent.name != "tests")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def get_parser() -> Parser:
+    parser = Parser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("paper", help=f"a folder with a bench.py, or all: {', '.join(papers())}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
-    parser.add_argument("--repeats", type=int, default=20, help="calls a median is taken of, at most")
+    parser.add_argument("--repeats", type=positive, default=20, help="calls a median is taken of, at most")
     parser.add_argument("--budget", type=float, default=15.0, help="seconds a timed function gets, about")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
     chosen = papers() if args.paper == "all" else [args.paper]
     if unknown := [name for name in chosen if name not in papers()]:
         raise UserError(f"{unknown[0]}: no such folder with a bench.py; there are: {', '.join(papers()) or 'none'}")

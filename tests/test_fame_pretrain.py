@@ -218,9 +218,9 @@ def test_two_processes_that_are_stopped_resume_to_the_bit(data, tmp_path):
         ("--moco_t 0", "must be above 0"),
         ("--moco_k 0", "--moco_k 0: must be at least 1"),
         ("--blur_sigma 0", "--blur_sigma .* must be above 0"),
-        ("--wd -1", "--wd .* must not be negative"),
-        ("--momentum -0.1", "--momentum.* must not be negative"),
-        ("--lr_decay 0", "--lr_decay must be above 0"),
+        ("--wd -1", "--wd -1: must not be negative"),
+        ("--momentum -0.1", "--momentum -0.1: must not be negative"),
+        ("--lr_decay 0", "--lr_decay 0.0: must be above 0"),
         ("--bins 0", "--bins 0: must be at least 1"),
         ("--warmup --schedule", "--warmup climbs up to the first entry"),
         ("-b 32", "a global batch of 32 needs as many samples, the data has 16"),
@@ -252,5 +252,5 @@ def test_activation_maps(data, tmp_path, capsys):
     model.maps = lambda x: spots  # type: ignore[assignment]
     heat = main_cam.activation(model, torch.zeros(1, 3, 4, 8, 8))
     assert heat.shape == (1, 4, 8, 8) and float(heat[0, 0, 0, 7]) > 0.99 and float(heat[0, 0, 7, 0]) < 0.01
-    with pytest.raises(UserError, match="--count must be at least 1"):
+    with pytest.raises(UserError, match="--count 0: must be at least 1"):
         main_cam.main([str(data), "--count", "0"])

@@ -409,7 +409,7 @@ def test_two_processes_of_two_splits_equal_one_with_four(data, tmp_path):  # tra
         ("--moco_t 0", r"--moco_t, --init_lr and --alpha must be above 0"),
         ("--moco_m 1.5", r"--moco_m must lie in 0..1"),
         ("--end_epoch 0", r"--end_epoch 0: must be at least 1"),
-        ("--inter_weight -1", r"--inter_weight -1.0: must not be negative"),
+        ("--inter_weight -1", r"--inter_weight -1: must not be negative"),
         ("--output-dir /dev/null/x", r"/dev/null/x: cannot write here"),
     ],
 )

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from hsa import cutmix, losses, main_lincls
 from hsa.builder import CsMl
-from hsa.compare_release import FILES, Tiny, check, fixed_inputs, legacy, main, row
+from hsa.compare_release import FILES, PACKAGES, URL, Tiny, fixed_inputs, legacy, main
 from hsa.main_moco import learning_rate
-from shared_utils import UserError, distributed, neighbours
+from shared_utils import UserError, compare, distributed, neighbours
 
 ROOT = Path(__file__).resolve().parents[1]
 FROZEN = json.loads((ROOT / "tests" / "reference" / "hsa.json").read_text())
@@ -285,12 +285,12 @@ def test_comparison_names_what_is_wrong_with_a_path(tmp_path, monkeypatch):
     for name in FILES[:-1]:
         (tmp_path / name).write_text("")
     with pytest.raises(UserError, match=FILES[-1]):
-        check(tmp_path)
+        compare.check(tmp_path, URL, FILES, PACKAGES)
     (tmp_path / FILES[-1]).write_text("")
     there = {"absl": None, "easydict": SimpleNamespace(), "faiss": None}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: there[name])
     with pytest.raises(UserError, match="pip install absl-py faiss-cpu$"):
-        check(tmp_path)
+        compare.check(tmp_path, URL, FILES, PACKAGES)
 
 
 def test_comparison_is_one_line_on_stderr_and_exit_code_2(tmp_path):
@@ -300,5 +300,5 @@ def test_comparison_is_one_line_on_stderr_and_exit_code_2(tmp_path):
 
 
 def test_a_row_of_the_comparison_sees_a_difference():
-    assert row("", 2.0, 2.0, 0).off == 0 and row("", [1.0, 3.0], [1.0, 2.0], 0).off == 0.5
-    assert row("", torch.zeros(3), torch.zeros(2), 1).off == np.inf
+    assert compare.row("", 2.0, 2.0, 0).off == 0 and compare.row("", [1.0, 3.0], [1.0, 2.0], 0).off == 0.5
+    assert compare.row("", torch.zeros(3), torch.zeros(2), 1).off == np.inf

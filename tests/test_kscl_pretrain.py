@@ -380,7 +380,7 @@ def test_two_processes_equal_one_with_two_splits(data, tmp_path):  # p
         ("--rank_rule fixed --rank 4", r"--rank 4: 3 shots span no more than 3 directions"),
         ("--center 1 --shots 1", r"--center 1 leaves nothing of one shot"),
         ("--center 1 --sim signed", r"--center 1 takes away the direction that --sim signed is oriented by"),
-        ("--max_rank -1", r"--per_class and --max_rank must not be negative"),
+        ("--max_rank -1", r"--max_rank -1: must not be negative"),
         ("--moco_t 0", r"--moco_t and --init_lr must be above 0"),
         ("--moco_m 1.5", r"--moco_m must lie in 0..1"),
         ("--pretrained {tmp}/no.pth", r"no.pth: no such checkpoint file"),

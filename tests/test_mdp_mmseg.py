@@ -106,7 +106,7 @@ def test_configs_build(engine: Any, name: str) -> None:
     from mmseg.registry import DATASETS, TRANSFORMS
 
     narrow = ["--base-channels", "4", "--head-channels", "8"]
-    cfg = finetune.resolve(finetune.parser().parse_args(["--config", name, *narrow]), {})
+    cfg = finetune.resolve(finetune.get_parser().parse_args(["--config", name, *narrow]), {})
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         meta = DATASETS.get(loader.dataset.type).METAINFO
         assert len(meta["classes"]) == len(meta["palette"]) == cfg.model.decode_head.num_classes
@@ -128,7 +128,7 @@ def test_configs_build(engine: Any, name: str) -> None:
     ],
 )
 def test_paper_schedules(name: str, iters: int, early: int, batch: int, crop: tuple[int, int]) -> None:
-    cfg = finetune.resolve(finetune.parser().parse_args(["--config", name]), {})
+    cfg = finetune.resolve(finetune.get_parser().parse_args(["--config", name]), {})
     assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval, cfg.due[0], cfg.due[-1]) == (
         iters,
         early,

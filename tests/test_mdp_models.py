@@ -222,7 +222,7 @@ def test_finetune_refuses_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_finetune_takes_the_network_of_its_checkpoint(tmp_path: Path) -> None:
     pretraining(tmp_path / "ours.pth", head="sep_aspp")
     _, implied = finetune.read_checkpoint(str(tmp_path / "ours.pth"), "q")
-    args = finetune.parser().parse_args(["--config", "camvid", "--iters", "50", "--crop-size", "96"])
+    args = finetune.get_parser().parse_args(["--config", "camvid", "--iters", "50", "--crop-size", "96"])
     cfg = finetune.resolve(args, implied)
     assert cfg.model.decode_head.type == "DepthwiseSeparableASPPHead"
     assert (cfg.model.backbone.depth, cfg.model.backbone.base_channels, cfg.model.decode_head.channels) == (18, 4, 8)

@@ -518,8 +518,8 @@ def test_two_processes_resume_to_the_bit(images: Path, mae: Path, tmp_path: Path
         ("fixmatch", "--iterations 7", r"--iterations 7 is no multiple of --epoch_steps 3"),
         ("fixmatch", "--ema 1", r"--ema in 0..1"),
         ("fixmatch", "--momentum 0", r"--momentum 0.0: Nesterov's must lie"),
-        ("fixmatch", "--wd -1", r"--wd -1.0: must not be negative"),
-        ("supervised", "--momentum -1", r"--momentum -1.0: must lie"),
+        ("fixmatch", "--wd -1", r"--wd -1: must not be negative"),
+        ("supervised", "--momentum -1", r"--momentum -1: must not be negative"),
         ("supervised", "--decay step --schedule a,b", r"--schedule a,b: epochs with commas"),
         ("fewshot", "--data_path {tmp}/nowhere", r"nowhere/train: no such folder"),
         ("supervised", "--output-dir /dev/null/x", r"/dev/null/x: cannot write here"),
@@ -582,8 +582,8 @@ def test_occlusion_and_diagnostics(images: Path, mae: Path, tmp_path: Path) -> N
     for flags, message in (
         (["--cell", "5"], "--cell 5: must divide"),
         (["--cell", "2", "--mae_ckpt", str(mae)], "--cell 2: must be a multiple of the autoencoder's patch of 4"),
-        (["--batch_size", "0"], "--batch_size must be at least 1"),
-        (["--images", "-1"], "--images 0 or more"),
+        (["--batch_size", "0"], "--batch_size 0: must be at least 1"),
+        (["--images", "-1"], "--images -1: must not be negative"),
     ):
         with pytest.raises(UserError, match=message):
             eval_occlusion.main([*argv, *flags])

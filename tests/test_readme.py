@@ -112,14 +112,13 @@ STUB = '#!/usr/bin/env bash\nprintf \'%s\\037\' "$@" >> "$CALLS"\nprintf \'\\036
 
 # Each call goes to the parser of the module that it names; the last line is empty when all are understood.
 PARSE = """
-import contextlib, importlib, io, json, sys
+import importlib, json, sys
+from shared_utils import UserError
 for words in json.load(sys.stdin):
-    said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            importlib.import_module(words[0]).get_parser().parse_args(words[1:])
-    except SystemExit:
-        print(" ".join(words), "->", said.getvalue().splitlines()[-1])
+        importlib.import_module(words[0]).get_parser().parse_args(words[1:])
+    except UserError as error:
+        print(" ".join(words), "->", error)
 """
 
 

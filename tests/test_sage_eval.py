@@ -282,7 +282,7 @@ def test_fine_tuning_and_linear_of_a_fine_grained_set(data, weights, tmp_path):
         (main_lincls, "--pretrained {tmp}/foreign.pth", "foreign.pth, taken as resnet50, width 64.*missing"),
         (main_semi, "--arch resnet18 --fraction 0.5", "taken as resnet18, width 8.*missing"),
         (main_lincls, "--total_epochs 0", "--total_epochs 0: must be at least 1"),
-        (main_attributes, "--penalty -1", "--penalty -1.0: must not be negative"),
+        (main_attributes, "--penalty -1", "--penalty -1: must not be negative"),
         (main_semi, "--lr 0 --fraction 0.5", "--lr and --head_lr_mult must be above 0"),
         (main_semi, "--fraction 0", "--fraction 0.0: must lie above 0"),
     ],

@@ -397,7 +397,7 @@ def test_two_processes_equal_one(data, tmp_path):
         ("--mode pixel --decoder_width 20", r"--decoder_width 20: must be a multiple of 16"),
         ("--mode byol --base_momentum 1.5", r"--base_momentum must lie in 0..1"),
         ("--mode byol --total_epochs 0", r"--total_epochs 0: must be at least 1"),
-        ("--mode pixel --w_pix -1", r"--w_pix -1.0: must not be negative"),
+        ("--mode pixel --w_pix -1", r"--w_pix -1: must not be negative"),
         ("--mode byol --lr 0", r"--lr 0.0: must be above 0"),
         ("--mode byol --list_file {tmp}/none.txt", r"none.txt: no such list file"),
         ("--mode byol --output-dir /dev/null/x", r"/dev/null/x: cannot write here"),

@@ -4,22 +4,35 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
+from timm.models import VisionTransformer
 from torch import nn
 
 import bingo.arch
 import bingo.export_detection
+import fame.backbone
+import fame.export
+import flat.backbone
+import flat.export
 import hsa.arch
 import hsa.export_detection
 import kscl.arch
 import kscl.export_detection
 import mdp.export_mmseg
 import mdp.models
+import mra.export
+import mra.models_mae
+import mra.nets
 import sage.arch
 import sage.export
+import uvos_dino.export
+import uvos_dino.model_cluster
+import uvos_dino.vision_transformer
 from shared_utils import UserError, checkpoint, export
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +95,109 @@ def test_the_lines_of_the_card_load_the_weights(folder, tmp_path, monkeypatch):
     with safe_open(tmp_path / "b.safetensors", "pt") as file:
         assert file.metadata()["paper"] == folder
     assert "`--seed 3`" in card and "Apache-2.0" in card and "| experiment |" in card and "arXiv" in card
+
+
+def stirred(net: nn.Module) -> nn.Module:
+    """With statistics that a fresh batch norm would not have."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return net
+
+
+def own(kind: str, path: Path) -> tuple[Any, Any, tuple[int, ...]]:
+    """A checkpoint of a small network at `path`; its module, its function of images and their shape."""
+    net: Any
+    model, *more = kind.split()
+    if model == "mae":
+        net = mra.models_mae.MAE(24, mra.models_mae.SIZES["mae_tiny_patch8"])
+        flags = {"model": "mae_tiny_patch8", "input_size": 24}
+        checkpoint.save(path, {"model": net.state_dict(), "args": flags})
+        return net, lambda x: net.encode(net.embed(x))[:, 0], (2, 3, 24, 24)
+    if model == "classifier":
+        net = stirred(mra.nets.build(more[0], 3, 0, more[1]))
+        flags = {"arch": more[0], "width": 0, "stem": more[1], "input_size": 32, "mean_std": "cifar"}
+        info = {"classes": ["a", "b", "c"]}
+        run = {"state_dict": net.state_dict(), "info": info, "args": flags, "progress": {"seconds": 1.0}}
+        checkpoint.save(path, run)
+        return net, net, (2, 3, 32, 32)
+    if model == "video":
+        net = stirred(fame.backbone.build(more[0], width=4))
+        state = {"encoder_q." + key: value for key, value in net.state_dict().items()}
+        checkpoint.save(path, {"state_dict": state, "args": {"arch": more[0], "width": 4}})
+        return net, net, (1, 3, 8, 32, 32)
+    if model == "dino":
+        net = uvos_dino.vision_transformer.VisionTransformer(8, 64, 2, 32)
+        state = {"backbone." + key: value for key, value in net.state_dict().items()}
+        checkpoint.save(path, {"student": {}, "teacher": state, "args": {}})
+        return net, net.embed, (2, 3, 32, 32)
+    if model == "block":
+        net = uvos_dino.vision_transformer.VisionTransformer(8, 64, 2, 32)
+        whole = uvos_dino.model_cluster.AttEncoder(net, 2, 4)
+        checkpoint.save(path, {"model_state_dict": whole.state_dict(), "args": {"num_heads": 4}})
+        return whole, net.embed, (2, 3, 32, 32)
+    width = int(more[0])
+    net = stirred(flat.backbone.build(model, 32, width))
+    state = {"feature." + key: value for key, value in net.state_dict().items()}
+    checkpoint.save(path, {"epoch": 0, "state": state})
+    return net, net, (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind", "loader"),
+    [
+        ("mra", "mae", "timm.models.VisionTransformer("),
+        ("mra", "classifier resnet18 imagenet", 'timm.create_model("resnet18", num_classes=3)'),
+        ("mra", "classifier resnet8 imagenet", "mra.nets.build("),
+        ("fame", "video tiny", "fame.backbone.build("),
+        ("fame", "video s3d", "torchvision.models.video.s3d("),
+        ("fame", "video r3d_18", "torchvision.models.video.r3d_18("),
+        ("uvos_dino", "dino", "timm.models.VisionTransformer("),
+        ("uvos_dino", "block", "timm.models.VisionTransformer("),
+        ("flat", "Conv4 8", "flat.backbone.build("),
+        ("flat", "ResNet12 8", "flat.backbone.build("),
+        ("flat", "ResNet10 64", "timm.models.resnet.ResNet("),
+        ("flat", "ResNet18 0", "timm.models.resnet.ResNet("),
+    ],
+)
+def test_loaded_by_the_lines_of_the_card_the_outputs_are_equal(folder, kind, loader, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    net, function, shape = own(kind, tmp_path / "w.pth")
+    size = ["--model", kind.split()[0], "--image_size", "32", "--width", kind.split()[1]] if folder == "flat" else []
+    main = {"mra": mra.export.main, "fame": fame.export.main, "flat": flat.export.main,
+            "uvos_dino": uvos_dino.export.main}[folder]  # fmt: skip
+    out = tmp_path / "b.safetensors"
+    assert main(["--pretrained", str(tmp_path / "w.pth"), "--format", "safetensors", "--out", str(out), *size]) == 0
+    monkeypatch.chdir(tmp_path)
+    code, names = code_of(out.with_suffix(".md").read_text()), {}
+    exec(code, names)
+    assert loader in code
+    x = torch.randn(shape)
+    with torch.no_grad():
+        found = names["model"].eval()(x)
+        net.eval()
+        expected = function(x)
+    torch.testing.assert_close(found.mean((2, 3, 4)) if found.dim() == 5 else found.flatten(1), expected)
+    assert (tmp_path / "b-block.safetensors").is_file() == (kind == "block")
+    if kind == "block":
+        exec(code_of((tmp_path / "b-block.md").read_text()), names)
+        tokens = torch.randn(1, 5, 64)
+        with torch.no_grad():
+            for mine, theirs in zip(net.temporal_transformer, names["model"].eval(), strict=True):
+                assert torch.equal(mine(tokens)[0], theirs(tokens)[0])
+
+
+@pytest.mark.parametrize("name", export.VITS)
+def test_sizes_by_which_a_vit_is_named_are_those_of_timm(name):
+    patch, dim, depth, heads = export.VITS[name]
+    assert export.vit_lines(224, patch, dim, depth, heads)[0] == f'model = timm.create_model("{name}", num_classes=0)'
+    assert "VisionTransformer(img_size=96" in export.vit_lines(96, patch, dim, depth, heads)[0]
+    with torch.device("meta"):
+        named = timm.create_model(name, num_classes=0)
+        plain = VisionTransformer(224, patch, embed_dim=dim, depth=depth, num_heads=heads, num_classes=0)
+    assert named.blocks[0].attn.num_heads == heads
+    assert {k: v.shape for k, v in named.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
 
 
 def test_full_width_loads_into_timm_and_nothing_of_ours(tmp_path):

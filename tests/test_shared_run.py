@@ -1,5 +1,6 @@
-"""Checkpoints of several processes: what differs between them comes back to each."""
+"""Checkpoints of several processes: what differs between them comes back to each. What is logged, and when."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import torch
 
 from shared_utils import checkpoint
+from shared_utils.data import EpochSampler, Keyed
+from shared_utils.run import Parser, Run, add_run_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,3 +76,33 @@ def test_each_process_gets_its_own_statistics_back(tmp_path: Path) -> None:
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert not torch.equal(ends[0][0]["1.running_mean"], ends[0][1]["1.running_mean"])  # they do differ
     assert torch.equal(ends[0][0]["0.weight"], ends[0][1]["0.weight"])
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def test_an_evaluation_is_written_whatever_step_it_falls_on(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    p = Parser()
+    add_run_flags(p, "x")
+    flags = f"--output-dir {tmp_path} --device cpu --workers 0 --threads 1 --log-every 4"
+    run = Run(p.parse_args(flags.split()), "shared", "test")
+    sampler = EpochSampler(6, 2, 0)
+    run.preflight({})
+    for epoch, _ in run.batches(run.loader(Keyed(Numbers(), 0), sampler), sampler, 2):
+        tested = {"val/top1": 50.0 + epoch} if run.step_in_epoch == 2 else {}
+        run.log(2.0, lr=0.1, evaluated=tested)
+    run.finish()
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["epoch"], row.get("val/top1")) for row in rows] == [
+        (1, 0, None), (3, 0, 50.0), (4, 1, None), (6, 1, 51.0)
+    ]  # fmt: skip
+    assert all(row["loss"] == 2 and row["lr"] == 0.1 for row in rows)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("val/top1")] == [(3, 50.0), (6, 51.0)]

@@ -193,7 +193,7 @@ def test_finetuning(run, data, tmp_path):
 @pytest.mark.parametrize(
     ("module", "flags", "message"),
     [
-        (eval_cls, "--batch_size 0", "--batch_size must be at least 1"),
+        (eval_cls, "--batch_size 0", "--batch_size 0: must be at least 1"),
         (eval_cls, "--arch resnet18", "taken as resnet18, width 4, stem cifar_pool: the weights do not fit"),
         (eval_cls, "--pretrained none", "none: no such checkpoint file"),
         (eval_features, "--protocols magic", "--protocols magic: unknown; choose from knn, linear"),
@@ -202,8 +202,8 @@ def test_finetuning(run, data, tmp_path):
         (finetune, "--drops x", "--drops x: must be epochs such as 30,40"),
         (finetune, "--epochs 0", "--epochs 0: must be at least 1"),
         (finetune, "--labels_per_class -1", "--labels_per_class -1: must not be negative"),
-        (finetune, "--wd -1", "--wd -1.0: must not be negative"),
-        (finetune, "--momentum -1", "--momentum -1.0: must not be negative"),
+        (finetune, "--wd -1", "--wd -1: must not be negative"),
+        (finetune, "--momentum -1", "--momentum -1: must not be negative"),
         (finetune, "--min_scale -1", "--min_scale -1.0: must lie above 0"),
         (finetune, "--split_file some.txt", "--labels_per_class and --split_file exclude each other"),
         (finetune, "--lr_head 0", "--lr_head must be above 0"),

@@ -469,7 +469,7 @@ def test_learning_rate():
         ("--labels_per_class 0 --split_file {tmp}/nowhere.txt", "nowhere.txt: no such list file"),
         ("--split_file {tmp}/nowhere.txt", "--labels_per_class and --split_file exclude each other"),
         ("--theta -0.1", "--theta -0.1: must not be negative"),
-        ("--wd -1", "--wd -1.0: must not be negative"),
+        ("--wd -1", "--wd -1: must not be negative"),
         ("--momentum -0.9", "--momentum -0.9: must not be negative"),
         ("--init {tmp}/nowhere.pth", "nowhere.pth: no such checkpoint file"),
     ],

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from shared_utils import UserError
+from shared_utils import UserError, compare
 from uvos_dino import losses, metrics
 from uvos_dino.attention import Block
-from uvos_dino.compare_release import FILES, check, fixed_clip, fixed_masks, our_labels, queries_and_keys, row
+from uvos_dino.compare_release import FILES, PACKAGES, URL, fixed_clip, fixed_masks, our_labels, queries_and_keys
 from uvos_dino.vision_transformer import VisionTransformer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,14 +86,14 @@ def test_scores_of_other_masks_are_others() -> None:
 
 
 def test_the_table_notices_a_difference() -> None:
-    assert row("x", torch.ones(3), torch.ones(3), 0.0).off == 0
-    assert row("x", torch.ones(3), torch.tensor([1.0, 1.0, 1.1]), 0.0).off == pytest.approx(0.1 / 1.1)
-    assert row("x", torch.ones(3), torch.ones(4), 0.0).off == float("inf")
+    assert compare.row("x", torch.ones(3), torch.ones(3), 0.0).off == 0
+    assert compare.row("x", torch.ones(3), torch.tensor([1.0, 1.0, 1.1]), 0.0).off == pytest.approx(0.1 / 1.1)
+    assert compare.row("x", torch.ones(3), torch.ones(4), 0.0).off == float("inf")
 
 
 def test_what_is_no_checkout_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkout of the release, src/eval_oneshot.py is missing; git clone"):
-        check(tmp_path)
+        compare.check(tmp_path, URL, FILES, PACKAGES)
     for name in FILES:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import importlib
 import os
 import re
 import shutil
@@ -17,7 +19,9 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from shared_utils import UserError
 from shared_utils.results import BEGIN, END, PAPERS
+from shared_utils.run import Parser, at_least, boolean, ints, not_negative, positive, spellings
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [paper.folder for paper in PAPERS]
@@ -421,6 +425,85 @@ def test_a_module_without_help_is_named(tmp_path: Path) -> None:
     (tmp_path / "good.py").write_text(good)
     assert entry_points(tmp_path) == ["broken", "good", "silent"]
     assert without_help(tmp_path, ["broken", "good", "silent"]) == ["broken", "silent"]
+
+
+# Only the standard library serves shared_utils.results, so that it runs before anything is installed.
+PARSERS = [name for name in entry_points(ROOT) if name != "shared_utils.results" and not name.startswith("tests.")]
+
+
+# What releases call otherwise: both names are understood.
+COMMON = {
+    "--end_epoch": "--epochs", "--total_epochs": "--epochs", "--stop_epoch": "--epochs", "--init_lr": "--lr",
+    "--wd": "--weight_decay", "--data-root": "--data_dir", "--data": "--data_dir", "--data_path": "--data_dir",
+    "--basepath": "--data_dir", "--print_freq": "--log-every", "--num_workers": "--workers",
+}  # fmt: skip
+
+
+def flag_problems(parser: argparse.ArgumentParser) -> list[str]:
+    """Flags of an entry point that take any whole number, also one that makes no sense."""
+    if not isinstance(parser, Parser):
+        return [f"{type(parser).__name__} is not the Parser of shared_utils.run"]
+    bare = [action.dest for action in parser._actions if action.type is int and not action.choices]
+    return [f"--{name} is of type int; give it a range: positive, natural, at_least(n)" for name in bare]
+
+
+@pytest.mark.parametrize("module", PARSERS)
+def test_every_parser_refuses_numbers_out_of_range_and_knows_the_common_names(module: str) -> None:
+    parser = importlib.import_module(module).get_parser()
+    assert flag_problems(parser) == []
+    flags = {name: action for action in parser._actions for name in action.option_strings}
+    for name in set(COMMON) & set(flags):
+        assert flags.get(COMMON[name]) is flags[name], f"{name} is not understood as {COMMON[name]}"
+    for name, value in (("--workers", "-1"), ("--threads", "-1"), ("--log-every", "0"), ("--seed", "1.5")):
+        if name in flags:
+            with pytest.raises(UserError, match=f"^{name} {value}: must "):
+                parser.parse_args([name, value])
+
+
+def test_parsers_without_ranges_are_found() -> None:
+    parser = Parser()
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--bit", type=int, choices=[0, 1])
+    parser.add_argument("--batch_size", type=at_least(2))
+    assert flag_problems(parser) == ["--epochs is of type int; give it a range: positive, natural, at_least(n)"]
+    assert flag_problems(argparse.ArgumentParser()) == ["ArgumentParser is not the Parser of shared_utils.run"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--batch-size 0", "--batch_size 0: must be at least 1"),
+        ("-b x", "--batch_size x: must be a whole number"),
+        ("-b 2.0", "--batch_size 2.0: must be a whole number"),
+        ("--wd -1", "--wd -1: must not be negative"),
+        ("--wd nan", "--wd nan: must be a number"),
+        ("--schedule 60;80", "--schedule 60;80: must be whole numbers with commas"),
+        ("--flip maybe", "--flip maybe: must be true or false"),
+        ("--mode c", "--mode: invalid choice: 'c' .choose from '?a'?, '?b'?."),
+        ("--nosuch 1", "unrecognized arguments: --nosuch 1; --help lists the flags"),
+    ],
+)
+def test_a_mistaken_flag_is_one_line(words: str, said: str) -> None:
+    parser = Parser()
+    parser.add_argument("-b", "--batch_size", type=positive)
+    parser.add_argument("--wd", type=not_negative)
+    parser.add_argument("--mode", choices=["a", "b"])
+    parser.add_argument_group("more").add_argument("--flip", type=boolean)
+    parser.add_argument("--schedule", type=ints, default="1,2")
+    assert vars(parser.parse_args(["-b", "6e4", "--wd", "1"])) == {
+        "batch_size": 60000, "wd": 1.0, "mode": None, "flip": None, "schedule": [1, 2]
+    }  # fmt: skip
+    with pytest.raises(UserError, match=f"^{said}$"):
+        parser.parse_args(words.split())
+
+
+def test_flags_are_understood_in_both_spellings() -> None:
+    assert spellings(["-p", "--log-every", "--print_freq"]) == [
+        "-p", "--log-every", "--print_freq", "--log_every", "--print-freq"
+    ]  # fmt: skip
+    parser = Parser()
+    parser.add_argument_group("run").add_argument("--save-every", type=positive)
+    assert parser.parse_args(["--save_every", "3"]).save_every == 3
 
 
 def listed_by_workflow(root: Path, output: Path) -> list[str]:

@@ -12,14 +12,13 @@ import contextlib
 import importlib
 import importlib.util
 import io
-import math
 import sys
 import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import cv2
@@ -27,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared_utils import UserError
-from shared_utils.run import Parser, cli
+from shared_utils import compare
+from shared_utils.run import Parser, cli, positive
 from uvos_dino import clustering, losses, metrics
 from uvos_dino.attention import Block
 from uvos_dino.model_cluster import AttEncoder
@@ -39,34 +38,6 @@ FILES = ("src/eval_oneshot.py", "src/train_RGB_cluster.py", "src/model/attention
 PACKAGES = {"einops": "einops", "skimage": "scikit-image"}
 UNUSED = {"kornia": {}, "kornia.augmentation": {}, "kornia.augmentation.container": {"VideoSequential": None},
           "matplotlib": {}, "matplotlib.pyplot": {}}  # fmt: skip
-
-
-class Row(NamedTuple):
-    """One line of the table; `off` is the largest difference over the largest value of the release."""
-
-    what: str
-    ours: float
-    theirs: float
-    off: float
-    limit: float
-
-
-def row(what: str, ours: Any, theirs: Any, limit: float) -> Row:
-    """Compare two numbers or tensors; a tensor is shown by its norm."""
-    a, b = (torch.as_tensor(x, dtype=torch.float64).detach().flatten() for x in (ours, theirs))
-    off = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) if a.shape == b.shape else math.inf
-    first, second = (float(x) if len(x) == 1 else float(x.norm()) for x in (a, b))
-    return Row(what, first, second, off, limit)
-
-
-def check(root: Path) -> None:
-    """UserError unless `root` is a checkout of the release and the packages that it imports are there."""
-    missing = [name for name in FILES if not (root / name).is_file()]
-    if missing:
-        raise UserError(f"--release {root}: no checkout of the release, {missing[0]} is missing; git clone {URL}")
-    wanted = [pip for name, pip in PACKAGES.items() if importlib.util.find_spec(name) is None]
-    if wanted:
-        raise UserError(f"packages that the release imports are missing: pip install {' '.join(wanted)}")
 
 
 def loss_statements(source: str) -> types.CodeType:
@@ -82,7 +53,7 @@ def loss_statements(source: str) -> types.CodeType:
 @contextlib.contextmanager
 def release(root: Path) -> Iterator[SimpleNamespace]:
     """The release's modules and its losses, usable inside."""
-    check(root)
+    compare.check(root, URL, FILES, PACKAGES)
     fake = {}
     for name, content in UNUSED.items():
         if importlib.util.find_spec(name.split(".")[0]) is None:
@@ -125,7 +96,7 @@ def fixed_clip(dtype: torch.dtype, B: int = 2, T: int = 3, N: int = 252, C: int 
     return z.to(dtype), A.to(dtype), torch.from_numpy(rng.permutation(N)[:8])
 
 
-def compare_losses(code: SimpleNamespace) -> Iterator[Row]:
+def compare_losses(code: SimpleNamespace) -> Iterator[compare.Row]:
     for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         found = []
         for mine in (True, False):
@@ -135,26 +106,26 @@ def compare_losses(code: SimpleNamespace) -> Iterator[Row]:
             (terms[0] + terms[1]).backward()
             found.append((*terms, z.grad, A.grad))
         for name, ours, theirs in zip(("L_sem", "L_mot", "gradient to z", "gradient to A"), *found):
-            yield row(f"{name}, {str(dtype)[6:]}", ours, theirs, limit)
+            yield compare.row(f"{name}, {str(dtype)[6:]}", ours, theirs, limit)
 
 
-def compare_block(code: SimpleNamespace) -> Iterator[Row]:
+def compare_block(code: SimpleNamespace) -> Iterator[compare.Row]:
     torch.manual_seed(0)
     theirs, ours = code.attention.Block(64, 8, drop=0.1, attn_drop=0.4), Block(64, 8)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 30, 64)
     a, b = ours.eval()(x), theirs.eval()(x)
-    yield row("block, tokens", a[0], b[0], 1e-6)
-    yield row("block, attention", a[1], b[1], 1e-6)
+    yield compare.row("block, tokens", a[0], b[0], 1e-6)
+    yield compare.row("block, attention", a[1], b[1], 1e-6)
     torch.manual_seed(1)
     a = ours.train()(x)
     torch.manual_seed(1)
     b = theirs.train()(x)
-    yield row("block with dropout, tokens", a[0], b[0], 1e-6)
-    yield row("block with dropout, attention", a[1], b[1], 1e-6)
+    yield compare.row("block with dropout, tokens", a[0], b[0], 1e-6)
+    yield compare.row("block with dropout, attention", a[1], b[1], 1e-6)
 
 
-def compare_model(code: SimpleNamespace) -> Iterator[Row]:
+def compare_model(code: SimpleNamespace) -> Iterator[compare.Row]:
     """Encoder and whole model, a clip of 48 x 80 pixels, random weights of the release."""
     torch.manual_seed(0)
     theirs = code.model.AttEncoder((48, 80)).eval()
@@ -164,10 +135,10 @@ def compare_model(code: SimpleNamespace) -> Iterator[Row]:
     with torch.no_grad():
         a, b = ours.encoder(clip[0]), theirs.encoder(clip[0])
         for name, one, other in zip(("tokens", "class token", "attention", "keys"), a, b):
-            yield row(f"encoder, {name}", one, other, 1e-5)
+            yield compare.row(f"encoder, {name}", one, other, 1e-5)
         out, (_, _, A, z, _) = ours(clip), theirs(clip, training=True)
-        yield row("model, tokens", out.z, z, 1e-5)
-        yield row("model, attention", out.A, A, 1e-5)
+        yield compare.row("model, tokens", out.z, z, 1e-5)
+        yield compare.row("model, attention", out.A, A, 1e-5)
 
 
 def regions(frames: list[int], h: int, w: int) -> Tensor:
@@ -203,11 +174,11 @@ def our_labels(q: Tensor, k: Tensor, tau: float, memory: float = 4e9) -> Tensor:
     return clustering.cluster(rows, len(q), tau).labels.flatten()
 
 
-def compare_clusters(code: SimpleNamespace) -> Iterator[Row]:
+def compare_clusters(code: SimpleNamespace) -> Iterator[compare.Row]:
     for noise, tau in ((0.6, 1.0), (0.9, 1.0), (1.2, 1.0), (1.2, 0.5), (1.5, 2.0)):
         q, k = queries_and_keys(11, 6, 10, noise, seed=int(10 * noise))
         ours, theirs = our_labels(q, k, tau), their_labels(code, q, k, tau)
-        yield row(f"labels, noise {noise}, tau {tau}: {int(theirs.max()) + 1} clusters", ours, theirs, 0.0)
+        yield compare.row(f"labels, noise {noise}, tau {tau}: {int(theirs.max()) + 1} clusters", ours, theirs, 0.0)
 
 
 def fixed_masks(T: int, H: int, W: int, K: int, objects: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -240,7 +211,7 @@ def their_scores(code: SimpleNamespace, labels: np.ndarray, truth: np.ndarray, K
     return code.evaluation.DAVISEvaluation._evaluate_unsupervised(gt, own, truth == metrics.VOID, ("J", "F"))
 
 
-def compare_scores(code: SimpleNamespace) -> Iterator[Row]:
+def compare_scores(code: SimpleNamespace) -> Iterator[compare.Row]:
     """The release gives a frame's objects in the order of their clusters, so that they are sorted here."""
     for T, H, W, K, objects in ((3, 96, 128, 5, 2), (2, 96, 128, 1, 3), (4, 240, 432, 12, 3)):
         labels, truth = fixed_masks(T, H, W, K, objects)
@@ -248,10 +219,10 @@ def compare_scores(code: SimpleNamespace) -> Iterator[Row]:
         theirs = their_scores(code, labels, truth, K, objects)
         for name, a, b in zip("JF", ours, theirs):
             label = f"{name}, {T} frames of {H} x {W}, {K} clusters, {objects} objects"
-            yield row(label, np.sort(a, 0), np.sort(b, 0), 1e-6)
+            yield compare.row(label, np.sort(a, 0), np.sort(b, 0), 1e-6)
 
 
-def compare_all(code: SimpleNamespace) -> Iterator[Row]:
+def compare_all(code: SimpleNamespace) -> Iterator[compare.Row]:
     yield from compare_losses(code)
     yield from compare_block(code)
     yield from compare_model(code)
@@ -300,15 +271,13 @@ def speed(code: SimpleNamespace, frames: int, memory: float = 4e9) -> bool:
 
 def get_parser() -> Parser:
     parser = Parser(prog="uvos_dino.compare_release", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--release", type=Path, required=True, metavar="PATH", help=f"a checkout of {URL}")
-    parser.add_argument("--speed", action="store_true", help="also time clustering, losses and J&F")
+    compare.add_flags(parser, URL, "clustering, losses and J&F")
     parser.add_argument(
-        "--frames", type=int, default=80, help="of the timed clustering (a minute per 10 on one thread)"
+        "--frames", type=positive, default=80, help="of the timed clustering (a minute per 10 on one thread)"
     )
     parser.add_argument(
         "--memory_gb", type=float, default=4.0, help="attention rows that ours keeps; the release: none"
     )
-    parser.add_argument("--threads", type=int, default=0, help="0: as torch chooses")
     return parser
 
 
@@ -318,18 +287,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
         cv2.setNumThreads(args.threads)
-    failed = 0
     with release(args.release) as code:
-        print(f"{'':66s} {'ours':>12s} {'release':>12s} {'difference':>11s} {'allowed':>8s}")
-        for line in compare_all(code):
-            bad = not line.off <= line.limit
-            failed += bad
-            numbers = f"{line.ours:12.6g} {line.theirs:12.6g} {line.off:11.1e} {line.limit:8.0e}"
-            print(f"{line.what:66s} {numbers}{'  DIFFERS' if bad else ''}", flush=True)
+        failed = compare.report(compare_all(code))
         if args.speed:
             failed += not speed(code, args.frames, 1e9 * args.memory_gb)
-    print("all within tolerance" if not failed else f"{failed} beyond what is allowed")
-    return int(failed > 0)
+    return compare.verdict(failed)
 
 
 if __name__ == "__main__":

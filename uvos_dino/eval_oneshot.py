@@ -15,7 +15,19 @@ from PIL import Image
 
 from shared_utils import UserError, checkpoint, mini
 from shared_utils.mini import davis_palette
-from shared_utils.run import Parser, cli, plain, provenance, runs_root, set_threads
+from shared_utils.run import (
+    Parser,
+    add_machine_flags,
+    at_least,
+    boolean,
+    cli,
+    not_negative,
+    plain,
+    positive,
+    provenance,
+    runs_root,
+    set_threads,
+)
 from uvos_dino import evaluate, metrics
 from uvos_dino.data import LAYOUTS, NORMS, Video, open_videos, read_mask, read_video
 from uvos_dino.inference import load_model, segment
@@ -27,36 +39,29 @@ def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="uvos_dino.eval_oneshot", description=__doc__.splitlines()[0])
     a = p.add_argument
     a("--resume_path", "--pretrained", type=Path, required=True, help="checkpoint: a run's, or the released one")
-    a("--num_heads", type=int, help="heads of the block; default: the checkpoint's flag, else 8")
-    a("--resolution", type=int, nargs=2, default=[320, 480], metavar=("H", "W"), help="-1 -1: the frames' own size, "
-      "cut to multiples of 8")  # fmt: skip
+    a("--num_heads", type=positive, help="heads of the block; default: the checkpoint's flag, else 8")
+    a("--resolution", type=at_least(-1), nargs=2, default=[320, 480], metavar=("H", "W"), help="-1 -1: the frames' own "
+      "size, cut to multiples of 8")  # fmt: skip
     a("--eval_norm", choices=list(NORMS), default="release", help="release: Kinetics' statistics, unlike in training")
-    a("--drop_last_frame", type=_bool, default=True, help="leave the last frame out, as released; its mask is then the "
-      "one before it")  # fmt: skip
-    a("--ratio", type=int, default=10, help="r: every r-th frame gives keys")
+    a("--drop_last_frame", type=boolean, default=True, help="leave the last frame out, as released; its mask is then "
+      "the one before it")  # fmt: skip
+    a("--ratio", type=positive, default=10, help="r: every r-th frame gives keys")
     a("--tau", type=float, default=1.0, help="threshold of the clustering on the symmetric divergence")
-    a("--memory_gb", type=float, default=4.0, help="attention rows to keep; what is beyond is computed twice")
-    a("--frame_batch", type=int, default=16, help="frames that go through the encoder at once")
+    a("--memory_gb", type=not_negative, default=4.0, help="attention rows to keep; what is beyond is computed twice")
+    a("--frame_batch", type=positive, default=16, help="frames that go through the encoder at once")
     a("--bf16", action="store_true", help="encoder in half precision (the clustering stays float32)")
     a("--save_path", type=Path, default=runs_root() / "uvos_dino/eval/default", help="folder of the results")
-    a("--png", type=_bool, default=True, help="write palette PNGs where the clusters fit")
+    a("--png", type=boolean, default=True, help="write palette PNGs where the clusters fit")
     a("--release_masks", action="store_true", help="write the release's one-hot SEQ.pth instead (large)")
-    a("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    a("--threads", type=int, default=0, help="threads on a CPU; 0: as many as cores")
+    add_machine_flags(p, workers=None)
     evaluate.add_flags(p)
     return p
 
 
-def _bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
-    return text.lower() == "true"
-
-
 def check_flags(args: argparse.Namespace) -> None:
     """UserError for flags that make no sense, before anything is loaded."""
-    if args.ratio < 1 or args.frame_batch < 1 or not args.tau > 0 or args.memory_gb < 0:
-        raise UserError("--ratio and --frame_batch must be at least 1, --tau above 0 and --memory_gb not negative")
+    if not args.tau > 0:
+        raise UserError(f"--tau {args.tau}: must be above 0")
     if min(args.resolution) < 1 and args.resolution != [-1, -1]:
         raise UserError(f"--resolution {args.resolution[0]} {args.resolution[1]}: two sizes, or -1 -1")
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from shared_utils import UserError, checkpoint, mini
-from shared_utils.run import Parser, cli
+from shared_utils.run import Parser, cli, natural
 from uvos_dino import metrics
 from uvos_dino.data import LAYOUTS, Video, by_frame, open_videos, read_mask
 
@@ -34,8 +34,8 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     a("--synthetic", action="store_true", help="the mini data, generated, instead of --basepath")
     a("--match", choices=MATCHES, default="frame", help="which matching is printed first (both are computed): a "
       "new one in each frame, as released, or one a sequence, as in the official package")  # fmt: skip
-    a("--max_proposals", type=int, default=metrics.MAX_PROPOSALS, help="clusters that are accepted; 0: any number (the "
-      "official package: 20, the release: 300)")  # fmt: skip
+    a("--max_proposals", type=natural, default=metrics.MAX_PROPOSALS, help="clusters that are accepted; 0: any number "
+      "(the official package: 20, the release: 300)")  # fmt: skip
     a("--skip_ends", action="store_true", help="leave the first and last annotated frame of a sequence out, as "
       "DAVIS-2016's own evaluation does")  # fmt: skip
     a("--foreground", action="store_true", help="also FG-ARI and mIoU (MOVi-E, YouTube-VIS)")

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from shared_utils import UserError, distributed, mini
 from shared_utils.data import EpochSampler, mix_key
 from shared_utils.evaluation import available_memory
-from shared_utils.run import Parser, Run, add_run_flags, cli
+from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
 from uvos_dino import vision_transformer
 from uvos_dino.data import read_frame, training_videos
 from uvos_dino.dino import DinoLoss, Network, views
@@ -27,28 +27,35 @@ def get_parser() -> argparse.ArgumentParser:
     a = p.add_argument
     a("--data_dir", type=Path, default=Path("data/frames"), help="folders of *.jpg anywhere below it")
     a("--synthetic", action="store_true", help="generate the mini data and train on its frames, no download")
-    a("--image_size", type=int, nargs=2, default=[120, 214], metavar=("H", "W"), help="images are kept at this size")
-    a("--every", type=int, default=1, help="take every so many-th image of a folder")
+    a(
+        "--image_size",
+        type=positive,
+        nargs=2,
+        default=[120, 214],
+        metavar=("H", "W"),
+        help="images are kept at this size",
+    )
+    a("--every", type=positive, default=1, help="take every so many-th image of a folder")
     a("--arch", choices=list(vision_transformer.ARCHS), default="vit_little")
-    a("--patch_size", type=int, default=8)
+    a("--patch_size", type=positive, default=8)
     a("--drop_path", type=float, default=0.1, help="stochastic depth of the student")
-    a("--out_dim", type=int, default=1024, help="K, prototypes")
-    a("--hidden_dim", type=int, default=512)
-    a("--bottleneck_dim", type=int, default=128)
-    a("--global_size", type=int, default=96, help="pixels of the two global crops")
-    a("--local_size", type=int, default=48, help="pixels of the local crops")
-    a("--local_crops", type=int, default=4)
+    a("--out_dim", type=positive, default=1024, help="K, prototypes")
+    a("--hidden_dim", type=positive, default=512)
+    a("--bottleneck_dim", type=positive, default=128)
+    a("--global_size", type=positive, default=96, help="pixels of the two global crops")
+    a("--local_size", type=positive, default=48, help="pixels of the local crops")
+    a("--local_crops", type=natural, default=4)
     a("--global_scale", type=float, nargs=2, default=[0.25, 1.0], help="area of a global crop")
     a("--local_scale", type=float, nargs=2, default=[0.05, 0.25], help="area of a local crop")
     a("--student_temp", type=float, default=0.1)
     a("--teacher_temp", type=float, default=0.04)
     a("--momentum_teacher", type=float, default=0.99, help="of the teacher's weights, cosine to 1")
-    a("--batch_size", type=int, default=64, help="images a step, all processes together")
-    a("--epochs", type=int, default=100)
+    a("--batch_size", type=positive, default=64, help="images a step, all processes together")
+    a("--epochs", type=positive, default=100)
     a("--lr", type=float, default=5e-4, help="peak, cosine to 1e-6")
     a("--warmup", type=float, default=0.1, help="share of the steps with a rising rate")
     a("--freeze_last", type=float, default=0.02, help="share of the steps in which the prototypes stay")
-    a("--wd", type=float, default=0.04)
+    a("--wd", "--weight_decay", type=not_negative, default=0.04)
     a("--clip_grad", type=float, default=3.0)
     add_run_flags(p, "uvos_dino/dino/default")
     return p
@@ -56,12 +63,6 @@ def get_parser() -> argparse.ArgumentParser:
 
 def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags that make no sense, before anything is loaded."""
-    positive = ("every", "patch_size", "out_dim", "hidden_dim", "bottleneck_dim", "batch_size", "epochs", "log_every")
-    for name in positive:
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    if args.local_crops < 0:
-        raise UserError(f"--local_crops {args.local_crops}: must not be negative")
     for name in ("global_size", "local_size"):
         if getattr(args, name) < args.patch_size or getattr(args, name) % args.patch_size:
             raise UserError(f"--{name} {getattr(args, name)}: must be a multiple of --patch_size {args.patch_size}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shared_utils import UserError, checkpoint, distributed, mini
 from shared_utils.data import EpochSampler, Keyed, mix_key
-from shared_utils.run import Parser, Run, add_run_flags, cli
+from shared_utils.run import Parser, Run, add_run_flags, boolean, cli, natural, not_negative, positive
 from uvos_dino import losses, metrics, vision_transformer
 from uvos_dino.data import LAYOUTS, ClipAugment, Clips, Video, open_videos, read_mask, read_video, training_videos
 from uvos_dino.inference import segment
@@ -29,44 +29,45 @@ def get_parser() -> argparse.ArgumentParser:
     a("--train_list", type=Path, help="file of the videos (folder names) to take; default: all")
     a("--synthetic", action="store_true", help="generate the mini data and train on it, no download")
     a("--cache", action="store_true", help="decode all frames once and keep them in memory, 8 bits")
-    a("--resolution", type=int, nargs=2, default=[192, 384], metavar=("H", "W"), help="frames are stretched to this")
-    a("--num_frames", type=int, default=3, help="T, frames of a clip")
-    a("--gap", type=int, default=4, help="frames between them; smaller in short videos")
-    a("--augment", type=_bool, default=True, help="grey, colour jitter and blur")
+    a(
+        "--resolution",
+        type=positive,
+        nargs=2,
+        default=[192, 384],
+        metavar=("H", "W"),
+        help="frames are stretched to this",
+    )
+    a("--num_frames", type=positive, default=3, help="T, frames of a clip")
+    a("--gap", type=natural, default=4, help="frames between them; smaller in short videos")
+    a("--augment", type=boolean, default=True, help="grey, colour jitter and blur")
     a("--dino_path", default="dino_deitsmall8_pretrain.pth", help="DINO weights: a file, timm:NAME, or none (random)")
     a("--arch", choices=list(vision_transformer.ARCHS), default="vit_small", help="for --dino_path none")
-    a("--patch_size", type=int, default=8, help="for --dino_path none")
-    a("--num_t", type=int, default=1, help="blocks")
-    a("--num_heads", type=int, default=8, help="heads of a block")
+    a("--patch_size", type=positive, default=8, help="for --dino_path none")
+    a("--num_t", type=positive, default=1, help="blocks")
+    a("--num_heads", type=positive, default=8, help="heads of a block")
     a("--drop", type=float, default=0.1, help="dropout of projection and MLP")
     a("--attn_drop_t", type=float, default=0.4, help="dropout of the block's attention")
-    a("--num_points", type=int, default=8, help="n, query positions of a step")
+    a("--num_points", type=positive, default=8, help="n, query positions of a step")
     a("--counts", type=_counts, default="auto", help="semantic positives, negatives, motion positives, negatives; "
       "30,200,10,50 are the release's for 24 x 48 patches; auto: the same shares of the grid at hand")  # fmt: skip
-    a("--semantic_weight", type=float, default=1.0, help="of L_sem; 0: without")
-    a("--motion_weight", type=float, default=1.0, help="of L_mot; 0: without")
+    a("--semantic_weight", type=not_negative, default=1.0, help="of L_sem; 0: without")
+    a("--motion_weight", type=not_negative, default=1.0, help="of L_mot; 0: without")
     a("--point_weights", choices=["entropy", "uniform"], default="entropy", help="w of L_mot")
-    a("--batch_size", type=int, default=2, help="clips a step and process")
-    a("--num_train_steps", type=lambda x: int(float(x)), default=60000, help="0: the random block, as it is")
+    a("--batch_size", type=positive, default=2, help="clips a step and process")
+    a("--num_train_steps", type=natural, default=60000, help="0: the random block, as it is")
     a("--lr", type=float, default=4e-5, help="peak; cosine to 1e-6 by iteration")
-    a("--wd", type=float, default=0.1, help="weight decay of matrices")
-    a("--keep_every", type=int, default=1000, help="iterations between checkpoint_N.pth files that stay; 0: none")
-    a("--probe_every", type=int, default=0, help="iterations between evaluations of a few sequences (clusters, J); 0: "
-      "none")  # fmt: skip
+    a("--wd", "--weight_decay", type=not_negative, default=0.1, help="weight decay of matrices")
+    a("--keep_every", type=natural, default=1000, help="iterations between checkpoint_N.pth files that stay; 0: none")
+    a("--probe_every", type=natural, default=0, help="iterations between evaluations of a few sequences (clusters, J); "
+      "0: none")  # fmt: skip
     a("--dataset", choices=list(LAYOUTS), default="DAVIS", help="layout of --val_basepath")
     a("--val_basepath", type=Path, help="benchmark that is probed; default: the mini data with --synthetic")
     a("--split", default="val")
-    a("--probe_videos", type=int, default=4, help="the first so many sequences")
-    a("--ratio", type=int, default=10, help="r: every r-th frame gives keys, when probing")
+    a("--probe_videos", type=positive, default=4, help="the first so many sequences")
+    a("--ratio", type=positive, default=10, help="r: every r-th frame gives keys, when probing")
     a("--tau", type=float, default=1.0, help="threshold of the clustering, when probing")
     add_run_flags(p, "uvos_dino/train/default")
     return p
-
-
-def _bool(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
-    return text.lower() == "true"
 
 
 def _counts(text: str) -> str | list[int]:
@@ -75,18 +76,10 @@ def _counts(text: str) -> str | list[int]:
 
 def check_flags(args: argparse.Namespace) -> None:
     """UserError for flags that make no sense, before anything is loaded."""
-    for name in ("num_frames", "num_t", "num_heads", "num_points", "batch_size", "ratio", "probe_videos", "log_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("gap", "num_train_steps", "keep_every", "probe_every", "semantic_weight", "motion_weight", "wd"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must not be negative")
     if not args.lr > 0 or not args.tau > 0 or not 0 <= args.drop < 1 or not 0 <= args.attn_drop_t < 1:
         raise UserError("--lr and --tau must be above 0, --drop and --attn_drop_t at least 0 and below 1")
     if not args.semantic_weight and not args.motion_weight:
         raise UserError("--semantic_weight 0 --motion_weight 0: no loss is left")
-    if args.probe_every % args.log_every:
-        raise UserError(f"--probe_every {args.probe_every}: must be a multiple of --log-every {args.log_every}")
     if args.probe_every and not args.val_basepath:
         raise UserError("--probe_every: needs --val_basepath, the benchmark whose sequences are segmented")
 
@@ -227,13 +220,13 @@ def main(argv: list[str] | None = None) -> int:
         loss.backward()
         optimizer.step()
 
-        watched: dict[str, Any] = {}
-        if run.log_due():
-            watched |= losses.watch(A.detach(), T)
+        watched = losses.watch(A.detach(), T) if run.log_due() else {}
+        probed: dict[str, float] = {}
         if probe and (run.step == 0 or (run.step + 1) % args.probe_every == 0):
-            watched |= probe(model, run.device)
+            probed = probe(model, run.device)
         each = distributed.all_sum(torch.stack([loss, slot_loss, motion_loss]).detach()) / run.world
-        run.log(each[0], lr=lr, slot_loss=each[1], motion_loss=each[2], **{"train/loss": each[0]}, **watched)
+        watched |= {"slot_loss": each[1], "motion_loss": each[2], "train/loss": each[0]}
+        run.log(each[0], lr=lr, evaluated=probed, **watched)
         if args.keep_every and (run.step + 1) % args.keep_every == 0 and run.rank == 0:
             kept = {"iteration": run.step + 1, "model_state_dict": model.state_dict(), "loss": float(loss.detach())}
             checkpoint.save(run.dir / f"checkpoint_{run.step + 1}.pth", {**kept, "args": {"num_heads": args.num_heads}})

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shared_utils import UserError, mini
 from shared_utils.mini import davis_palette
-from shared_utils.run import Parser, cli, runs_root
+from shared_utils.run import Parser, cli, positive, runs_root
 from uvos_dino import clustering, metrics
 from uvos_dino.data import LAYOUTS, NORMS, normalise, open_videos, read_video
 from uvos_dino.eval_oneshot import chosen_device
@@ -25,16 +25,16 @@ def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="uvos_dino.visualize", description=__doc__.splitlines()[0])
     a = p.add_argument
     a("--resume_path", "--pretrained", type=Path, required=True, help="checkpoint of a run, or the released one")
-    a("--basepath", type=Path, default=Path("data"), help="root of the benchmark")
+    a("--basepath", "--data_dir", type=Path, default=Path("data"), help="root of the benchmark")
     a("--dataset", choices=list(LAYOUTS), default="DAVIS2017")
     a("--split", default="val")
     a("--sequences", type=lambda text: text.split(","), default=[], help="the first of them is drawn")
     a("--synthetic", action="store_true", help="the mini data, generated, instead of --basepath")
-    a("--resolution", type=int, nargs=2, default=[320, 480], metavar=("H", "W"))
+    a("--resolution", type=positive, nargs=2, default=[320, 480], metavar=("H", "W"))
     a("--eval_norm", choices=list(NORMS), default="release")
-    a("--ratio", type=int, default=10)
+    a("--ratio", type=positive, default=10)
     a("--tau", type=float, default=1.0)
-    a("--count", type=int, default=6, help="frames of the strip")
+    a("--count", type=positive, default=6, help="frames of the strip")
     a("--point", type=float, nargs=2, metavar=("Y", "X"), help="whose attention is drawn, each in 0..1")
     a("--gif", type=Path, help="also every frame with its clusters, to this file")
     a("--device", default="auto")
@@ -57,8 +57,8 @@ def heat(frames: np.ndarray, weights: Tensor) -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    if args.count < 1 or args.ratio < 1 or not args.tau > 0 or min(args.resolution) < 1:
-        raise UserError("--count, --ratio and --resolution must be at least 1, --tau above 0")
+    if not args.tau > 0:
+        raise UserError(f"--tau {args.tau}: must be above 0")
     if args.point and not all(0 <= x < 1 for x in args.point):
         raise UserError(f"--point {args.point[0]} {args.point[1]}: shares of height and width, at least 0 and below 1")
     if args.synthetic:
