@@ -27,7 +27,7 @@ COMMAND = "bash bingo/run_pretrain.sh"
 
 def get_parser() -> Parser:
     p = tiles.strip_parser("bingo", __doc__)
-    p.add_argument("--anchors", type=int, nargs="+", default=[33, 615], help="numbers of training images, a row each")
+    p.add_argument("--anchors", type=int, nargs="+", default=[33, 412], help="numbers of training images, a row each")
     p.add_argument("--corr_npy", type=Path, help="file of the bags, where it is no longer where the run read it")
     return p
 
@@ -86,10 +86,10 @@ def main(argv: list[str] | None = None) -> int:
             cells.append(tiles.tile(images.image(m), 76, f"{place} -> {now}", tiles.GREEN if same else tiles.GREY))
         rows.append(tiles.row(cells, 10))
     side = tiles.words(
-        f"Bag: the {members.shape[1]} images that the frozen teacher finds nearest to the anchor (green: of its class). "
-        f"Each must lead the student to the anchor: where the teacher's embedding of the anchor stands among "
-        f"{len(images)} for the student's embedding of the member, before -> after distillation. "
-        f"Median of all bags: {int(medians[0])} -> {int(medians[1])}.", 13, width=300,
+        f"Bag: the {members.shape[1]} images nearest to the anchor for the frozen teacher (green: of its class). Each "
+        "must lead the student to the anchor: the place, among all images, of the teacher's embedding of the anchor "
+        f"for the student's embedding of the member, random weights -> distilled. All {len(images)} bags, median: "
+        f"{int(medians[0])} -> {int(medians[1])}.", 13, width=300,
     )  # fmt: skip
     print(tiles.save(tiles.row([tiles.column(rows, 8), side], 20), args.out))
     return 0

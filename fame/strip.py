@@ -1,6 +1,6 @@
 """A strip that shows what FAME does: a clip, its motion, its mask, the merged clip, and where the network looks.
 
-    python -m fame.strip
+python -m fame.strip
 """
 
 import torch
@@ -57,9 +57,11 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
     strip = tiles.grid(rows, 3)
     foot = tiles.words(
-        f"What moves (and has the colours of what moves), {100 * flags.beta:.0f} % of the pixels, is cut out and pasted "
-        "on the frames of another clip; the merged clip and a second, untouched clip of the same video are each other's "
-        "positives. Cosine: of the merged clip's embedding, pretrained, with those of its own clip and of the lender of the background.", 13, width=strip.width,
+        f"What moves (and has the colours of what moves), {100 * flags.beta:.0f} % of the pixels, is cut out and "
+        "pasted on another clip; the result and a second, untouched clip of the same video are each other's positives. "
+        "Cosine: of the merged clip's embedding, pretrained, with those of its own clip and of the one that lent the "
+        "background.",
+        13, width=strip.width,
     )  # fmt: skip
     print(tiles.save(tiles.column([strip, foot], 6), args.out))
     return 0

@@ -14,7 +14,7 @@ from hsa.builder import CsMl, ReleaseKeys
 from hsa.cutmix import draw_box, paste
 from hsa.data import Neighbours, training_images
 from hsa.main_moco import get_parser as training_parser
-from shared_utils import UserError, mini, tiles
+from shared_utils import mini, tiles
 from shared_utils.augment import denormalise, plain
 from shared_utils.neighbours import features
 from shared_utils.run import Parser, cli, seed_everything, set_threads
@@ -51,30 +51,32 @@ def main(argv: list[str] | None = None) -> int:
     ReleaseKeys(model).load_state_dict(saved["state_dict"])
     stages[f"epoch {saved['epoch']}, the end"] = searched()
 
-    shown = min(4, kept.shape[1])
+    shown = min(3, kept.shape[1])
     label = images.labels
     columns = [[tiles.words("image")], [tiles.words("CutMix")]]
     for a in args.anchors:
-        columns[0].append(tiles.tile(images.image(a), 58, "", tiles.BLUE))
+        columns[0].append(tiles.tile(images.image(a), 64, "", tiles.BLUE))
         x, other = (images.transform(images.image(i))[None] for i in (a, int(kept[a, 0])))  # type: ignore[misc]
         mixed = paste(x, other, draw_box(flags.img_size, flags.img_size, flags.alpha, np.random.default_rng(a)))
-        columns[1].append(tiles.tile(denormalise(mixed[0]), 58))
+        columns[1].append(tiles.tile(denormalise(mixed[0]), 64))
     middle = []
     for name, index in stages.items():
         nearby.set(index, held)
         rows = [tiles.words(f"{name}: {nearby.purity:.0f} %")]
         for a in args.anchors:
             cells = [
-                tiles.tile(images.image(m), 58, "", tiles.GREEN if label[m] == label[a] else tiles.GREY)
+                tiles.tile(images.image(m), 64, "", tiles.GREEN if label[m] == label[a] else tiles.GREY)
                 for m in index[a, :shown].tolist()
             ]
             rows.append(tiles.row(cells, 1))
         middle.append(tiles.column(rows))
+    counts = torch.bincount(label).double()
+    chance = 100 * float((counts * (counts - 1)).sum()) / (len(images) * (len(images) - 1))
     strip = tiles.row([tiles.column(columns[0]), *middle, tiles.column(columns[1])], 12)
     foot = tiles.words(
         f"Nearest images in the momentum encoder's features become positives beside the image's own view; %: share of "
-        f"all {len(images)} x {kept.shape[1]} that are of their image's class (green). A blend of image and neighbour "
-        "has both as positives.", 13, width=strip.width,
+        f"all {len(images)} x {kept.shape[1]} that are of their image's class (green; chance {chance:.0f} %). A blend "
+        "of image and neighbour has both as positives.", 13, width=strip.width,
     )  # fmt: skip
     print(tiles.save(tiles.column([strip, foot], 6), args.out))
     return 0

@@ -1,6 +1,6 @@
 """A strip that shows what KSCL does: the K views of an image, the subspace that their keys span, and its query in it.
 
-    python -m kscl.strip
+python -m kscl.strip
 """
 
 import torch
@@ -11,7 +11,7 @@ from kscl.builder import KSCL, ReleaseKeys
 from kscl.data import Views, training_images
 from kscl.main_kscl import get_parser as training_parser
 from kscl.subspace import RankRule, own_match
-from shared_utils import UserError, augment, mini, tiles
+from shared_utils import augment, mini, tiles
 from shared_utils.data import Keyed
 from shared_utils.run import Parser, cli, set_threads
 
@@ -60,9 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             centred=True,
         )
         cells = [tiles.tile(augment.denormalise(im_q[i]), 64, "query", tiles.BLUE)]
-        cells += [
-            tiles.tile(augment.denormalise(x), 64, f"{alone[i, k]:.2f}") for k, x in enumerate(im_k[i][:8])
-        ]
+        cells += [tiles.tile(augment.denormalise(x), 64, f"{alone[i, k]:.2f}") for k, x in enumerate(im_k[i][:8])]
         said = f"query in its own subspace: {s[i]:.3f}\nin {others.shape[1]} others: {others[i].mean():.3f} on average"
         rows.append(tiles.row([*cells, eigenvalues, tiles.words(said, 13, width=230)], 8))
     strip = tiles.column(rows, 8)

@@ -1,6 +1,6 @@
 """A strip that shows what MDP does: one image of each set, its labels, and every class of both sets as a prototype.
 
-    python -m mdp.strip
+python -m mdp.strip
 """
 
 from pathlib import Path

@@ -52,9 +52,11 @@ def main(argv: list[str] | None = None) -> int:
         for i in range(len(x))
     ]  # fmt: skip
     half = (len(x) + 1) // 2
-    parts = [tiles.grid([header, *block[:half]], 1), tiles.grid([header, *block[half:]], 1)] if half < len(x) else [
-        tiles.grid([header, *block], 1)
-    ]
+    parts = (
+        [tiles.grid([header, *block[:half]], 1), tiles.grid([header, *block[half:]], 1)]
+        if half < len(x)
+        else [tiles.grid([header, *block], 1)]
+    )
     strip = tiles.row(parts, 20)
     foot = tiles.words(
         f"A frozen masked autoencoder keeps the {100 - 100 * own.mask_ratio:.0f} % of the patches that its class token "

@@ -74,7 +74,9 @@ def main(argv: list[str] | None = None) -> int:
             for stage, y, share in zip(stages, made, off):
                 told = f"{stage['error'][i]:.2f}" + ("" if share is None else f" | {share[i]:.2f}")
                 line.append(tiles.tile(denormalise(y[i]), SIDE, told))
-            rows.append([*line, tiles.tile(tiles.heat((denormalise(x[i]) - denormalise(made[-1][i])).abs().mean(0)), SIDE)])
+            rows.append(
+                [*line, tiles.tile(tiles.heat((denormalise(x[i]) - denormalise(made[-1][i])).abs().mean(0)), SIDE)]
+            )
     strip = tiles.grid(rows, 8)
     foot = tiles.words(
         "A decoder recovers the view from the encoder's last feature map; SaGe trains it, and the encoder, on what a "

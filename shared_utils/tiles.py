@@ -29,7 +29,9 @@ def strip_parser(folder: str, doc: str, job: str = "pretrain") -> Parser:
     """Flags of `python -m <folder>.strip`; `doc` is the module's, `job` the one whose mini run is the default."""
     p = Parser(prog=f"{folder}.strip", description=doc.splitlines()[0])
     default = runs_root() / folder / job / "mini/checkpoint.pth"
-    p.add_argument("--pretrained", type=Path, default=default, help=f"checkpoint (default: of bash {folder}/run_{job}.sh)")
+    p.add_argument(
+        "--pretrained", type=Path, default=default, help=f"checkpoint (default: of bash {folder}/run_{job}.sh)"
+    )
     p.add_argument("--out", type=Path, default=runs_root() / folder / "strip.png", help="file of the picture")
     return p
 
@@ -114,7 +116,9 @@ def bars(values: Sequence[float], size: tuple[int, int], colours: Sequence[Colou
 
 def row(cells: Sequence[Image.Image], gap: int = 4) -> Image.Image:
     """Beside each other, at the same height."""
-    out = Image.new("RGB", (sum(c.width for c in cells) + gap * (len(cells) - 1), max(c.height for c in cells)), "white")
+    out = Image.new(
+        "RGB", (sum(c.width for c in cells) + gap * (len(cells) - 1), max(c.height for c in cells)), "white"
+    )
     x = 0
     for cell in cells:
         out.paste(cell, (x, 0))

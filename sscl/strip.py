@@ -1,14 +1,14 @@
 """A strip that shows what SsCL does: unlabelled images, their pseudo-labels calibrated, and the positives they choose.
 
-    python -m sscl.strip
+python -m sscl.strip
 """
 
 import torch
-import torch.nn.functional as F
 
 from shared_utils import UserError, augment, mini, tiles
 from shared_utils.data import Keyed
 from shared_utils.run import Parser, cli, set_threads
+from shared_utils.tiles import BLUE, GREEN, GREY
 from sscl import losses
 from sscl.arch import Encoder, build
 from sscl.calibration import Alignment, calibrate, log_similarity, sharpen
@@ -16,7 +16,6 @@ from sscl.data import Unlabelled, augmentations, training_images
 from sscl.main import get_parser as training_parser
 from sscl.main import nearest
 from sscl.model import SsCL, Whole
-from shared_utils.tiles import BLUE, GREEN, GREY
 
 COMMAND = "bash sscl/run_train.sh"
 SIDE = 64

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from shared_utils import UserError, mini, tiles
-from shared_utils.mini import davis_palette
 from shared_utils.run import Parser, cli, set_threads
 from uvos_dino import metrics
 from uvos_dino.data import open_videos, read_mask, read_video
@@ -17,6 +16,7 @@ from uvos_dino.inference import load_model, segment
 from uvos_dino.model_cluster import AttEncoder
 from uvos_dino.train_RGB_cluster import get_parser as training_parser
 
+SIDE = 84
 COMMAND = "bash uvos_dino/run_dino.sh && bash uvos_dino/run_train.sh"
 
 
@@ -27,12 +27,6 @@ def get_parser() -> Parser:
     a("--tau", type=float, default=0.3, help="largest divergence within a cluster")
     a("--ratio", type=int, default=4, help="every so many frames give keys")
     return p
-
-
-def coloured(labels: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Clusters [h, w] in the colours of DAVIS, bytes [H, W, 3]."""
-    palette = np.array(davis_palette(), np.uint8).reshape(256, 3)
-    return palette[1 + metrics.upsample(labels, *size) % 254]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     frames = read_video(video.frames, size)  # [T, 3, H, W]
     pictures = (frames.permute(0, 2, 3, 1) * 255).byte().numpy()
     chosen = np.linspace(0, len(frames) - 1, 4).round().astype(int)
-    rows: list[list] = [["frames", *(tiles.tile(pictures[t], 96) for t in chosen), ""]]
+    rows: list[list] = [["frames", *(tiles.tile(pictures[t], SIDE) for t in chosen), ""]]
     for name, model in {"random\nblock": first, "trained\nblock": trained}.items():
         found = segment(model, frames, device, "imagenet", args.ratio, args.tau)
         labels = found.labels.view(len(frames), *model.encoder.grid(*size)).numpy()
@@ -60,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             shown = metrics.upsample(labels[t], *truth.shape)
             best.append(metrics.best_mean(metrics.frame_ious(shown, truth, found.number, int(truth.max()))))
         said = f"{found.number} cluster{'s' * (found.number > 1)}\nJ {100 * np.mean(best):.0f}"
-        rows.append([name, *(tiles.tile(coloured(labels[t], size), 96) for t in chosen), tiles.words(said)])
+        rows.append([name, *(tiles.tile(metrics.coloured(labels[t], *size), SIDE) for t in chosen), tiles.words(said)])
     strip = tiles.grid(rows, 3)
     foot = tiles.words(
         "Each patch of all frames attends to the patches of the key frames; patches whose attention rows agree are one "
