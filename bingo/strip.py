@@ -72,11 +72,13 @@ def main(argv: list[str] | None = None) -> int:
     teaching = network("encoder_k.", flags.t_arch, flags.t_width, flags.t_stem, flags.pretrain_alg)
     random = build(flags.s_arch, flags.s_width, flags.s_stem).eval()
     random.fc = mlp_head(random.num_features, len(state["queue"]), flags.hidden)
-    untrained, trained, teacher = (features(net, images, device) for net in (random, trained, teaching))  # [N, D] each
+    untrained, distilled, teacher = (
+        features(net, images, device) for net in (random, trained, teaching)
+    )  # [N, D] each
     anchors, members = torch.tensor(args.anchors), torch.from_numpy(bags.array)  # [A], [N, K]
-    before, after = (places(bank, teacher, anchors, members[anchors]) for bank in (untrained, trained))  # [A, K]
+    before, after = (places(bank, teacher, anchors, members[anchors]) for bank in (untrained, distilled))  # [A, K]
     every = torch.arange(len(images)).split(100)
-    medians = [torch.cat([places(b, teacher, a, members[a]) for a in every]).median() for b in (untrained, trained)]
+    medians = [torch.cat([places(b, teacher, a, members[a]) for a in every]).median() for b in (untrained, distilled)]
 
     rows = []
     for r, a in enumerate(args.anchors):

@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     true, told = (frame_in_image(theta, fam.s) for theta in (drawn.theta, mu.double() * std + mean))  # [n, 4, 2]
     error = (told - true).norm(dim=2).mean(1)  # pixels
 
-    rows = [
+    rows: list[list[Image.Image | str]] = [
         ["image"] + [tiles.tile(x, 64) for x in pixels / 255],
         ["copy"] + [tiles.tile(x, 64, "", tiles.BLUE) for x in copies / 255],
         ["decoded"] + [outlined(x, [(a, tiles.GREEN), (b, tiles.RED)]) for x, a, b in zip(pixels / 255, true, told)],

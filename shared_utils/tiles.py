@@ -67,18 +67,22 @@ def font(size: int) -> Any:
 
 def words(text: str, size: int = 13, colour: Colour = (30, 30, 30), width: int = 0) -> Image.Image:
     """Lines of text on white, each broken at `width` pixels if given."""
-    face, lines = font(size), []
-    for line in text.split("\n"):
-        for word in line.split(" "):
-            if lines and lines[-1][1] is line and (not width or face.getlength(f"{lines[-1][0]} {word}") <= width):
-                lines[-1] = (f"{lines[-1][0]} {word}", line)
+    face = font(size)
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        first, *rest = paragraph.split(" ")
+        lines.append(first)
+        for word in rest:
+            longer = f"{lines[-1]} {word}"
+            if width and face.getlength(longer) > width:
+                lines.append(word)
             else:
-                lines.append((word, line))
+                lines[-1] = longer
     high = size + 3
-    wide = max(width, *(int(np.ceil(face.getlength(t))) for t, _ in lines))
+    wide = max(width, *(int(np.ceil(face.getlength(t))) for t in lines))
     out = Image.new("RGB", (wide, high * len(lines)), "white")
     draw = ImageDraw.Draw(out)
-    for row, (t, _) in enumerate(lines):
+    for row, t in enumerate(lines):
         draw.text((0, row * high), t, fill=colour, font=face)
     return out
 
