@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         ["image"] + [tiles.tile(x, 64) for x in pixels / 255],
         ["copy"] + [tiles.tile(x, 64, "", tiles.BLUE) for x in copies / 255],
         ["decoded"] + [outlined(x, [(a, tiles.GREEN), (b, tiles.RED)]) for x, a, b in zip(pixels / 255, true, told)],
-        [""] + [f"off by {e:.0f} pixels" for e in error],
+        ["", *(f"off by {e:.0f} pixels" for e in error)],
     ]
 
     # One episode of the novel classes: a support image each, queries below the class that the nearest mean gives them.
