@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
                 watched |= {f"loss/{name}": value for name, value in zip(views, groups.detach())}
         if run.due(args.image_every):
             more = {"key": im_k} if args.loss != "release" else {"key": im_k, "add_posk": batch[3]}
-            run.image("views", views_picture({**views, **more}))
+            run.image("views/" + "_".join([*views, *more]), views_picture({**views, **more}))
         model.enqueue(k)  # T_a alone, and only now: the graph above needed the queue as it was
         run.log(loss=distributed.all_sum(loss) / run.world, lr=optimizer.param_groups[0]["lr"], **watched)
     run.finish(next_command(args, run.dir))

@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
                 "feat/std": q.detach().std(0).mean() * q.shape[1] ** 0.5,
             }
         if run.due(args.image_every):
-            run.image("views", views_picture({"query": im_q, "key": im_k}))
+            run.image("views/query_key", views_picture({"query": im_q, "key": im_k}))
         model.enqueue(k)
         run.log(loss=distributed.all_sum(loss) / run.world, lr=optimizer.param_groups[0]["lr"], **watched)
     run.finish(next_command(args, run.dir))

@@ -27,7 +27,7 @@ def _shape(state: dict[str, Tensor], key: str) -> tuple[int, int]:
     return tensor.shape[0], tensor.shape[1]
 
 
-def _head(state: dict[str, Tensor], alg: str, features: int) -> tuple[nn.Module, int]:
+def head_of(state: dict[str, Tensor], alg: str, features: int) -> tuple[nn.Module, int]:
     """An empty head of the widths that the tensors `fc.*` have, and the length of its output."""
     if "fc.weight" in state:  # MoCo v1; SwAV with one layer
         dim, _ = _shape(state, "fc.weight")
@@ -62,7 +62,7 @@ def load_teacher(name: str, path: str | Path, alg: str, width: int = 64, stem: s
     try:
         dim = encoder.num_features
         if alg != "torchvision":
-            encoder.fc, dim = _head(state, alg, encoder.num_features)
+            encoder.fc, dim = head_of(state, alg, encoder.num_features)
         # The count of batches is not used by batch norm with a momentum; files of old PyTorch versions lack it.
         encoder.report = checkpoint.load_strict(encoder, state, drop, missing_ok=("*.num_batches_tracked",))
     except UserError as error:

@@ -37,7 +37,7 @@ import mdp.mmseg_datasets  # noqa: F401  (registers the folder's datasets)
 from mdp.eval_seg import panels
 from shared_utils import UserError, distributed
 from shared_utils.data import Keyed, load_image
-from shared_utils.run import Diverged
+from shared_utils.run import Diverged, card
 
 OVERLAYS = 4  # validation images that reach tensorboard
 
@@ -137,6 +137,9 @@ class Recorder(Hook):
             assert runner.val_loop is not None
             runner.val_loop.run()
         self.mark = time.time()
+        config = self.out / "config.json"
+        if self.writer is not None and config.is_file():
+            self.writer.add_text("run/command_and_flags", card(json.loads(config.read_text()), {}), runner.iter)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         torch.manual_seed((self.seed + 1) * 1_000_003 + batch_idx)  # dropout
@@ -155,8 +158,8 @@ class Recorder(Hook):
             line = {"step": step, "epoch": 0, "loss": loss, "lr": self.lr, "data_wait": round(self.wait, 4)}
             with open(self.out / "log.jsonl", "a", encoding="utf-8") as handle:
                 handle.write(json.dumps(line) + "\n")
-            for key in ("loss", "lr"):
-                self.writer.add_scalar(key, line[key], step)  # type: ignore[union-attr]
+            for name, key in (("loss/total", "loss"), ("train/lr", "lr"), ("train/data_wait", "data_wait")):
+                self.writer.add_scalar(name, line[key], step)  # type: ignore[union-attr]
             self.bar.set_postfix(loss=f"{loss:.3f}")
         if self.signal:
             name = f"iter_{step}.pth"

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchvision.utils import make_grid
 
 from sage import arch
 from sage.builder import Evaluator, SaGe, calibrate, load_evaluator
@@ -265,6 +266,8 @@ def main(argv: list[str] | None = None) -> int:
             watched |= dict(zip(terms, mean)) | {"train/loss": mean[0], "target_momentum": m}
             watched.pop("loss")
         run.log(mean[0], lr=lr, **watched)
+        if run.step == 0 and run.rank == 0:
+            run.image("views/x1_x2", make_grid(torch.cat([batch["x1"][:8], batch["x2"][:8]]).float() / 255, nrow=8))
         if gallery is not None and gallery.due(run.step + 1):
             gallery.add(model, run.device, run.step + 1)
             if run.rank == 0:

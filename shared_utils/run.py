@@ -233,6 +233,15 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Markdown of a run for tensorboard's text page: the command, what the preflight says, versions, flags."""
+    rows = {**facts, **{key: value for key, value in config.items() if key not in ("command", "flags", "versions")}}
+    rows["versions"] = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+    rows |= {f"`--{key}`": value for key, value in config["flags"].items() if value is not None}
+    table = "".join(f"| {key} | {str(value).replace('|', chr(92) + '|')} |\n" for key, value in rows.items())
+    return f"    {config['command']}\n\n| | |\n|---|---|\n{table}"
+
+
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -342,7 +351,7 @@ class Run:
             self._resume(resume_from)
         distributed.barrier()  # nobody writes before everybody has read
         if self.rank == 0:
-            self._open_logs()
+            self._open_logs(facts)
         for number in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(ValueError):  # not in the main thread
                 self._handlers[number] = signal.signal(number, self._on_signal)
@@ -377,7 +386,7 @@ class Run:
         checkpoint.set_rng_state(saved["rng"][self.rank])
         self.say(f"  resumed: {path} at step {self.step} (epoch {self.epoch}, step {self.step_in_epoch} inside it)")
 
-    def _open_logs(self) -> None:
+    def _open_logs(self, facts: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         try:
@@ -392,12 +401,12 @@ class Run:
                 for old in self.dir.glob("events.*"):
                     old.unlink()
             log.write_text("".join(kept))
-            (self.dir / "config.json").write_text(
-                json.dumps({"flags": plain(self.args), **provenance()}, indent=1) + "\n"
-            )
+            config = {"flags": plain(self.args), **provenance()}
+            (self.dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"{self.dir}: cannot write here ({error.strerror}); give another --output-dir") from None
         self._writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
+        self._writer.add_text("run/command_and_flags", card(config, facts), self.step)
         _open_runs.append(self)
 
     # -- while it runs -----------------------------------------------------------------------------------------------

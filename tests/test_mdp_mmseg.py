@@ -246,7 +246,9 @@ def test_finetune_compare_and_evaluate(
     events = EventAccumulator(str(out))
     events.Reload()
     tags = events.Tags()
-    assert {"loss", "lr", "val/mIoU", "val/aAcc", "val/mAcc"} <= set(tags["scalars"]) and len(tags["images"]) == 3
+    assert {"loss/total", "train/lr", "val/mIoU", "val/aAcc", "val/mAcc"} <= set(tags["scalars"]) and len(
+        tags["images"]
+    ) == 3
     assert "val/IoU/text_summary" in tags["tensors"]
     assert events.Scalars("val/mIoU")[-1].value == pytest.approx(result["final"]["mIoU"], abs=1e-4)
 

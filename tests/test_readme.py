@@ -14,6 +14,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+
+from shared_utils.run import runs_root
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/results.csv"))
@@ -183,5 +187,12 @@ def test_mini_commands(folder: str, tmp_path: Path) -> None:
         rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         course = [row["loss"] for row in rows if "loss" in row]
         assert falls(course), f"the loss of {run} does not fall: {course}"
+    tool = importlib.import_module(f"{folder}.strip")
+    made = tmp_path / tool.get_parser().get_default("pretrained").relative_to(runs_root())
+    threads = torch.get_num_threads()
+    tool.main(["--pretrained", str(made), "--out", str(tmp_path / "strip.png")])
+    torch.set_num_threads(threads)
+    with Image.open(tmp_path / "strip.png") as strip:  # white is what a strip without pictures would be
+        assert strip.width <= 900 and len(strip.convert("RGB").getcolors(maxcolors=1 << 20)) > 50
     if (ROOT / "tests" / f"readme_{folder}.py").exists():  # what this paper's mini runs must have shown
         importlib.import_module(f"tests.readme_{folder}").check(tmp_path)

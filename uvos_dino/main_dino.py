@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision.utils import make_grid
 
-from shared_utils import UserError, distributed, mini
+from shared_utils import UserError, augment, distributed, mini
 from shared_utils.data import EpochSampler, mix_key
 from shared_utils.evaluation import available_memory
 from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
@@ -175,6 +176,11 @@ def main(argv: list[str] | None = None) -> int:
             watched["teacher/entropy"] = -(p * (p + 1e-10).log()).sum(-1).mean()
             watched["teacher/entropy_of_mean"] = -(p.mean(0) * (p.mean(0) + 1e-10).log()).sum()
         run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
+        if run.step == 0 and run.rank == 0:
+            shown = torch.cat([x[:8] for x in seen[:2]])
+            run.image(
+                "views/two_global", make_grid(augment.denormalise(shown).cpu(), nrow=min(8, len(images)), padding=2)
+            )
 
     run.finish(f"train the block on it: --dino_path {run.dir}/checkpoint.pth")
     return 0

@@ -13,6 +13,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from shared_utils import UserError
+from shared_utils.mini import davis_palette
 
 VOID = 255
 MAX_PROPOSALS = 300  # of the release; the official package allows 20
@@ -42,6 +43,12 @@ def upsample(labels: np.ndarray, height: int, width: int) -> np.ndarray:
     """Label maps [..., h, w] -> [..., height, width], nearest."""
     rows = np.take(labels, nearest_index(labels.shape[-2], height), -2)
     return np.take(rows, nearest_index(labels.shape[-1], width), -1)
+
+
+def coloured(labels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Clusters [h, w] in DAVIS' colours, bytes [height, width, 3]; cluster 0 is not black."""
+    palette = np.array(davis_palette(), np.uint8).reshape(256, 3)
+    return palette[1 + upsample(labels, height, width) % 254]
 
 
 def boundary_pixels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

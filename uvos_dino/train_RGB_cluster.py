@@ -10,6 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -130,6 +131,7 @@ class Probe:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
+        self.pictures: list[Tensor] = []  # of the last evaluation, one a sequence
         videos: list[Video] = open_videos(args.dataset, args.val_basepath, args.split)[: args.probe_videos]
         binary = LAYOUTS[args.dataset].binary
         self.videos = [
@@ -148,10 +150,12 @@ class Probe:
         """`probe/clusters`, mean number of them, and `probe/J`, mean over objects and frames, matched by frame."""
         model.eval()
         counts, scores = [], []
+        self.pictures = []
         for frames, masks in self.videos:
             found = segment(model, frames, device, "imagenet", self.args.ratio, self.args.tau)
             counts.append(found.number)
             labels = found.labels.view(len(frames), -1, frames.shape[-1] // model.encoder.patch_size).numpy()
+            self.pictures.append(self.picture(frames, labels))
             first = next(iter(masks.values()))
             objects = int(first[first != metrics.VOID].max())
             for t, mask in masks.items():
@@ -159,6 +163,14 @@ class Probe:
                 scores.append(metrics.best_mean(J))
         model.train()
         return {"probe/clusters": sum(counts) / len(counts), "probe/J": 100 * sum(scores) / len(scores)}
+
+    @staticmethod
+    def picture(frames: Tensor, labels: np.ndarray, count: int = 6) -> Tensor:
+        """Frames [T, 3, H, W] in 0..1 and below them their clusters [T, h, w] in colours: [3, 2 H, count W]."""
+        chosen = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
+        found = [metrics.coloured(labels[t], *frames.shape[2:]) for t in chosen]
+        colours = torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2) / 255
+        return torch.cat([torch.cat(list(x), 2) for x in (frames[torch.from_numpy(chosen)], colours)], 1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -224,6 +236,8 @@ def main(argv: list[str] | None = None) -> int:
         probed: dict[str, float] = {}
         if probe and (run.step == 0 or (run.step + 1) % args.probe_every == 0):
             probed = probe(model, run.device)
+            if run.rank == 0:
+                run.image("probe/frames_clusters", torch.cat(probe.pictures, 1))
         each = distributed.all_sum(torch.stack([loss, slot_loss, motion_loss]).detach()) / run.world
         watched |= {"slot_loss": each[1], "motion_loss": each[2], "train/loss": each[0]}
         run.log(each[0], lr=lr, evaluated=probed, **watched)

@@ -1,0 +1,86 @@
+"""A strip that shows what HSA does: images and the neighbours that are their positives, as training goes on.
+
+    python -m hsa.strip
+
+Neighbours by the pooled features of the momentum encoder: of the run's first weights (made again from its seed), those
+that the checkpoint holds (of the last refresh), and of its last weights. Green: of the image's class.
+"""
+
+import numpy as np
+import torch
+
+from hsa import arch
+from hsa.builder import CsMl, ReleaseKeys
+from hsa.cutmix import draw_box, paste
+from hsa.data import Neighbours, training_images
+from hsa.main_moco import get_parser as training_parser
+from shared_utils import mini, tiles
+from shared_utils.augment import denormalise, plain
+from shared_utils.neighbours import features
+from shared_utils.run import Parser, cli, seed_everything, set_threads
+
+COMMAND = "bash hsa/run_pretrain.sh"
+
+
+def get_parser() -> Parser:
+    p = tiles.strip_parser("hsa", __doc__)
+    p.add_argument("--anchors", type=int, nargs="+", default=[33, 615], help="numbers of training images, a row each")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
+    saved, flags = tiles.open_run(args.pretrained, training_parser(), COMMAND, ["state_dict", "neighbours"])
+    device = torch.device("cpu")
+    set_threads(0, 0, device)
+    data_dir = mini.ensure("images") if flags.synthetic else flags.data_dir
+    images = training_images(data_dir, flags.per_class, False, plain(flags.img_size))
+    tiles.check_numbers(args.anchors, len(images))
+    nearby = Neighbours(images, flags.clus_pos_num, flags.seed)
+    nearby.load_state_dict(saved["neighbours"])
+    seed_everything(flags.seed)
+    encoder = arch.build(flags.arch, flags.width, flags.stem)
+    model = CsMl(encoder, flags.moco_dim, flags.moco_k, flags.moco_m, flags.inter_head if flags.inter_weight else None)
+
+    def searched() -> torch.Tensor:
+        model.encoder_k.eval()
+        return nearby.nearest(features(lambda x: model.encoder_k(x, pre_out=True), images, device), device)
+
+    kept, held = nearby.index.clone(), nearby.epoch
+    stages = {"first weights": searched(), f"epoch {held}, in training": kept}
+    ReleaseKeys(model).load_state_dict(saved["state_dict"])
+    stages[f"epoch {saved['epoch']}, the end"] = searched()
+
+    shown = min(3, kept.shape[1])
+    label = images.labels
+    columns = [[tiles.words("image")], [tiles.words("CutMix")]]
+    for a in args.anchors:
+        columns[0].append(tiles.tile(images.image(a), 64, "", tiles.BLUE))
+        x, other = (images.transform(images.image(i))[None] for i in (a, int(kept[a, 0])))  # type: ignore[misc]
+        mixed = paste(x, other, draw_box(flags.img_size, flags.img_size, flags.alpha, np.random.default_rng(a)))
+        columns[1].append(tiles.tile(denormalise(mixed[0]), 64))
+    middle = []
+    for name, index in stages.items():
+        nearby.set(index, held)
+        rows = [tiles.words(f"{name}: {nearby.purity:.0f} %")]
+        for a in args.anchors:
+            cells = [
+                tiles.tile(images.image(m), 64, "", tiles.GREEN if label[m] == label[a] else tiles.GREY)
+                for m in index[a, :shown].tolist()
+            ]
+            rows.append(tiles.row(cells, 1))
+        middle.append(tiles.column(rows))
+    counts = torch.bincount(label).double()
+    chance = 100 * float((counts * (counts - 1)).sum()) / (len(images) * (len(images) - 1))
+    strip = tiles.row([tiles.column(columns[0]), *middle, tiles.column(columns[1])], 12)
+    foot = tiles.words(
+        f"Nearest images in the momentum encoder's features become positives beside the image's own view; %: share of "
+        f"all {len(images)} x {kept.shape[1]} that are of their image's class (green; chance {chance:.0f} %). A blend "
+        "of image and neighbour has both as positives.", 13, width=strip.width,
+    )  # fmt: skip
+    print(tiles.save(tiles.column([strip, foot], 6), args.out))
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)
