@@ -18,6 +18,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.checkpoints import differing  # noqa: E402
-from tests.pretraining import PRETRAININGS, ROOT, command, environment, flags, log, prepare, record, stamp, table  # noqa: E402
+from tests.pretraining import (  # noqa: E402
+    PRETRAININGS,
+    ROOT,
+    Forked,
+    command,
+    environment,
+    flags,
+    log,
+    prepare,
+    record,
+    stamp,
+    table,
+)  # fmt: skip
 
 HEADER = ("folder", "undisturbed", "SIGKILL", "SIGTERM", "full disk", "truncated checkpoint", "commit, date")
 PATIENCE = 600.0  # seconds that one process may take
@@ -44,41 +57,45 @@ class Folder:
     def __init__(self, name: str, work: Path, seed: int):
         self.name, self.work, self.rng = name, work, random.Random(f"{name} {seed}")
         self.whole = work / "whole"
-        self.seconds, self.steps = 0.0, 0
+        self.before, self.seconds, self.steps = 0.0, 0.0, 0  # until the first step, from there on, and how many
 
-    def start(self, out: Path, extra: str = "", limit: int = 0) -> subprocess.Popen[str]:
+    def start(self, out: Path, extra: str = "", limit: int = 0) -> Forked:
         """`limit`: bytes that a file may have."""
+        short = PRETRAININGS[self.name]
+        words = command(self.name, f"{short.script} {short.flags} {extra}", self.work, out)
 
         def before() -> None:
+            os.chdir(ROOT)
             if limit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-        words = [*command(self.name, out, self.work), *extra.split()]
-        return subprocess.Popen(
-            words, cwd=ROOT, env=environment(self.work), text=True, preexec_fn=before if limit else None,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        return Forked(words, self.work / out.name, before, **environment(self.work))
 
-    def end(self, run: subprocess.Popen[str], code: int) -> tuple[str, str]:
+    def end(self, run: Forked, code: int) -> tuple[str, str]:
         """What the run said, after its end, which must have this exit code."""
-        said, error = run.communicate(timeout=PATIENCE)
-        if run.returncode != code:
-            raise Failed(f"exit code {run.returncode} instead of {code}: {' '.join(error.split())[-300:]}")
+        found, said, error = run.wait(PATIENCE)
+        if found != code:
+            raise Failed(f"exit code {found} instead of {code}: {' '.join(error.split())[-300:]}")
         return said, error
 
-    def refused(self, run: subprocess.Popen[str], *words: str) -> str:
+    def stop(self, run: Forked) -> str:
+        """SIGKILL; what it had said."""
+        run.kill(signal.SIGKILL)
+        return run.wait(PATIENCE)[1]
+
+    def refused(self, run: Forked, *words: str) -> str:
         """The one line of a run that must stop with exit code 2; it names these words."""
         lines = [line for line in self.end(run, 2)[1].splitlines() if line.strip()]
         if len(lines) != 1 or not all(word in lines[0] for word in ("error: ", *words)):
             raise Failed(f"not one line with {', '.join(words)}: {' / '.join(lines)[-400:]}")
         return lines[0]
 
-    def until(self, run: subprocess.Popen[str], there: Callable[[], bool]) -> bool:
+    def until(self, run: Forked, there: Callable[[], bool]) -> bool:
         """Wait for something; False if the run has ended without it."""
         while not there():
-            if run.poll() is not None:
+            if run.ended():
                 return False
-            time.sleep(0.0005)
+            time.sleep(0.001)
         return True
 
     def reached(self, out: Path, step: int) -> Callable[[], bool]:
@@ -95,7 +112,7 @@ class Folder:
         if log(self.whole) != log(out):
             raise Failed("the log has other lines than the undisturbed run's")
         if left := list(out.glob(".*")):
-            raise Failed(f"a file is left over: {left[0].name}")
+            raise Failed(f"left over: {left[0].name}")
 
 
 def undisturbed(it: Folder) -> str:
@@ -104,30 +121,28 @@ def undisturbed(it: Folder) -> str:
     it.until(run, it.reached(it.whole, 1))
     first = time.perf_counter()
     it.end(run, 0)
-    it.seconds, it.steps = time.perf_counter() - first, log(it.whole)[-1][0]
-    return f"{it.steps} steps, {time.perf_counter() - begun:.0f} s"
+    it.before, it.seconds, it.steps = first - begun, time.perf_counter() - first, log(it.whole)[-1][0]
+    return f"{it.steps} steps"
 
 
 def killed(it: Folder) -> str:
-    """Once while it starts, three times inside a step, once while a checkpoint is written (its temporary is there)."""
-    out, seen, resumed = it.work / "killed", [], ""
+    """Once while it starts, twice inside a step, once while a checkpoint is written (its temporary is there)."""
+    out, seen, said = it.work / "killed", [], ""
     run = it.start(out)
-    time.sleep(it.rng.uniform(0, 5))
-    run.kill()
-    run.communicate()
-    for step in sorted(it.rng.sample(range(2, it.steps), 3)):
+    time.sleep(it.rng.random() * it.before)
+    it.stop(run)
+    for step in sorted(it.rng.sample(range(2, it.steps), 2)):
         run = it.start(out)
         it.until(run, it.reached(out, step))
         it.within_a_step()
-        run.kill()
-        resumed += run.communicate()[0]
+        said += it.stop(run)
         seen.append(log(out)[-1][0])
     run = it.start(out)
     writing = it.until(run, lambda: any(out.glob(".checkpoint.pth.*.tmp")))
-    run.kill()
-    resumed += run.communicate()[0]
+    said += it.stop(run)
+    shutil.copytree(out, it.work / "truncated")
     it.finish(out)
-    if "resumed: " not in resumed:
+    if "resumed: " not in said:
         raise Failed("no run went on from a checkpoint")
     return f"start, steps {', '.join(map(str, seen))}{', a write' if writing else ''}: identical"
 
@@ -137,7 +152,7 @@ def terminated(it: Folder) -> str:
     run = it.start(out)
     it.until(run, it.reached(out, it.rng.randrange(1, it.steps - 1)))
     it.within_a_step()
-    run.terminate()
+    run.kill(signal.SIGTERM)
     said, _ = it.end(run, 143)
     if "stopped by SIGTERM" not in said:
         raise Failed("nothing was said of SIGTERM")
@@ -181,13 +196,9 @@ def full_disk(it: Folder) -> str:
 
 
 def truncated(it: Folder) -> str:
-    out = it.work / "truncated"
-    run = it.start(out)
-    it.until(run, it.reached(out, it.rng.randrange(4, it.steps)))
-    run.kill()
-    run.communicate()
+    """The folder that `killed` left before its last start."""
+    out, share = it.work / "truncated", it.rng.random()
     file = out / "checkpoint.pth"
-    share = it.rng.random()
     os.truncate(file, int(share * file.stat().st_size))
     error = it.refused(it.start(out), str(file), "--overwrite")
     print(f"    {error}", flush=True)
@@ -206,7 +217,7 @@ def main() -> int:
             for event in (undisturbed, killed, terminated, full_disk, truncated):
                 try:
                     cells.append(event(it))
-                except (Failed, subprocess.TimeoutExpired) as error:
+                except Failed as error:
                     cells.append(f"FAILED: {error}")
                 print(f"{name} {event.__name__}: {cells[-1]}", flush=True)
         finally:

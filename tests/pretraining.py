@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "tests" / "README.md"
-IMAGES = "--per_class 32"
+IMAGES = "--per_class 12"
+MOCO = f"{IMAGES} --batch_size 16 --moco_k 64 --end_epoch"
 
 
 class Short(NamedTuple):
-    """A pretraining of one folder: its script's mini tier with flags that leave about 15 steps."""
+    """A pretraining of one folder: its script's mini tier with flags that leave about 12 steps."""
 
     script: str
     flags: str
@@ -32,69 +36,129 @@ class Short(NamedTuple):
 
 PRETRAININGS = {
     "uvos_dino": Short(
-        "run_train.sh", "--num_train_steps 15 --probe_every 5 --log-every 1", ("run_dino.sh --epochs 1",),
+        "run_train.sh", "--num_train_steps 12 --probe_every 4 --log-every 1", ("run_dino.sh --epochs 1",),
         "--batch_size 4 --drop 0 --attn_drop_t 0", "--batch_size 2 --drop 0 --attn_drop_t 0", "no dropout",
     ),
-    "mra": Short("run_pretrain.sh", "--batch_size 500 --epochs 2", (), "", "--batch_size 250"),
+    "mra": Short("run_pretrain.sh", "--batch_size 400 --epochs 1 --warmup_epochs 0", (), "", "--batch_size 200"),
     "sage": Short(
-        "run_pretrain.sh", f"{IMAGES} --total_epochs 3", (f"run_evaluator.sh {IMAGES} --total_epochs 1",),
-        "--stem_bn sync", "--stem_bn sync --imgs_per_gpu 32", "--stem_bn sync",
+        "run_pretrain.sh", f"{IMAGES} --imgs_per_gpu 16 --total_epochs 2",
+        (f"run_evaluator.sh {IMAGES} --imgs_per_gpu 16 --total_epochs 1",),
+        "--stem_bn sync", "--stem_bn sync --imgs_per_gpu 8", "--stem_bn sync",
     ),
-    "fame": Short("run_pretrain.sh", "--epochs 3", (), "", "--bn_splits 1"),
+    "fame": Short("run_pretrain.sh", "--per_class 6 -b 12 --moco_k 96 --epochs 3", (), "", "--bn_splits 1"),
     "bingo": Short(
-        "run_pretrain.sh", f"{IMAGES} --moco_k 128 --end_epoch 3 --warmup_epochs 1",
-        (f"run_teacher.sh {IMAGES} --moco_k 128 --end_epoch 1", f"run_knn.sh {IMAGES}"), "--bn_splits 2",
+        "run_pretrain.sh", f"{MOCO} 2 --warmup_epochs 1", (f"run_teacher.sh {MOCO} 1", f"run_knn.sh {IMAGES}"),
+        "--bn_splits 2",
     ),
-    "mdp": Short("run_pretrain.sh", "--epochs 1 --batch-size 64", (), "--mix none", "--mix none", "--mix none"),
+    "mdp": Short(
+        "run_pretrain.sh", "--datasets voc,cityscapes --epochs 1", (), "--mix none", "--mix none", "--mix none"
+    ),
     "sscl": Short(
-        "run_train.sh", f"{IMAGES} --epochs 3 --pl_start 1 --proto_every 1", (), "", "--bn_splits 1",
-    ),
-    "hsa": Short(
-        "run_pretrain.sh", f"{IMAGES} --moco_k 128 --end_epoch 3 --cluster_freq 1 --warmup_epochs 1", (), "",
+        "run_train.sh", f"{IMAGES} --batch_labelled 4 --moco_k 64 --epochs 2 --pl_start 1 --proto_every 1", (), "",
         "--bn_splits 1",
     ),
-    "kscl": Short("run_pretrain.sh", f"{IMAGES} --moco_k 128 --end_epoch 3", (), "", "--bn_splits 1"),
-    "flat": Short("run_train.sh", "--per_class 12 --stop_epoch 3 --val_freq 1 --save_freq 1"),
+    "hsa": Short("run_pretrain.sh", f"{MOCO} 2 --cluster_freq 1 --warmup_epochs 1", (), "", "--bn_splits 1"),
+    "kscl": Short("run_pretrain.sh", f"{MOCO} 2", (), "", "--bn_splits 1"),
+    "flat": Short("run_train.sh", "--per_class 9 --batch_size 16 --stop_epoch 2 --val_freq 1 --save_freq 1"),
 }  # fmt: skip
 COMMON = "--device cpu --threads 1 --log-every 1 --save-every 2"
 
 
-def environment(runs: Path, **extra: str) -> dict[str, str]:
-    """Of a run: this Python as it is, outputs below `runs`, one thread, none of torchrun's variables."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PET_", "GPUS", "DATA_ROOT"))}
-    one = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "SKIP_ENV": "1"}
-    return {**kept, **one, "PYTHON": sys.executable, "RUNS": str(runs), **extra}
+def environment(runs: Path) -> dict[str, str]:
+    """Of a run: this Python as it is, outputs below `runs`, one thread."""
+    return {
+        "PYTHON": sys.executable,
+        "SKIP_ENV": "1",
+        "RUNS": str(runs),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
 
 
 def script(folder: str, words: str, out: Path | None = None) -> list[str]:
     """bash FOLDER/SCRIPT mini FLAGS."""
-    name, *flags = words.split()
+    name, *more = words.split()
+    common = [] if name == "run_knn.sh" else COMMON.split()  # it trains nothing
     where = [] if out is None else ["--output-dir", str(out)]
-    return ["bash", str(ROOT / folder / name), "mini", *flags, *COMMON.split(), *where]
+    return ["bash", str(ROOT / folder / name), "mini", *more, *common, *where]
 
 
-def command(folder: str, out: Path, runs: Path, flags: str = "") -> list[str]:
-    """The Python command that the folder's script starts, asked of the script: signals then reach Python itself."""
-    short = PRETRAININGS[folder]
+def command(folder: str, words: str, runs: Path, out: Path | None = None) -> list[str]:
+    """MODULE FLAGS, which the folder's script would start, asked of the script."""
     with tempfile.TemporaryDirectory() as work:
         stub, said = Path(work) / "python", Path(work) / "arguments"
         stub.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" >"$SAID"\n')
         stub.chmod(0o755)
-        asked = {**environment(runs), "PYTHON": str(stub), "SAID": str(said)}
-        start = script(folder, f"{short.script} {short.flags} {flags}", out)
-        subprocess.run(start, cwd=ROOT, env=asked, check=True, capture_output=True)
-        return [sys.executable, *said.read_text().split("\0")[:-1]]
+        asked = {**os.environ, **environment(runs), "PYTHON": str(stub), "SAID": str(said)}
+        subprocess.run(script(folder, words, out), cwd=ROOT, env=asked, check=True, capture_output=True)
+        return said.read_text().split("\0")[1:-1]
+
+
+class Forked:
+    """`python -m MODULE FLAGS` in a forked process, so that libraries are imported once; stdout and stderr go to files.
+
+    `before` runs in that process first. Python's own start aside it is what the command does, its exit code too.
+    """
+
+    def __init__(
+        self, words: Sequence[str] | Callable[[], NoReturn], said: Path, before: Callable[[], object] = lambda: None,
+        **variables: str,
+    ):  # fmt: skip
+        self.files = [said.with_suffix(".stdout"), said.with_suffix(".stderr")]
+        self.code: int | None = None
+        if not callable(words):
+            for name in ("torch.utils.tensorboard", "torchvision", "tqdm", words[0]):
+                importlib.import_module(name)
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            for number, file in enumerate(self.files, 1):
+                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            os.environ.update(variables)
+            before()
+            if callable(words):
+                words()
+            sys.modules.pop(words[0], None)
+            sys.argv = list(words)
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+        except BaseException:
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def ended(self) -> bool:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code is not None
+
+    def kill(self, number: int) -> None:
+        if not self.ended():
+            os.kill(self.pid, number)
+
+    def wait(self, seconds: float) -> tuple[int, str, str]:
+        """Exit code, stdout, stderr; killed when it takes longer."""
+        until = time.monotonic() + seconds
+        while not self.ended():
+            if time.monotonic() > until:
+                os.kill(self.pid, signal.SIGKILL)
+            time.sleep(0.01)
+        out, err = (file.read_text(errors="replace") for file in self.files)
+        return int(self.code or 0), out, err
 
 
 def prepare(folder: str, runs: Path) -> None:
     """What the pretraining needs: a teacher and its bags, an evaluator, an encoder."""
     for words in PRETRAININGS[folder].first:
-        start = script(folder, words)
-        if "run_knn" in words:
-            start = start[: -len(COMMON.split())]
-        done = subprocess.run(start, cwd=ROOT, env=environment(runs), capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(start)}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+        code, _, error = Forked(command(folder, words, runs), runs / "first", **environment(runs)).wait(1800)
+        if code:
+            raise SystemExit(f"{folder}/{words}: exit code {code}\n{error[-2000:]}")
 
 
 def log(out: Path) -> list[tuple[int, float]]:
@@ -114,7 +178,7 @@ def log(out: Path) -> list[tuple[int, float]]:
 def flags(description: str | None, names: Sequence[str], example: str) -> argparse.ArgumentParser:
     """--only, --record, --work and --seed of the jobs that are run by hand."""
     p = argparse.ArgumentParser(description=(description or "").split("\n")[0])
-    p.add_argument("--only", choices=names, action="append", metavar=example, help="of: " + ", ".join(names))
+    p.add_argument("--only", choices=names or None, action="append", metavar=example, help=", ".join(names) or None)
     p.add_argument("--record", action="store_true", help="write the rows into tests/README.md")
     p.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where runs and data are made")
     p.add_argument("--seed", type=int, default=0, help="of the moments and places that are drawn")
