@@ -186,10 +186,13 @@ def flags(description: str | None, names: Sequence[str], example: str) -> argpar
 
 
 def stamp() -> str:
-    """Commit and date of a row."""
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=7", "--dirty=+", "--exclude=*"]
-    commit = subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown commit"
-    return f"{commit}, {time.strftime('%Y-%m-%d')}"
+    """Commit and date of a row; a + where the tree holds changes besides the table itself."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!tests/README.md")
+    return f"{git('rev-parse', '--short=7', 'HEAD')}{'+' * bool(changed)}, {time.strftime('%Y-%m-%d')}"
 
 
 def record(job: str, header: Sequence[str], rows: dict[str, Sequence[str]]) -> None:
