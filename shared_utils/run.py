@@ -15,6 +15,7 @@ A training script reads top to bottom:
 import argparse
 import contextlib
 import errno
+import io
 import json
 import math
 import multiprocessing
@@ -63,6 +64,8 @@ def _thread_died(what: threading.ExceptHookArgs) -> None:
 def cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
     """Run an entry point; a UserError becomes one line on stderr and exit code 2 (diverged: 1); a full disk too."""
     at_once, threading.excepthook = False, _thread_died
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text that it can write
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code: Any = main(None) or 0
     except UserError as error:

@@ -1,14 +1,14 @@
 """Kill each folder's pretraining, and show that it ends as if nothing had happened: python tests/crash.py [--record]
 
-A short pretraining of the mini tier runs once undisturbed and then, into other folders, under each event:
+A short pretraining of the mini tier runs once undisturbed. Then it runs again, in a folder on a small disk, and suffers
 
 SIGKILL         at drawn moments: while it starts, inside a step, while a checkpoint is written
 SIGTERM         at a drawn moment; it must save, say so and exit with 143
-full disk       the folder of the checkpoint has no room left after a drawn step; then there is room again
-truncated       SIGKILL, then the checkpoint is cut at a drawn byte; then the cure that the error names
+full disk       no room is left after a drawn step; it must stop with exit code 2 and one line; then there is room again
 
-After each of them the same command goes on. The end must be bit-identical: every tensor of the checkpoint (weights,
-optimiser, queues, generators) and every line of the log. Where a run must stop, it stops with exit code 2 and one line.
+one after another, and the same command goes on each time. Its end must be bit-identical: every tensor of the checkpoint
+(weights, optimiser, queues, generators) and every line of the log. At last (truncated) the checkpoint that was there
+after the full disk is cut at a drawn byte: one line must name it and the cure, which again leads to the same end.
 """
 
 from __future__ import annotations
@@ -40,10 +40,18 @@ from tests.pretraining import (  # noqa: E402
     prepare,
     record,
     stamp,
-    table,
 )  # fmt: skip
 
-HEADER = ("folder", "undisturbed", "SIGKILL", "SIGTERM", "full disk", "truncated checkpoint", "commit, date")
+HEADER = (
+    "folder",
+    "undisturbed",
+    "SIGKILL",
+    "SIGTERM",
+    "full disk",
+    "truncated checkpoint",
+    "both ends",
+    "commit, date",
+)
 PATIENCE = 600.0  # seconds that one process may take
 
 
@@ -90,12 +98,12 @@ class Folder:
             raise Failed(f"not one line with {', '.join(words)}: {' / '.join(lines)[-400:]}")
         return lines[0]
 
-    def until(self, run: Forked, there: Callable[[], bool]) -> bool:
+    def until(self, run: Forked, there: Callable[[], bool], every: float = 0.02) -> bool:
         """Wait for something; False if the run has ended without it."""
         while not there():
             if run.ended():
                 return False
-            time.sleep(0.001)
+            time.sleep(every)
         return True
 
     def reached(self, out: Path, step: int) -> Callable[[], bool]:
@@ -125,40 +133,48 @@ def undisturbed(it: Folder) -> str:
     return f"{it.steps} steps"
 
 
-def killed(it: Folder) -> str:
-    """Once while it starts, twice inside a step, once while a checkpoint is written (its temporary is there)."""
-    out, seen, said = it.work / "killed", [], ""
+def killed(it: Folder, out: Path) -> str:
+    """Once while it starts, once inside a step, once while a checkpoint is written (its temporary file is there)."""
     run = it.start(out)
     time.sleep(it.rng.random() * it.before)
     it.stop(run)
-    for step in sorted(it.rng.sample(range(2, it.steps), 2)):
-        run = it.start(out)
-        it.until(run, it.reached(out, step))
-        it.within_a_step()
-        said += it.stop(run)
-        seen.append(log(out)[-1][0])
     run = it.start(out)
-    writing = it.until(run, lambda: any(out.glob(".checkpoint.pth.*.tmp")))
-    said += it.stop(run)
-    shutil.copytree(out, it.work / "truncated")
-    it.finish(out)
-    if "resumed: " not in said:
-        raise Failed("no run went on from a checkpoint")
-    return f"start, steps {', '.join(map(str, seen))}{', a write' if writing else ''}: identical"
+    it.until(run, it.reached(out, it.rng.randint(3, 4)))
+    it.within_a_step()
+    it.stop(run)
+    at = log(out)[-1][0]
+    run = it.start(out)
+    it.until(run, lambda: any(out.glob(".checkpoint.pth.*.tmp")), 0.0005)
+    if "resumed: " not in it.stop(run):
+        raise Failed("it did not go on from its checkpoint")
+    return f"while starting, in step {at + 1}, in a write"
 
 
-def terminated(it: Folder) -> str:
-    out = it.work / "terminated"
+def terminated(it: Folder, out: Path) -> str:
     run = it.start(out)
-    it.until(run, it.reached(out, it.rng.randrange(1, it.steps - 1)))
+    it.until(run, it.reached(out, it.rng.randint(6, 7)))
     it.within_a_step()
     run.kill(signal.SIGTERM)
-    said, _ = it.end(run, 143)
-    if "stopped by SIGTERM" not in said:
+    if "stopped by SIGTERM" not in it.end(run, 143)[0]:
         raise Failed("nothing was said of SIGTERM")
-    at = log(out)[-1][0]
-    it.finish(out)
-    return f"exit code 143 at step {at}: identical"
+    return f"exit code 143 after step {log(out)[-1][0]}"
+
+
+def full_disk(it: Folder, out: Path, mounted: bool) -> str:
+    if mounted:
+        how, step = "tmpfs", it.rng.randint(8, 9)
+        run = it.start(out)
+        it.until(run, it.reached(out, step))
+        with contextlib.suppress(OSError), open(out.parent / "ballast", "wb", buffering=0) as ballast:
+            while ballast.write(bytes(2**16)):
+                pass
+        error = it.refused(run, str(out), "free space")
+        (out.parent / "ballast").unlink()
+    else:  # a file may not become as large as the checkpoint: another error number, the same path
+        how = "RLIMIT_FSIZE"
+        error = it.refused(it.start(out, limit=(it.whole / "checkpoint.pth").stat().st_size // 2), str(out))
+    print(f"    {error}", flush=True)
+    return f"{how}, {log(out)[-1][0]} steps done: one line"
 
 
 @contextlib.contextmanager
@@ -174,36 +190,25 @@ def small_disk(size: int) -> Iterator[Path | None]:
                 subprocess.run(["umount", folder], check=True)
 
 
-def full_disk(it: Folder) -> str:
-    size = sum(file.stat().st_size for file in it.whole.rglob("*") if file.is_file())
-    step = it.rng.randrange(3, it.steps - 2)
-    with small_disk(4 * size + 2**22) as disk:
-        if disk is None:  # a file may not become as large as the checkpoint: another error number, the same path
-            out, how = it.work / "full", "RLIMIT_FSIZE"
-            error = it.refused(it.start(out, limit=(it.whole / "checkpoint.pth").stat().st_size // 2), str(out))
-        else:
-            out, how = disk / "run", f"tmpfs, full after step {step}"
-            run = it.start(out)
-            it.until(run, it.reached(out, step))
-            with contextlib.suppress(OSError), open(disk / "ballast", "wb", buffering=0) as ballast:
-                while ballast.write(bytes(2**16)):
-                    pass
-            error = it.refused(run, str(out), "free space")
-            (disk / "ballast").unlink()
-        print(f"    {error}", flush=True)
-        it.finish(out)
-    return f"{how}: one line, then identical"
-
-
 def truncated(it: Folder) -> str:
-    """The folder that `killed` left before its last start."""
     out, share = it.work / "truncated", it.rng.random()
     file = out / "checkpoint.pth"
     os.truncate(file, int(share * file.stat().st_size))
     error = it.refused(it.start(out), str(file), "--overwrite")
     print(f"    {error}", flush=True)
     it.finish(out, "--overwrite")
-    return f"cut at {100 * share:.0f} %: one line, after --overwrite identical"
+    return f"cut at {100 * share:.0f} %: one line"
+
+
+def disturbed(it: Folder) -> list[str]:
+    """One run that suffers everything; what each event did."""
+    size = sum(file.stat().st_size for file in it.whole.rglob("*") if file.is_file())
+    with small_disk(4 * size + 2**22) as disk:
+        out = (disk or it.work) / "run"
+        cells = [killed(it, out), terminated(it, out), full_disk(it, out, disk is not None)]
+        shutil.copytree(out, it.work / "truncated")
+        it.finish(out)
+    return [*cells, truncated(it)]
 
 
 def main() -> int:
@@ -211,21 +216,17 @@ def main() -> int:
     rows: dict[str, list[str]] = {}
     for name in args.only or PRETRAININGS:
         work = Path(tempfile.mkdtemp(prefix=f"crash-{name}-", dir=args.work))
-        it, cells = Folder(name, work, args.seed), []
+        it = Folder(name, work, args.seed)
         try:
             prepare(name, work)
-            for event in (undisturbed, killed, terminated, full_disk, truncated):
-                try:
-                    cells.append(event(it))
-                except Failed as error:
-                    cells.append(f"FAILED: {error}")
-                print(f"{name} {event.__name__}: {cells[-1]}", flush=True)
+            rows[name] = [undisturbed(it), *disturbed(it), "bit-identical", stamp()]
+        except Failed as error:
+            rows[name] = [f"FAILED: {error}", *[""] * 5, stamp()]
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        rows[name] = [*cells, stamp()]
+        print(name, *rows[name], sep=" | ", flush=True)
         if args.record:
             record("crash", HEADER, {name: rows[name]})
-    print(table(HEADER, rows))
     return int("FAILED" in str(rows))
 
 

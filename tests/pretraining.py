@@ -39,7 +39,7 @@ PRETRAININGS = {
         "run_train.sh", "--num_train_steps 12 --probe_every 4 --log-every 1", ("run_dino.sh --epochs 1",),
         "--batch_size 4 --drop 0 --attn_drop_t 0", "--batch_size 2 --drop 0 --attn_drop_t 0", "no dropout",
     ),
-    "mra": Short("run_pretrain.sh", "--batch_size 400 --epochs 1 --warmup_epochs 0", (), "", "--batch_size 200"),
+    "mra": Short("run_pretrain.sh", "--batch_size 320 --epochs 1 --warmup_epochs 0", (), "", "--batch_size 160"),
     "sage": Short(
         "run_pretrain.sh", f"{IMAGES} --imgs_per_gpu 16 --total_epochs 2",
         (f"run_evaluator.sh {IMAGES} --imgs_per_gpu 16 --total_epochs 1",),

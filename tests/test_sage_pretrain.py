@@ -399,7 +399,7 @@ def test_two_processes_equal_one(data, tmp_path):
         ("--mode byol --total_epochs 0", r"--total_epochs 0: must be at least 1"),
         ("--mode pixel --w_pix -1", r"--w_pix -1.0: must not be negative"),
         ("--mode byol --lr 0", r"--lr 0.0: must be above 0"),
-        ("--mode byol --list_file {tmp}/none.txt", r"none.txt: no such list file"),
+        ("--mode byol --list_file {tmp}/none.txt", r"none.txt: no such file; expected a list"),
         ("--mode byol --output-dir /dev/null/x", r"/dev/null/x: cannot write here"),
     ],
 )

@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from shared_utils import UserError
 from shared_utils.augment import MEAN, STD
-from shared_utils.data import load_image, mix_key
+from shared_utils.data import load_image, mix_key, read_text, subfolders, walk
 
 NORMS = {
     "imagenet": (MEAN, STD),
@@ -66,11 +66,11 @@ def _number(path: Path) -> int | None:
 def _names(root: Path, layout: Layout, split: str) -> list[str]:
     file = root / layout.lists.format(split=split)
     if file.is_file():  # DAVIS-2016 lists pairs of files, DAVIS-2017 names
-        words = (line.split() for line in file.read_text().splitlines())
+        words = (line.split() for line in read_text(file, "a sequence a line").splitlines())
         names = [Path(first[0]).parts[-2] if "/" in first[0] else first[0] for first in words if first]
         return list(dict.fromkeys(names))
     folder = root / layout.frames.format(split=split)
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    return subfolders(folder, "sequence") if folder.is_dir() else []
 
 
 def open_videos(dataset: str, root: Path, split: str, only: Sequence[str] = ()) -> list[Video]:
@@ -120,7 +120,7 @@ def training_videos(root: Path) -> list[list[Path]]:
 
     UserError when there is none.
     """
-    folders = [root, *sorted(path for path in root.rglob("*") if path.is_dir())] if root.is_dir() else []
+    folders = sorted(folder for folder, _ in walk(root)) if root.is_dir() else []
     videos = [frames for folder in folders if (frames := _files(folder, r".*\.(jpg|jpeg)"))]
     if not videos:
         raise UserError(f"{root}: no folder of *.jpg frames here; expected VIDEO/00000.jpg, ... (--data_dir)")
@@ -154,6 +154,8 @@ def normalise(x: Tensor, norm: str) -> Tensor:
 def read_mask(path: Path, binary: bool) -> np.ndarray:
     """Object numbers [H, W] uint8 of an annotation, 255: void; palette files give their indices."""
     image = load_image(path, None)
+    if not binary and image.mode not in ("P", "L"):
+        raise UserError(f"{path}: mode {image.mode} holds no object numbers; give a palette or 8-bit grey PNG")
     mask = np.asarray(image if image.mode in ("P", "L") else image.convert("L"))
     return (mask > 0).astype(np.uint8) if binary else mask.astype(np.uint8)
 
