@@ -42,17 +42,8 @@ from tests.pretraining import (  # noqa: E402
     stamp,
 )  # fmt: skip
 
-HEADER = (
-    "folder",
-    "undisturbed",
-    "SIGKILL",
-    "SIGTERM",
-    "full disk",
-    "truncated checkpoint",
-    "both ends",
-    "commit, date",
-)
-PATIENCE = 600.0  # seconds that one process may take
+HEADER = ("folder", "undisturbed", "SIGKILL", "SIGTERM", "full disk", "truncated", "both ends", "commit, date")
+PATIENCE = 1800.0  # seconds that one process may take
 
 
 class Failed(Exception):
@@ -64,12 +55,12 @@ class Folder:
 
     def __init__(self, name: str, work: Path, seed: int):
         self.name, self.work, self.rng = name, work, random.Random(f"{name} {seed}")
-        self.whole = work / "whole"
+        self.whole, self.old = work / "whole", 0
         self.before, self.seconds, self.steps = 0.0, 0.0, 0  # until the first step, from there on, and how many
 
     def start(self, out: Path, extra: str = "", limit: int = 0) -> Forked:
         """`limit`: bytes that a file may have."""
-        short = PRETRAININGS[self.name]
+        short, self.old = PRETRAININGS[self.name], self.number(out)
         words = command(self.name, f"{short.script} {short.flags} {extra}", self.work, out)
 
         def before() -> None:
@@ -107,7 +98,12 @@ class Folder:
         return True
 
     def reached(self, out: Path, step: int) -> Callable[[], bool]:
-        return lambda: bool(rows := log(out)) and rows[-1][0] >= step
+        """Whether the run that was started last, which writes its log anew from where it resumes, has done `step`."""
+        return lambda: self.number(out) != self.old and bool(rows := log(out)) and rows[-1][0] >= step
+
+    def number(self, out: Path) -> int:
+        """Of the log's file."""
+        return (out / "log.jsonl").stat().st_ino if (out / "log.jsonl").exists() else 0
 
     def within_a_step(self) -> None:
         time.sleep(self.rng.random() * self.seconds / self.steps)

@@ -207,8 +207,3 @@ def record(job: str, header: Sequence[str], rows: dict[str, Sequence[str]]) -> N
     }
     lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|", *{**kept, **clean}.values()]
     README.write_text(before + begin + "\n".join(lines) + "\n" + end + after, encoding="utf-8")
-
-
-def table(header: Sequence[str], rows: dict[str, Sequence[str]]) -> str:
-    """For the terminal."""
-    return "\n".join(" | ".join(line) for line in (header, *((name, *row) for name, row in rows.items())))
