@@ -22,8 +22,6 @@ def training_images(
 
     UserError for a missing or empty folder.
     """
-    if not data_dir.is_dir():
-        raise UserError(f"--data_dir {data_dir} does not exist; expected {data_dir}/train/CLASS/*.jpg")
     return per_class(image_folder(data_dir / "train", transform), count, cache)
 
 

@@ -95,8 +95,6 @@ def training_images(data_dir: Path, file: Path | None = None, count: int = 0, ca
 
     UserError for a missing or empty folder and for a listed image that is not there.
     """
-    if not data_dir.is_dir():
-        raise UserError(f"--data_dir {data_dir} does not exist; expected {data_dir}/train/CLASS/*.jpg")
     images = list_file(file, data_dir / "train") if file else image_folder(data_dir / "train")
     return per_class(images, count, cache)
 

@@ -177,13 +177,17 @@ def fuzz(name: str, work: Path, chosen: str, loud: bool) -> list[str]:
     first = work / "first"
     (first / "set").mkdir(parents=True)
     loader.make(first / "set")
+    if callable(loader.how):
+        loader.how(first / "set")  # so that what it imports is there for every fork
     code, said, wrong = attempt(loader, first, lambda: None)
     clean = facts(said, first)
     if code or not clean:
         raise SystemExit(f"{name}: its clean set does not work (exit code {code})\n{wrong[-2000:]}{said[-500:]}")
     if loud:
         print(f"{name}: {clean}", flush=True)
-    fewer = not loader.names  # nothing says what should be there: the printed size is all there is
+    fewer = (
+        not loader.names or "attributes" in loader.names
+    )  # nothing says what should be there: the printed size is all there is
     for number, (title, (kind, spoil)) in enumerate(CASES.items()):
         place = {"file": loader.image, "mask": loader.mask, "folder": loader.folder, "list": loader.names, "root": "."}[
             kind

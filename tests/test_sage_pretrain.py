@@ -387,7 +387,7 @@ def test_two_processes_equal_one(data, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--data_dir {tmp}/nowhere --mode byol", r"--data_dir .*nowhere does not exist; expected .*train/CLASS"),
+        ("--data_dir {tmp}/nowhere --mode byol", r"nowhere/train: no such folder; expected .*train/CLASS"),
         ("", r"the terms of the evaluator need --evaluator CHECKPOINT \(bash sage/run_evaluator.sh trains one\)"),
         ("--evaluator {tmp}/none.pth", r"none.pth: no such checkpoint file"),
         ("--mode byol --evaluator random", r"--evaluator random: no term of the loss uses it"),

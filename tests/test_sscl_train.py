@@ -451,7 +451,7 @@ def test_learning_rate():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--data {tmp}/nowhere", "--data .*nowhere does not exist"),
+        ("--data {tmp}/nowhere", "nowhere/train: no such folder"),
         ("--mu 0", "--mu 0: must be at least 1"),
         ("--num_pos -1", "--num_pos -1: must not be negative"),
         ("--tau_s 0", "must be above 0"),
