@@ -185,9 +185,9 @@ def fuzz(name: str, work: Path, chosen: str, loud: bool) -> list[str]:
         raise SystemExit(f"{name}: its clean set does not work (exit code {code})\n{wrong[-2000:]}{said[-500:]}")
     if loud:
         print(f"{name}: {clean}", flush=True)
-    fewer = (
-        not loader.names or "attributes" in loader.names
-    )  # nothing says what should be there: the printed size is all there is
+    # Where no list names the images, the size that is printed is all that can be said.
+    listed = bool(loader.names) and Path(loader.image).stem.encode() in (first / "set" / loader.names).read_bytes()
+    fewer = not listed or "attributes" in loader.names
     for number, (title, (kind, spoil)) in enumerate(CASES.items()):
         place = {"file": loader.image, "mask": loader.mask, "folder": loader.folder, "list": loader.names, "root": "."}[
             kind
