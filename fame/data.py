@@ -131,9 +131,15 @@ def list_hmdb51(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
     folder = _first(root, ("data", "hmdb51_org"), "hmdb51")
     lists = _first(root, ("anno", "testTrainMulti_7030_splits"), "hmdb51")
     classes, found = subfolders(folder), []
+    end = f"_test_split{fold}.txt"
+    if lost := sorted(path for path in lists.glob(f"*{end}") if path.name.removesuffix(end) not in classes):
+        raise UserError(f"{lost[0]}: {folder} has no folder of this class; restore it, or remove the list")
     for name in classes:
-        file = lists / f"{name}_test_split{fold}.txt"
-        for words in map(str.split, read_text(file, LAYOUTS["hmdb51"]).splitlines()):
+        file = lists / f"{name}{end}"
+        rows = [line.split() for line in read_text(file, LAYOUTS["hmdb51"]).splitlines()]
+        if not any(rows):
+            raise UserError(f"{file}: the list is empty; restore it")
+        for words in rows:
             if words and words[1:] == ["1" if train else "2"]:  # 0: in neither
                 found.append((_stored(folder / name / words[0]), name, f"{name}/{words[0]}"))
     return found, classes

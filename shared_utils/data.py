@@ -105,9 +105,7 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
                 above = [os.path.realpath(part) for part in (folder, *folder.parents) if part.is_relative_to(root)]
                 target = os.path.realpath(link)
                 if not link.exists() or any(Path(part).is_relative_to(target) for part in above):
-                    raise UserError(
-                        f"{link}: a link that leads nowhere or to a folder that it is in; remove or mend it"
-                    )
+                    raise UserError(f"{link}: a link that leads nowhere or to a folder it is in; remove or mend it")
         yield folder, files
 
 

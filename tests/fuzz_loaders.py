@@ -202,7 +202,10 @@ def read_fame(root: Path, dataset: str) -> str:
         f"{root}/../i.pth",
     ]
     found = data.open_videos(train.get_parser().parse_args(words), train=True)
-    return f"{len(found)} videos, {len(found.classes)} classes, {sorted(Counter(found.labels).items())}"
+    frames = sum(video.count for video in found.videos)
+    return (
+        f"{len(found)} videos, {frames} frames, {len(found.classes)} classes, {sorted(Counter(found.labels).items())}"
+    )
 
 
 def read_mdp(root: Path, name: str) -> str:
@@ -375,7 +378,7 @@ LOADERS: dict[str, Loader] = {
     "fame diving48": Loader(
         videos("diving48"), lambda r: read_fame(r, "diving48"), "rgb/v1_3.mp4", "rgb", "Diving48_V2_train.json"
     ),
-    "fame fight": Loader(videos("fight"), lambda r: read_fame(r, "fight"), "c1/v1_3/003.jpg", "c1/v1_3", "clips.csv"),
+    "fame fight": Loader(videos("fight"), lambda r: read_fame(r, "fight"), "c1/v1_1/003.jpg", "c1/v1_1", "clips.csv"),
     "uvos_dino DINO frames": Loader(sequences(FRAMES), DINO + RUN, FRAMES.format("s1", "00002"), "JPEGImages/480p/s1"),
     "uvos_dino clips": Loader(sequences(FRAMES), BLOCK + RUN, FRAMES.format("s1", "00002"), "JPEGImages/480p/s1"),
 }
