@@ -103,7 +103,7 @@ def folder(name: str, runs: Path, rng: random.Random) -> list[str]:
     short = PRETRAININGS[name]
     prepare(name, runs)
     words = command(name, f"{short.script} {short.flags} {short.one}", runs, runs / "one")
-    code, _, error = Forked(words, runs / "alone", lambda: os.chdir(ROOT), **environment(runs)).wait(PATIENCE)
+    code, _, error = Forked(words, runs / "alone", lambda: os.chdir(ROOT), environment(runs)).wait(PATIENCE)
     if code:
         raise Failed(f"one process: exit code {code}: {error[-300:]}")
     two_agents(name, runs, runs / "two")

@@ -68,7 +68,7 @@ class Folder:
             if limit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-        return Forked(words, self.work / out.name, before, **environment(self.work))
+        return Forked(words, self.work / out.name, before, environment(self.work))
 
     def end(self, run: Forked, code: int) -> tuple[str, str]:
         """What the run said, after its end, which must have this exit code."""

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -101,9 +101,12 @@ class Forked:
     """
 
     def __init__(
-        self, words: Sequence[str] | Callable[[], NoReturn], said: Path, before: Callable[[], object] = lambda: None,
-        **variables: str,
-    ):  # fmt: skip
+        self,
+        words: Sequence[str] | Callable[[], NoReturn],
+        said: Path,
+        before: Callable[[], object] = lambda: None,
+        variables: Mapping[str, str] | None = None,
+    ):
         self.files = [said.with_suffix(".stdout"), said.with_suffix(".stderr")]
         self.code: int | None = None
         if not callable(words):
@@ -117,7 +120,7 @@ class Forked:
         try:
             for number, file in enumerate(self.files, 1):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            os.environ.update(variables)
+            os.environ.update(variables or {})
             before()
             if callable(words):
                 words()
@@ -156,7 +159,7 @@ class Forked:
 def prepare(folder: str, runs: Path) -> None:
     """What the pretraining needs: a teacher and its bags, an evaluator, an encoder."""
     for words in PRETRAININGS[folder].first:
-        code, _, error = Forked(command(folder, words, runs), runs / "first", **environment(runs)).wait(1800)
+        code, _, error = Forked(command(folder, words, runs), runs / "first", variables=environment(runs)).wait(1800)
         if code:
             raise SystemExit(f"{folder}/{words}: exit code {code}\n{error[-2000:]}")
 
