@@ -119,7 +119,7 @@ class Forked:
         code = 1
         try:
             for number, file in enumerate(self.files, 1):
-                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
             os.environ.update(variables or {})
             before()
             if callable(words):
