@@ -100,7 +100,7 @@ def list_k400(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
             raise UserError(f"{folder / new[0]}: {root / 'train'} has no such class")
     found: Listed = []
     for name in present:
-        videos = sorted(e for e in (folder / name).iterdir() if e.is_dir() or e.suffix.lower() in SUFFIXES)
+        videos = sorted(e for e in (folder / name).iterdir() if e.suffix.lower() in SUFFIXES or e.is_dir())
         if not videos:
             raise UserError(
                 f"{folder / name}: a class without videos ({', '.join(sorted(SUFFIXES))}, or folders); add "

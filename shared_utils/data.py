@@ -100,8 +100,10 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """
     for name, folders, files in os.walk(root, followlinks=True):
         folder = Path(name)
-        for link in (folder / entry for entry in folders + files):
-            if link.is_symlink() and link.suffix.lower() not in EXTENSIONS:
+        # images are not asked one by one
+        others = [entry for entry in files if os.path.splitext(entry)[1].lower() not in EXTENSIONS]
+        for link in (folder / entry for entry in folders + others if entry[0] != "."):
+            if link.is_symlink():
                 above = [os.path.realpath(part) for part in (folder, *folder.parents) if part.is_relative_to(root)]
                 target = os.path.realpath(link)
                 if not link.exists() or any(Path(part).is_relative_to(target) for part in above):
