@@ -399,6 +399,7 @@ for name, images, masks, names, mode, value in (
     ("cityscapes", "cityscapes/leftImg8bit/train/aachen/{}_leftImg8bit.png",
      "cityscapes/gtFine/train/aachen/{}_gtFine_labelTrainIds.png", "", "L", 1),
     ("camvid", "camvid11/images/train/{}.jpg", "camvid11/labels/train/{}.png", "", "L", 1),
+    ("labelmefacade", "labelmefacade8/images/train/{}.jpg", "labelmefacade8/labels/train/{}.png", "", "L", 1),
     ("ccp", "ccp59/images/{}.jpg", "ccp59/labels/{}.png", "", "L", 1),
 ):  # fmt: skip
     LOADERS[f"mdp {name}"] = Loader(
