@@ -348,8 +348,8 @@ class Run:
             )
         except OSError as error:
             raise UserError(f"{self.dir}: cannot write here ({error.strerror}); give another --output-dir") from None
-        self._writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
         _open_runs.append(self)
+        self._writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
 
     # -- while it runs -----------------------------------------------------------------------------------------------
     def batches(self, loader: DataLoader, sampler: EpochSampler, epochs: int) -> Iterator[tuple[int, Any]]:
@@ -474,12 +474,12 @@ class Run:
         while self._handlers:
             number, handler = self._handlers.popitem()
             signal.signal(number, handler)
-        if self in _open_runs:
-            _open_runs.remove(self)
         if self._bar is not None:
             self._bar.close()
         if self._writer is not None:
             self._writer.close()
+        if self in _open_runs:  # last: what fails above is of this run
+            _open_runs.remove(self)
 
     def finish(self, *lines: str) -> None:
         """Close the logs and print where things are and what to do next."""

@@ -59,7 +59,7 @@ PRETRAININGS = {
     ),
     "hsa": Short("run_pretrain.sh", f"{MOCO} 2 --cluster_freq 1 --warmup_epochs 1", (), "", "--bn_splits 1"),
     "kscl": Short("run_pretrain.sh", f"{MOCO} 2", (), "", "--bn_splits 1"),
-    "flat": Short("run_train.sh", "--per_class 9 --batch_size 16 --stop_epoch 2 --val_freq 1 --save_freq 1"),
+    "flat": Short("run_train.sh", "--per_class 9 --batch_size 16 --stop_epoch 4 --val_freq 2 --save_freq 2"),
 }  # fmt: skip
 COMMON = "--device cpu --threads 1 --log-every 1 --save-every 2"
 
