@@ -1,7 +1,7 @@
 """Two nodes on one machine: python tests/agents.py [--only FOLDER] [--record]
 
 Two torchrun agents, one process each, meet through the PET_ variables of the front page's README, and run each folder's
-script. With the same global batch as one process they must end with its loss (TOLERANCE), as far as the folder can make
+script. With the same global batch as one process they must end with its loss (EARLY, LATE), as far as the folder can make
 two processes compute what one does: see `note` in pretraining.py. Then the same again, and a drawn worker gets SIGKILL
 after a drawn step: under PET_MAX_RESTARTS the agents start both workers anew, which resume; the end must be
 bit-identical to that of the two that nobody disturbed.
@@ -38,8 +38,8 @@ from tests.pretraining import (  # noqa: E402
     stamp,
 )
 
-HEADER = ("folder", "one process", "two agents", "largest difference", "a worker killed", "without", "commit, date")
-TOLERANCE = 0.01  # of the loss, at every step: rounding, which grows with the steps, and batch norm's order of sums
+HEADER = ("folder", "one process", "two agents", "difference: steps 1-3, all", "a worker killed", "without", "commit, date")
+EARLY, LATE = 0.001, 0.03  # tolerated in the loss: of the first three steps, where a wrong gradient shows, and of all
 PATIENCE = 1800.0
 
 
@@ -110,9 +110,10 @@ def folder(name: str, runs: Path, rng: random.Random) -> list[str]:
     one, two = log(runs / "one"), log(runs / "two")
     if [step for step, _ in one] != [step for step, _ in two]:
         raise Failed(f"{len(one)} steps of one process, {len(two)} of two")
-    apart = max(abs(b - a) / max(abs(a), 1e-3) for (_, a), (_, b) in zip(one, two))
-    cells = [f"{one[-1][1]:.4f} after {one[-1][0]} steps", f"{two[-1][1]:.4f}", f"{100 * apart:.3f} %"]
-    if apart > TOLERANCE:
+    apart = [abs(b - a) / max(abs(a), 1e-3) for (_, a), (_, b) in zip(one, two)]
+    said = f"{100 * max(apart[:3]):.4f} %, {100 * max(apart):.2f} %"
+    cells = [f"{one[-1][1]:.4f} after {one[-1][0]} steps", f"{two[-1][1]:.4f}", said]
+    if max(apart[:3]) > EARLY or max(apart) > LATE:
         cells[-1] += ": FAILED"
 
     step, out = rng.randint(3, one[-1][0] - 3), runs / "killed"
