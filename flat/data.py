@@ -12,6 +12,7 @@ folder        DIR/{train,val,test}/CLASS/*, any classes
 
 import csv
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -54,7 +55,7 @@ Files = dict[str, list[Path]]  # class: its images, both sorted
 def split_hash(classes: Mapping[str, Iterable[str]]) -> str:
     """Of the classes of base, val and novel, order within a split aside."""
     lines = [f"{split} {name}" for split in SPLITS for name in sorted(classes[split])]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()[:16]
 
 
 def _from_folders(root: Path) -> dict[str, Files]:

@@ -1,8 +1,8 @@
 """Two nodes on one machine: python tests/agents.py [--only FOLDER] [--record]
 
 Two torchrun agents, one process each, meet through the PET_ variables of the front page's README, and run each folder's
-script. With the same global batch as one process they must end with its loss (EARLY, LATE), as far as the folder can make
-two processes compute what one does: see `note` in pretraining.py. Then the same again, and a drawn worker gets SIGKILL
+script. With the same global batch as one process they must end with its loss (EARLY, LATE), as far as the folder can
+make two processes compute what one does: see `note` in pretraining.py. Then the same again, and a drawn worker gets SIGKILL
 after a drawn step: under PET_MAX_RESTARTS the agents start both workers anew, which resume; the end must be
 bit-identical to that of the two that nobody disturbed.
 """
@@ -38,7 +38,7 @@ from tests.pretraining import (  # noqa: E402
     stamp,
 )
 
-HEADER = ("folder", "one process", "two agents", "difference: steps 1-3, all", "a worker killed", "without", "commit, date")
+HEADER = ("folder", "one process", "two agents", "difference", "a worker killed", "without", "commit, date")
 EARLY, LATE = 0.001, 0.03  # tolerated in the loss: of the first three steps, where a wrong gradient shows, and of all
 PATIENCE = 1800.0
 
