@@ -2,9 +2,10 @@
 
 Two torchrun agents, one process each, meet through the PET_ variables of the front page's README, and run each folder's
 script. With the same global batch as one process they must end with its loss (EARLY, LATE), as far as the folder can
-make two processes compute what one does: see `note` in pretraining.py. Then the same again, and a drawn worker gets SIGKILL
-after a drawn step: under PET_MAX_RESTARTS the agents start both workers anew, which resume; the end must be
-bit-identical to that of the two that nobody disturbed.
+make two processes compute what one does: see `note` in pretraining.py.
+
+Then the same again, and a drawn worker gets SIGKILL after a drawn step: under PET_MAX_RESTARTS the agents start both
+workers anew, which resume; the end must be bit-identical to that of the two that nobody disturbed.
 """
 
 from __future__ import annotations
