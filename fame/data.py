@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from fame import augment, motion
 from shared_utils import UserError, distributed, mini
+from shared_utils.data import need_folder, read_text, subfolders
 from shared_utils.run import natural, positive, runs_root
 from shared_utils.video import SUFFIXES, BadVideo, Video, read, scan
 
@@ -61,8 +62,7 @@ def check_data_flags(args: argparse.Namespace) -> None:
         args.data, args.dataset = mini.ensure(args.synthetic), SYNTHETIC[args.synthetic]
     if not 1 <= args.fold <= 3:
         raise UserError(f"--fold {args.fold}: the lists are numbered 1 to 3")
-    if not Path(args.data).is_dir():
-        raise UserError(f"{args.data}: no such folder; expected {LAYOUTS[args.dataset]} in it")
+    need_folder(args.data, f"expected {LAYOUTS[args.dataset]} in it")
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts
@@ -83,13 +83,6 @@ def _first(root: Path, names: tuple[str, ...], dataset: str) -> Path:
     raise UserError(f"{root}: has no {' or '.join(names)}; {dataset} is expected as {LAYOUTS[dataset]}")
 
 
-def _classes(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise UserError(f"{folder}: no class folder")
-    return names
-
-
 def _stored(path: Path) -> Path:
     """The file, or the folder of frames of the same name without its suffix."""
     return path.with_suffix("") if not path.exists() and path.with_suffix("").is_dir() else path
@@ -97,18 +90,20 @@ def _stored(path: Path) -> Path:
 
 def list_k400(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
     folder = _first(root, ("train",) if train else ("val", "test"), "k400")
-    present = classes = _classes(folder)
+    present = classes = subfolders(folder)
     if not train and (root / "train").is_dir():  # labels are numbered by the training classes
-        classes = _classes(root / "train")
+        classes = subfolders(root / "train")
         if new := sorted(set(present) - set(classes)):
             raise UserError(f"{folder / new[0]}: {root / 'train'} has no such class")
     found: Listed = []
     for name in present:
-        entries = sorted(os.scandir(folder / name), key=lambda entry: entry.name)
-        videos = [e for e in entries if e.is_dir() or Path(e.name).suffix.lower() in SUFFIXES]
+        videos = sorted(e for e in (folder / name).iterdir() if e.suffix.lower() in SUFFIXES or e.is_dir())
         if not videos:
-            raise UserError(f"{folder / name}: a class without videos ({', '.join(sorted(SUFFIXES))}, or folders)")
-        found += [(Path(e.path), name, f"{name}/{e.name}") for e in videos]
+            raise UserError(
+                f"{folder / name}: a class without videos ({', '.join(sorted(SUFFIXES))}, or folders); add "
+                "some, or remove it"
+            )
+        found += [(path, name, f"{name}/{path.name}") for path in videos]
     return found, classes
 
 
@@ -116,14 +111,15 @@ def list_ucf101(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
     folder = _first(root, ("data", "UCF-101"), "ucf101")
     lists = _first(root, ("anno", "ucfTrainTestlist"), "ucf101")
     file = lists / f"{'train' if train else 'test'}list{fold:02d}.txt"
-    if not file.is_file():
-        raise UserError(f"{file}: no such list; give another --fold")
-    classes, found = _classes(folder), []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    lines = read_text(file, f"{LAYOUTS['ucf101']}; give another --fold if there is no such list").splitlines()
+    classes, found = subfolders(folder), []
+    for number, line in enumerate(lines, 1):
         if words := line.split():
             name = words[0].split("/")[0]
             if name not in classes:
-                raise UserError(f"{file}, line {number}: {words[0]} is of no class folder of {folder}")
+                raise UserError(
+                    f"{file}, line {number}: {words[0]} is of no class folder of {folder}; add it, or restore the list"
+                )
             found.append((_stored(folder / words[0]), name, words[0]))
     return found, classes
 
@@ -131,12 +127,16 @@ def list_ucf101(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
 def list_hmdb51(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
     folder = _first(root, ("data", "hmdb51_org"), "hmdb51")
     lists = _first(root, ("anno", "testTrainMulti_7030_splits"), "hmdb51")
-    classes, found = _classes(folder), []
+    classes, found = subfolders(folder), []
+    end = f"_test_split{fold}.txt"
+    if lost := sorted(path for path in lists.glob(f"*{end}") if path.name.removesuffix(end) not in classes):
+        raise UserError(f"{lost[0]}: {folder} has no folder of this class; restore it, or remove the list")
     for name in classes:
-        file = lists / f"{name}_test_split{fold}.txt"
-        if not file.is_file():
-            raise UserError(f"{file}: no such list; hmdb51 is expected as {LAYOUTS['hmdb51']}")
-        for words in map(str.split, file.read_text().splitlines()):
+        file = lists / f"{name}{end}"
+        rows = [line.split() for line in read_text(file, LAYOUTS["hmdb51"]).splitlines()]
+        if not any(rows):
+            raise UserError(f"{file}: the list is empty; restore it")
+        for words in rows:
             if words and words[1:] == ["1" if train else "2"]:  # 0: in neither
                 found.append((_stored(folder / name / words[0]), name, f"{name}/{words[0]}"))
     return found, classes
@@ -147,9 +147,11 @@ def list_diving48(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]
     part = "train" if train else "test"
     file = _first(root, (f"Diving48_V2_{part}.json", f"Diving48_{part}.json"), "diving48")
     try:
-        entries = [(str(row["vid_name"]), int(row["label"])) for row in json.loads(file.read_text())]
+        entries = [
+            (str(row["vid_name"]), int(row["label"])) for row in json.loads(read_text(file, LAYOUTS["diving48"]))
+        ]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not a list of vid_name and label ({error})") from None
+        raise UserError(f"{file}: not a list of vid_name and label ({error}); restore it") from None
     for name, label in entries:
         if not 0 <= label < 48:
             raise UserError(f"{file}: {name} has the label {label}; diving48 numbers its classes 0 to 47")
@@ -181,8 +183,8 @@ READERS: dict[str, Callable[[Path, bool, int], tuple[Listed, list[str]]]] = {
 def _attributes(root: Path, dataset: str) -> dict[str, dict[str, str]]:
     """{path or clip: row} of the set's table."""
     file = _first(root, ("clips.csv", "attributes.csv"), dataset)
-    with open(file, newline="") as handle:
-        rows = {row.get("path") or row.get("clip") or "": row for row in csv.DictReader(handle)}
+    table = csv.DictReader(read_text(file, LAYOUTS[dataset]).splitlines())
+    rows = {row.get("path") or row.get("clip") or "": row for row in table}
     if not rows or "" in rows:
         raise UserError(f"{file}: a table with a column `path` or `clip` is expected, and a row for each video")
     return rows

@@ -12,6 +12,7 @@ folder        DIR/{train,val,test}/CLASS/*, any classes
 
 import csv
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from shared_utils import UserError
-from shared_utils.data import ImageList, image_folder, list_images, mix_key
+from shared_utils.data import ImageList, image_folder, list_images, mix_key, need_folder, read_text
 
 SPLITS = {"base": "train", "val": "val", "novel": "test"}  # CloserLookFewShot's names, and those on disk
 FOLDERS = {
@@ -54,7 +55,7 @@ Files = dict[str, list[Path]]  # class: its images, both sorted
 def split_hash(classes: Mapping[str, Iterable[str]]) -> str:
     """Of the classes of base, val and novel, order within a split aside."""
     lines = [f"{split} {name}" for split in SPLITS for name in sorted(classes[split])]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()[:16]
 
 
 def _from_folders(root: Path) -> dict[str, Files]:
@@ -73,9 +74,10 @@ def _from_lists(root: Path) -> dict[str, Files]:
     out = {}
     for split, name in SPLITS.items():
         file = root / "splits/bertinetto" / f"{name}.txt"
-        if not file.is_file():
-            raise UserError(f"{file}: no such list of classes")
-        out[split] = {c: list_images(root / "data" / c) for c in file.read_text(encoding="utf-8").split()}
+        classes = read_text(file, "a list of classes").split()
+        if not classes:
+            raise UserError(f"{file}: the list is empty; expected a list of classes")
+        out[split] = {c: list_images(root / "data" / c) for c in classes}
     return out
 
 
@@ -84,26 +86,25 @@ def _from_csv(root: Path) -> dict[str, Files]:
     out = {}
     for split, name in SPLITS.items():
         file = root / f"{name}.csv"
-        if not file.is_file():
-            raise UserError(f"{file}: no such file; expected the lists of Ravi and Larochelle beside {root}/images/")
         files: Files = defaultdict(list)
-        with open(file, newline="", encoding="utf-8") as handle:
-            rows = csv.DictReader(handle)
-            if not {"filename", "label"} <= set(rows.fieldnames or []):
-                raise UserError(f"{file}: its first line must be filename,label")
-            there = {entry.name for entry in (root / "images").iterdir()} if (root / "images").is_dir() else set()
-            for number, row in enumerate(rows, 2):
-                if row["filename"] not in there:
-                    raise UserError(f"{file}, line {number}: {root / 'images' / row['filename']} does not exist")
-                files[row["label"]].append(root / "images" / row["filename"])
+        text = read_text(file, f"the lists of Ravi and Larochelle beside {root}/images/")
+        rows = csv.DictReader(text.splitlines())
+        if not {"filename", "label"} <= set(rows.fieldnames or []):
+            raise UserError(f"{file}: its first line must be filename,label")
+        there = {entry.name for entry in need_folder(root / "images", f"expected the images of {file}").iterdir()}
+        for number, row in enumerate(rows, 2):
+            if row["filename"] not in there or not row["label"]:
+                image = root / "images" / row["filename"]
+                raise UserError(
+                    f"{file}, line {number}: {image} does not exist or has no label; restore it, or the list"
+                )
+            files[row["label"]].append(root / "images" / row["filename"])
         out[split] = {c: sorted(paths) for c, paths in sorted(files.items())}
     return out
 
 
 def _from_cub(root: Path) -> dict[str, Files]:
-    if not (root / "images").is_dir():
-        raise UserError(f"{root}/images: no such folder; expected CUB_200_2011 with images/001.Name/*.jpg")
-    images = image_folder(root / "images")
+    images = image_folder(need_folder(root / "images", "expected CUB_200_2011 with images/001.Name/*.jpg"))
     files: list[list[Path]] = [[] for _ in images.classes]
     for path, label in images.samples:
         files[label].append(path)

@@ -1,6 +1,7 @@
 """What the method sees of an image: two views of it and two of a neighbour; and who the neighbours are."""
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,13 @@ def training_images(
 
     UserError for a missing or empty folder.
     """
-    if not data_dir.is_dir():
-        raise UserError(f"--data_dir {data_dir} does not exist; expected {data_dir}/train/CLASS/*.jpg")
     return per_class(image_folder(data_dir / "train", transform), count, cache)
 
 
 def order_hash(images: ImageList) -> str:
     """Changes with the files and their order: neighbour indices mean nothing for another list."""
     names = "\n".join("/".join(path.parts[-2:]) for path, _ in images.samples)
-    return hashlib.sha256(names.encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
 
 
 class Neighbours:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from shared_utils import UserError
 from shared_utils.data import ImageList, image_folder, per_class
 
 
@@ -16,8 +15,6 @@ def training_images(data_dir: Path, count: int = 0, cache: bool = False) -> Imag
 
     UserError for a missing or empty folder.
     """
-    if not data_dir.is_dir():
-        raise UserError(f"--data_dir {data_dir} does not exist; expected {data_dir}/train/CLASS/*.jpg")
     return per_class(image_folder(data_dir / "train"), count, cache)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from shared_utils import UserError
-from shared_utils.data import load_image
+from shared_utils.data import load_image, read_text
 
 HERE = Path(__file__).resolve().parent
 IGNORE = 255  # in local maps; -1 in the union space
@@ -105,7 +105,7 @@ def _folders(
 def _stems(file: Path, name: str) -> list[str]:
     if not file.is_file():
         raise UserError(f"{name}: split list {file} is missing; restore it from the set's archive")
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_text(file, f"the set's own list of {name}").splitlines() if line.strip()]
 
 
 def _lists(tree: Path, split: str, *, name: str, lists: str, labels: Sequence[str]) -> list[Pair]:

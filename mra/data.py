@@ -28,7 +28,17 @@ from torchvision import transforms as T
 from mra import textures
 from shared_utils import UserError, distributed
 from shared_utils.augment import MEAN, STD
-from shared_utils.data import EpochSampler, ImageList, flat_folder, image_folder, list_file, load_image, mix_key
+from shared_utils.data import (
+    EpochSampler,
+    ImageList,
+    flat_folder,
+    image_folder,
+    list_file,
+    load_image,
+    mix_key,
+    read_mat,
+    read_text,
+)
 from shared_utils.evaluation import ArrayImages, subset
 from shared_utils.run import natural, positive
 
@@ -75,7 +85,7 @@ def _need(file: Path, what: str) -> Path:
 
 
 def _lines(file: Path, what: str) -> list[list[str]]:
-    return [line.split() for line in _need(file, what).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.split() for line in read_text(file, what).splitlines() if line.strip()]
 
 
 def _cub(root: Path) -> Sets:
@@ -92,25 +102,23 @@ def _cub(root: Path) -> Sets:
 
 def _aircraft(root: Path) -> Sets:
     what = "fgvc-aircraft-2013b/data as published (variants.txt, images_variant_*.txt, images/)"
-    classes = _need(root / "variants.txt", what).read_text(encoding="utf-8").splitlines()
+    classes = read_text(root / "variants.txt", what).splitlines()
     index = {name: y for y, name in enumerate(classes)}
     parts = []
     for split in ("trainval", "test"):
-        rows = _need(root / f"images_variant_{split}.txt", what).read_text(encoding="utf-8").splitlines()
+        rows = read_text(root / f"images_variant_{split}.txt", what).splitlines()
         pairs = [row.split(" ", 1) for row in rows if row]
         parts.append([(_need(root / "images" / f"{key}.jpg", what), index[name]) for key, name in pairs])
     return Sets(ImageList(parts[0], classes), {"test": ImageList(parts[1], classes)})
 
 
 def _cars(root: Path) -> Sets:
-    from scipy.io import loadmat
-
     what = "stanford_cars as published (cars_train/, cars_test/, devkit/*.mat)"
-    meta = loadmat(_need(root / "devkit/cars_meta.mat", what), squeeze_me=True)
+    meta = read_mat(root / "devkit/cars_meta.mat", what)
     classes = [str(name) for name in meta["class_names"]]
     parts = []
     for folder, annos in (("cars_train", "cars_train_annos"), ("cars_test", "cars_test_annos_withlabels")):
-        rows = loadmat(_need(root / "devkit" / f"{annos}.mat", what), squeeze_me=True)["annotations"]
+        rows = read_mat(root / "devkit" / f"{annos}.mat", what)["annotations"]
         parts.append(
             [(_need(root / folder / str(row["fname"]), what), int(row["class"]) - 1) for row in np.atleast_1d(rows)]
         )
@@ -128,7 +136,7 @@ def _check_labels(root: Path, sets: Sets) -> None:
     """UserError: an empty split, a label out of range."""
     for name, images in {"train": sets.train, **sets.tests}.items():
         if not len(images):
-            raise UserError(f"{root}: its lists name no {name} image")
+            raise UserError(f"{root}: its lists name no {name} image; restore them from the set's archive")
         for path, y in images.samples:
             if not 0 <= y < len(images.classes):
                 raise UserError(f"{root}: {path.name} has label {y + 1} of {len(images.classes)} classes")
@@ -170,7 +178,9 @@ def _folders(args: argparse.Namespace) -> Sets:
     for name, images in tests.items():
         if images.classes != train.classes:
             other = sorted(set(images.classes) ^ set(train.classes))
-            raise UserError(f"{root / name}: its classes are not those of {root / 'train'} (first: {other[0]})")
+            raise UserError(
+                f"{root / name}: its classes are not those of {root / 'train'} (first: {other[0]}); both need the same"
+            )
     return Sets(train, tests)
 
 
@@ -267,13 +277,12 @@ def read_fewshot(root: Path) -> dict[str, ImageList]:
     for split in ("train", "val", "test"):
         if (file := root / f"{split}.csv").is_file():
             files: dict[str, list[Path]] = defaultdict(list)
-            with open(file, newline="", encoding="utf-8") as handle:
-                for row in csv.DictReader(handle):
-                    if not row.get("filename") or not row.get("label"):
-                        raise UserError(f"{file}: expected the columns filename,label, found {','.join(map(str, row))}")
-                    files[row["label"]].append(_need(root / "images" / row["filename"], f"the images of {file}"))
+            for row in csv.DictReader(read_text(file, "filename,label a line").splitlines()):
+                if not row.get("filename") or not row.get("label"):
+                    raise UserError(f"{file}: expected the columns filename,label, found {','.join(map(str, row))}")
+                files[row["label"]].append(_need(root / "images" / row["filename"], f"the images of {file}"))
             if not files:
-                raise UserError(f"{file}: names no image")
+                raise UserError(f"{file}: names no image; expected filename,label a line")
             names = sorted(files)
             out[split] = ImageList([(path, y) for y, name in enumerate(names) for path in sorted(files[name])], names)
         else:

@@ -11,7 +11,7 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
 from shared_utils import UserError, augment
-from shared_utils.data import ImageList, image_folder, list_file, per_class
+from shared_utils.data import ImageList, image_folder, list_file, per_class, read_text
 
 HALF = (0.5, 0.5, 0.5)  # mean and standard deviation everywhere: the range of the decoder's tanh
 
@@ -95,8 +95,6 @@ def training_images(data_dir: Path, file: Path | None = None, count: int = 0, ca
 
     UserError for a missing or empty folder and for a listed image that is not there.
     """
-    if not data_dir.is_dir():
-        raise UserError(f"--data_dir {data_dir} does not exist; expected {data_dir}/train/CLASS/*.jpg")
     images = list_file(file, data_dir / "train") if file else image_folder(data_dir / "train")
     return per_class(images, count, cache)
 
@@ -109,12 +107,8 @@ def attribute_labels(root: Path, images: ImageList) -> dict[str, tuple[Tensor, l
     UserError: no such file, no attribute in it, or an image that it does not name.
     """
     file = root / "attributes.csv"
-    if not file.is_file():
-        raise UserError(
-            f"{file}: no such file; the attribute set is a folder with attributes.csv (path and attributes)"
-        )
-    with open(file, newline="", encoding="utf-8") as handle:
-        rows = list(csv.DictReader(handle))
+    text = read_text(file, "a folder with attributes.csv (path and attributes)")
+    rows = list(csv.DictReader(text.splitlines()))
     names = [name for name in (rows[0] if rows else {}) if name != "path"]
     if not names or "path" not in rows[0]:
         raise UserError(f"{file}: must have a column path and at least one attribute")

@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from shared_utils import UserError, distributed, mini
-from shared_utils.data import ImageList, image_folder, per_class
+from shared_utils.data import ImageList, image_folder, per_class, read_mat, read_text
 from shared_utils.evaluation import open_splits, prepare_data
+
+LAYOUTS = "one of the layouts at the head of sage/finegrained.py"
 
 
 def _lines(file: Path) -> list[list[str]]:
     """Words of every line that is not empty; UserError when the file is missing."""
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; see the layouts at the head of sage/finegrained.py")
-    return [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.split() for line in read_text(file, LAYOUTS).splitlines() if line.strip()]
 
 
 def _pair(file: Path, samples: dict[bool, list[tuple[Path, int]]], classes: list[str]) -> tuple[ImageList, ImageList]:
@@ -31,10 +31,10 @@ def _pair(file: Path, samples: dict[bool, list[tuple[Path, int]]], classes: list
         wrong = next((y for _, y in split if not 0 <= y < len(classes)), None)
         if wrong is not None or not split:
             what = "an empty split" if wrong is None else f"a label {wrong + 1} for {len(classes)} classes"
-            raise UserError(f"{file}: {what}")
+            raise UserError(f"{file}: {what}; restore the lists from the set's archive")
         absent = next((path for path, _ in split if not path.is_file()), None)
         if absent is not None:
-            raise UserError(f"{absent}: no such image, but {file} names it")
+            raise UserError(f"{absent}: no such image, but {file} names it; restore it")
     return ImageList(samples[True], classes), ImageList(samples[False], classes)
 
 
@@ -54,18 +54,12 @@ def cub(root: Path) -> tuple[ImageList, ImageList]:
 
 def cars(root: Path) -> tuple[ImageList, ImageList]:
     """8,144 training and 8,041 test images of 196 cars."""
-    from scipy.io import loadmat
-
     root = root / "stanford_cars"
     files = {True: root / "devkit/cars_train_annos.mat", False: root / "cars_test_annos_withlabels.mat"}
-    meta = root / "devkit/cars_meta.mat"
-    for file in (meta, *files.values()):
-        if not file.is_file():
-            raise UserError(f"{file}: no such file; see the layouts at the head of sage/finegrained.py")
-    classes = [str(name) for name in loadmat(meta, squeeze_me=True)["class_names"]]
+    classes = [str(name) for name in read_mat(root / "devkit/cars_meta.mat", LAYOUTS)["class_names"]]
     samples = {}
     for train, file in files.items():
-        rows = np.atleast_1d(loadmat(file, squeeze_me=True)["annotations"])
+        rows = np.atleast_1d(read_mat(file, LAYOUTS)["annotations"])
         folder = root / ("cars_train" if train else "cars_test")
         samples[train] = [(folder / str(row["fname"]), int(row["class"]) - 1) for row in rows]
     return _pair(files[True], samples, classes)
@@ -99,7 +93,13 @@ def open_images(args: argparse.Namespace) -> tuple[ImageList, ImageList]:
         if distributed.rank() == 0:
             write_mini(args.dataset, images, args.data_dir)
         distributed.barrier()
-    train, val = READERS[args.dataset](Path(args.data_dir))
+    try:
+        train, val = READERS[args.dataset](Path(args.data_dir))
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise UserError(
+            f"{args.data_dir}: the lists of {args.dataset} are damaged or not as published "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:80]}); restore them from the set's archive"
+        ) from None
     return per_class(train, args.per_class, args.cache), val
 
 

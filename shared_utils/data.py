@@ -18,14 +18,25 @@ from torch.utils.data import Dataset, Sampler
 from shared_utils import UserError
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+ARCHIVES = {".tar", ".tgz", ".gz", ".bz2", ".xz", ".zip", ".7z", ".rar"}
 
 
 def load_image(path: str | os.PathLike, mode: str | None = "RGB") -> Image.Image:
-    """Decode the whole file; `mode=None` keeps the stored mode. UserError names a file that cannot be read."""
+    """Decode the whole file; `mode=None` keeps the stored mode. UserError names a file that cannot be read.
+
+    16-bit greys become 8-bit ones by their high byte, where PIL would clip them to white.
+    """
     try:
         with Image.open(path) as image:
             image.load()
-            return image if mode is None or image.mode == mode else image.convert(mode)
+            if mode is None or image.mode == mode:
+                return image
+            if image.mode[0] in "IF":
+                pixels = np.asarray(image)
+                if image.mode == "F" or pixels.min() < 0 or pixels.max() > 0xFFFF:
+                    raise ValueError(f"pixels of mode {image.mode}, whose range is unknown: convert them to 8 bits")
+                return Image.fromarray((pixels >> 8).astype(np.uint8)).convert(mode)
+            return image.convert(mode)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the data root and the list that names it") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -33,20 +44,105 @@ def load_image(path: str | os.PathLike, mode: str | None = "RGB") -> Image.Image
         raise UserError(f"{path}: not a readable image ({reason}); replace or remove the file") from None
 
 
-def list_images(root: str | os.PathLike) -> list[Path]:
-    """All image files below `root`, sorted; UserError when the folder is missing or holds none."""
+def need_folder(root: str | os.PathLike, expected: str) -> Path:
+    """`root`, if it is a folder; UserError says what is expected, and where an archive waits to be unpacked."""
     root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; give the folder that holds the images")
+    if root.is_dir():
+        return root
+    first = root  # of the path's parts the first that is not there
+    while not first.exists() and not first.parent.is_dir():
+        first = first.parent
+    hint = ""
+    if first.exists():
+        hint = f"{first} is a file, unpack it if it is an archive; "
+    elif first.is_symlink():
+        hint = f"{first} is a link that leads nowhere; "
+    elif packed := [
+        path for path in first.parent.glob("*") if path.name.startswith(f"{first.name}.") and is_archive(path)
+    ]:
+        hint = f"unpack {packed[0]}; "
+    raise UserError(f"{root}: no such folder; {hint}{expected}")
+
+
+def is_archive(path: Path) -> bool:
+    return path.suffix.lower() in ARCHIVES
+
+
+def read_text(file: str | os.PathLike, expected: str = "a list") -> str:
+    """The text of a list or table, UTF-8. UserError: missing, a folder, or not text."""
+    try:
+        return Path(file).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; expected {expected}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); expected {expected}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); expected {expected}") from None
+
+
+def read_mat(file: Path, expected: str) -> dict[str, Any]:
+    """The variables of a MATLAB file, its empty dimensions squeezed. UserError: missing or damaged."""
+    from scipy.io import loadmat
+
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; expected {expected}")
+    try:
+        return loadmat(file, squeeze_me=True)
+    except Exception as error:  # of many kinds
+        reason = " ".join(str(error).split())[:80]
+        raise UserError(f"{file}: not a readable .mat file ({reason}); expected {expected}") from None
+
+
+def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """`root` and every folder below it, with the names of their files; links are followed.
+
+    UserError: a link that leads nowhere, or to a folder that it is in.
+    """
+    for name, folders, files in os.walk(root, followlinks=True):
+        folder = Path(name)
+        # images are not asked one by one
+        others = [entry for entry in files if os.path.splitext(entry)[1].lower() not in EXTENSIONS]
+        for link in (folder / entry for entry in folders + others if entry[0] != "."):
+            if link.is_symlink():
+                above = [os.path.realpath(part) for part in (folder, *folder.parents) if part.is_relative_to(root)]
+                target = os.path.realpath(link)
+                if not link.exists() or any(Path(part).is_relative_to(target) for part in above):
+                    raise UserError(f"{link}: a link that leads nowhere or to a folder it is in; remove or mend it")
+        yield folder, files
+
+
+def list_images(root: str | os.PathLike) -> list[Path]:
+    """All image files below `root`, links followed, sorted; UserError when the folder is missing or holds none."""
+    root = need_folder(root, "give the folder that holds the images")
     found = sorted(
-        Path(folder) / name
-        for folder, _, names in os.walk(root)
+        folder / name
+        for folder, names in walk(root)
         for name in names
         if Path(name).suffix.lower() in EXTENSIONS and not name.startswith(".")
     )
     if not found:
-        raise UserError(f"{root}: no image ({', '.join(sorted(EXTENSIONS))}) anywhere below this folder")
+        kinds = ", ".join(sorted(EXTENSIONS))
+        raise UserError(f"{root}: no image ({kinds}) anywhere below this folder; add some, or remove the folder")
     return found
+
+
+def subfolders(root: Path, of: str = "class") -> list[str]:
+    """Names of the folders in `root`, sorted, hidden ones aside: a folder for each class, or video.
+
+    UserError for what is one too many or too few: no folder at all, an archive or an image between them, a file without
+    any suffix, a link that leads nowhere. Texts and tables may lie there.
+    """
+    entries = sorted((entry for entry in root.iterdir() if not entry.name.startswith(".")), key=lambda e: e.name)
+    for entry in entries:
+        if not entry.is_dir():
+            wrong = is_archive(entry) or entry.suffix.lower() in EXTENSIONS or not entry.suffix or not entry.exists()
+            if wrong:
+                what = "a file" if entry.exists() else "a link that leads nowhere"
+                raise UserError(f"{entry}: {what} where {of} folders are; unpack it, move or remove it")
+    names = [entry.name for entry in entries if entry.is_dir()]
+    if not names:
+        raise UserError(f"{root}: no {of} folder; expected {root}/{of.upper()}/*")
+    return names
 
 
 class ImageList(Dataset):
@@ -107,12 +203,8 @@ def per_class(images: ImageList, count: int, cache: bool = False) -> ImageList:
 
 def image_folder(root: str | os.PathLike, transform: Callable | None = None) -> ImageList:
     """`root/CLASS/**/*.jpg`, classes in alphabetical order. UserError for no class and for a class without images."""
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; expected {root}/CLASS/*.jpg")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        raise UserError(f"{root}: no class folder; expected {root}/CLASS/*.jpg")
+    root = need_folder(root, f"expected {root}/CLASS/*.jpg")
+    classes = subfolders(root)
     return ImageList(
         [(path, y) for y, name in enumerate(classes) for path in list_images(root / name)], classes, transform
     )
@@ -129,14 +221,13 @@ def list_file(file: str | os.PathLike, root: str | os.PathLike, transform: Calla
     In the first form classes are numbered as `image_folder(root)` does. UserError for a missing list or image.
     """
     file, root = Path(file), Path(root)
-    if not file.is_file():
-        raise UserError(f"{file}: no such list file")
-    with open(file, newline="", encoding="utf-8") as handle:
-        rows = [row for row in csv.reader(handle, delimiter=" ", skipinitialspace=True) if row and row[0]]
+    what = "a list of images, `CLASS/image.jpg` or `image.jpg LABEL` a line"
+    lines = read_text(file, what).splitlines()
+    rows = [row for row in csv.reader(lines, delimiter=" ", skipinitialspace=True) if row and row[0]]
     if not rows:
-        raise UserError(f"{file}: the list is empty")
+        raise UserError(f"{file}: the list is empty; expected {what}")
     if all(len(row) == 1 for row in rows):
-        classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+        classes = subfolders(need_folder(root, f"expected {root}/CLASS/*.jpg"))
         index = {name: y for y, name in enumerate(classes)}
     else:
         classes, index = [], {}

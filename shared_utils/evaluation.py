@@ -101,8 +101,9 @@ def open_splits(args: argparse.Namespace) -> tuple[ImageList, ImageList]:
     )
     val = image_folder(val_dir)
     if val.classes != train.classes:
-        other = sorted(set(val.classes) ^ set(train.classes))
-        raise UserError(f"{val_dir}: its classes are not those of {root / 'train'} (first difference: {other[0]})")
+        other = sorted(set(val.classes) ^ set(train.classes))[0]
+        where = f"{val_dir}: its classes are not those of {root / 'train'}"
+        raise UserError(f"{where} (first difference: {other}); both need the same")
     return train, val
 
 

@@ -14,6 +14,8 @@ A training script reads top to bottom:
 
 import argparse
 import contextlib
+import errno
+import io
 import json
 import math
 import multiprocessing
@@ -25,6 +27,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
@@ -44,6 +47,8 @@ RUNTIME_FLAGS = {"output_dir", "data_root", "device", "workers", "threads", "log
 RUNTIME_FLAGS |= {"overwrite", "cache", "index_cache", "feature_dir", "image_every"}
 
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
 _open_runs: list["Run"] = []  # whose tensorboard files are still being written
 
 
@@ -51,13 +56,28 @@ class Diverged(UserError):
     """A non-finite loss."""
 
 
+def _thread_died(what: threading.ExceptHookArgs) -> None:
+    """tensorboard's thread hands a full disk on to the next call, whose one line is enough."""
+    if not (isinstance(what.exc_value, OSError) and what.exc_value.errno in FULL):
+        threading.__excepthook__(what)
+
+
 def cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
-    """Run an entry point; a UserError becomes one line on stderr and exit code 2 (a diverged run: 1)."""
+    """Run an entry point; a UserError becomes one line on stderr and exit code 2 (diverged: 1); a full disk too."""
+    at_once, threading.excepthook = False, _thread_died
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text that it can write
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code: Any = main(None) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1 if isinstance(error, Diverged) else 2
+    except OSError as error:  # logs, pictures and results are small, and any of them may be what no longer fits
+        if error.errno not in FULL:
+            raise
+        where = error.filename or ", ".join(str(run.dir) for run in _open_runs) or "the output folder"
+        print(f"error: {where}: {error.strerror}; free space, then the same command goes on", file=sys.stderr)
+        code, at_once = 2, True
     except SystemExit as stop:
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
@@ -65,12 +85,13 @@ def cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
     if code == 0 or code > 128:  # all processes are here; after an error the others may be waiting for this one
         distributed.leave()
     for run in list(_open_runs):
-        run.close()
+        with contextlib.suppress(OSError):  # what is left of tensorboard's file, on a full disk
+            run.close()
     sys.stdout.flush()
     sys.stderr.flush()
     # An orderly exit would wait for data workers that a traceback still holds, and for other processes that wait for
-    # this one. At once, then: workers go when their parent has gone.
-    if distributed.world() > 1 or multiprocessing.active_children():
+    # this one, and would try once more to write what did not fit. At once, then: workers go when their parent has gone.
+    if at_once or distributed.world() > 1 or multiprocessing.active_children():
         os._exit(code)
     sys.exit(code)
 
@@ -357,7 +378,10 @@ class Run:
                 self._handlers[number] = signal.signal(number, self._on_signal)
 
     def _resume(self, path: Path) -> None:
-        saved = checkpoint.load(path)
+        try:
+            saved = checkpoint.load(path)
+        except UserError as error:
+            raise UserError(f"{error}, or start anew with --overwrite" if path.parent == self.dir else error) from None
         if not isinstance(saved, Mapping) or "progress" not in saved or "args" not in saved:
             raise UserError(
                 f"{path}: not a checkpoint of this workspace's runs; move it away or give another --output-dir"
@@ -391,6 +415,8 @@ class Run:
 
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
+            for half in self.dir.glob(".*.tmp"):  # what a killed run was writing
+                half.unlink()
             log = self.dir / "log.jsonl"
             kept: list[str] = []
             if self.step and log.is_file():  # lines after the checkpoint will be written again
@@ -400,14 +426,14 @@ class Run:
             elif (self.dir / "config.json").is_file():  # a run of ours that starts anew
                 for old in self.dir.glob("events.*"):
                     old.unlink()
-            log.write_text("".join(kept))
+            checkpoint.write(log, lambda handle: handle.write("".join(kept).encode()))  # killed here, it is still whole
             config = {"flags": plain(self.args), **provenance()}
             (self.dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"{self.dir}: cannot write here ({error.strerror}); give another --output-dir") from None
+        _open_runs.append(self)
         self._writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
         self._writer.add_text("run/command_and_flags", card(config, facts), self.step)
-        _open_runs.append(self)
 
     # -- while it runs -----------------------------------------------------------------------------------------------
     def batches(self, loader: DataLoader, sampler: EpochSampler, epochs: int) -> Iterator[tuple[int, Any]]:
@@ -534,12 +560,12 @@ class Run:
         while self._handlers:
             number, handler = self._handlers.popitem()
             signal.signal(number, handler)
-        if self in _open_runs:
-            _open_runs.remove(self)
         if self._bar is not None:
             self._bar.close()
         if self._writer is not None:
             self._writer.close()
+        if self in _open_runs:  # last: what fails above is of this run
+            _open_runs.remove(self)
 
     def finish(self, *lines: str) -> None:
         """Close the logs and print where things are and what to do next."""

@@ -27,8 +27,6 @@ def training_images(root: Path, count: int = 0, cache: bool = False, imbalance: 
 
     UserError for a missing or empty folder.
     """
-    if not root.is_dir():
-        raise UserError(f"--data {root} does not exist; expected {root}/train/CLASS/*.jpg")
     images = image_folder(root / "train")
     if imbalance == 1:
         return per_class(images, count, cache)

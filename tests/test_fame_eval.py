@@ -231,7 +231,7 @@ def test_retrieval_and_probes_of_a_checkpoint(data, pretrained, tmp_path, capsys
         ("--finetune --wd -1", "--wd -1: must not be negative"),
         ("--finetune --val_resize 20", "at least the crop's 32 pixels"),
         ("--finetune --clip_per_video 0", "must be at least 1"),
-        ("--finetune --fold 2", "trainlist02.txt: no such list"),
+        ("--finetune --fold 2", "trainlist02.txt: no such file"),
         ("--finetune -b 9", "a global batch of 9 needs as many samples"),
     ],
 )

@@ -117,7 +117,7 @@ def test_cifarfs_as_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     frozen(monkeypatch, "cifarfs", classes)
     assert {k: sorted(v) for k, v in data.read_dataset("cifarfs", tmp_path).items()} == classes
     (root / "splits/bertinetto/val.txt").unlink()
-    with pytest.raises(UserError, match="val.txt: no such list of classes"):
+    with pytest.raises(UserError, match="val.txt: no such file; expected a list of classes"):
         data.read_dataset("cifarfs", tmp_path)
 
 

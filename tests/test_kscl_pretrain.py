@@ -369,7 +369,7 @@ def test_two_processes_equal_one_with_two_splits(data, tmp_path):  # p
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--data_dir {tmp}/nowhere", r"--data_dir .*nowhere does not exist; expected .*train/CLASS"),
+        ("--data_dir {tmp}/nowhere", r"nowhere/train: no such folder; expected .*train/CLASS"),
         ("--moco_k 100", r"--moco_k 100 does not divide by the global batch of 8; take --moco_k 96"),
         ("--batch_size 9", r"--batch_size 9 does not divide over 1 processes x 2 --bn_splits"),
         ("--batch_size 8 --bn_splits 8", r"at least 2 images a share"),

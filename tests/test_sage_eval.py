@@ -240,7 +240,7 @@ def test_layouts_of_the_fine_grained_sets(kind, data, tmp_path):
     missing.unlink()
     with pytest.raises(UserError, match=f"{missing.name}: no such image, but .* names it"):
         READERS[kind](tmp_path)
-    with pytest.raises(UserError, match="no such file; see the layouts"):
+    with pytest.raises(UserError, match="no such file; expected one of the layouts"):
         READERS[kind](tmp_path / "nowhere")
 
 

@@ -387,7 +387,7 @@ def test_two_processes_equal_one(data, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--data_dir {tmp}/nowhere --mode byol", r"--data_dir .*nowhere does not exist; expected .*train/CLASS"),
+        ("--data_dir {tmp}/nowhere --mode byol", r"nowhere/train: no such folder; expected .*train/CLASS"),
         ("", r"the terms of the evaluator need --evaluator CHECKPOINT \(bash sage/run_evaluator.sh trains one\)"),
         ("--evaluator {tmp}/none.pth", r"none.pth: no such checkpoint file"),
         ("--mode byol --evaluator random", r"--evaluator random: no term of the loss uses it"),
@@ -399,7 +399,7 @@ def test_two_processes_equal_one(data, tmp_path):
         ("--mode byol --total_epochs 0", r"--total_epochs 0: must be at least 1"),
         ("--mode pixel --w_pix -1", r"--w_pix -1: must not be negative"),
         ("--mode byol --lr 0", r"--lr 0.0: must be above 0"),
-        ("--mode byol --list_file {tmp}/none.txt", r"none.txt: no such list file"),
+        ("--mode byol --list_file {tmp}/none.txt", r"none.txt: no such file; expected a list"),
         ("--mode byol --output-dir /dev/null/x", r"/dev/null/x: cannot write here"),
     ],
 )

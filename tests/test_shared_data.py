@@ -16,7 +16,10 @@ from shared_utils.data import (
     list_file,
     list_images,
     load_image,
+    need_folder,
     per_class,
+    read_mat,
+    read_text,
     sample_rng,
 )
 
@@ -81,6 +84,69 @@ def test_unreadable_images_are_named(tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="none.png: no such file"):
         load_image(tmp_path / "none.png")
+
+
+def test_16_bits_are_scaled_and_floats_refused(tmp_path):
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "8.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    eight, sixteen = (np.asarray(load_image(tmp_path / name)) for name in ("8.png", "16.png"))
+    assert sixteen.shape == (16, 16, 3) and (eight == sixteen).all()
+    assert np.asarray(load_image(tmp_path / "16.png", None)).max() == 65535  # a label map is left as it is
+    Image.fromarray(ramp.astype(np.float32) / 255).save(tmp_path / "f.tif")
+    with pytest.raises(UserError, match="f.tif: not a readable image .*mode F, whose range is unknown"):
+        load_image(tmp_path / "f.tif")
+
+
+def test_what_is_no_folder_is_told_apart(tmp_path):
+    (tmp_path / "set.zip").write_text("")
+    with pytest.raises(UserError, match=r"set/train: no such folder; unpack .*set\.zip; expected X"):
+        need_folder(tmp_path / "set/train", "expected X")
+    with pytest.raises(UserError, match=r"train: no such folder; .*set\.zip is a file, unpack it if"):
+        need_folder(tmp_path / "set.zip/train", "expected X")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match="link is a link that leads nowhere; expected X"):
+        need_folder(tmp_path / "link", "expected X")
+
+
+@pytest.mark.parametrize("odd", ["c.tar", "c.jpg", "c", "link"])
+def test_what_lies_between_class_folders_is_not_skipped(odd, tmp_path):
+    write(tmp_path / "a/1.png")
+    (tmp_path / "notes.txt").write_text("")
+    assert image_folder(tmp_path).classes == ["a"]
+    (tmp_path / odd).symlink_to("nowhere") if odd == "link" else (tmp_path / odd).write_text("")
+    with pytest.raises(UserError, match=f"{odd}: a .* where class folders are; unpack it, move or remove it"):
+        image_folder(tmp_path)
+
+
+def test_links_are_followed_and_loops_named(tmp_path):
+    write(tmp_path / "elsewhere/2.png")
+    write(tmp_path / "set/a/1.png")
+    (tmp_path / "set/a/more").symlink_to(tmp_path / "elsewhere")
+    assert [path.name for path in list_images(tmp_path / "set/a")] == ["1.png", "2.png"]
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "set")
+    with pytest.raises(UserError, match="more/back: a link that leads nowhere or to a folder it is in"):
+        list_images(tmp_path / "set/a")
+
+
+def test_lists_that_are_no_text(tmp_path):
+    file = tmp_path / "list.txt"
+    file.write_bytes(b"\xef\xbb\xbfa/1.png\n")  # a spreadsheet's mark of UTF-8
+    assert read_text(file) == "a/1.png\n"
+    file.write_bytes(b"a/1\xff.png")
+    with pytest.raises(UserError, match=r"list.txt: not UTF-8 text \(byte 3\); expected a list"):
+        list_file(file, tmp_path)
+    with pytest.raises(UserError, match="cannot be read .Is a directory"):
+        read_text(tmp_path)
+    with pytest.raises(UserError, match="list.txt: not a readable .mat file .*; expected X"):
+        read_mat(file, "X")
+
+
+def test_lists_number_classes_as_folders_do(tmp_path):
+    for name in ("a/1.png", "b/2.png", ".cache/3.png"):
+        write(tmp_path / name)
+    (tmp_path / "list.txt").write_text("b/2.png\n")
+    assert list_file(tmp_path / "list.txt", tmp_path).samples[0][1] == 1 == image_folder(tmp_path).samples[-1][1]
 
 
 class Noise(torch.utils.data.Dataset):

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-from shared_utils import checkpoint
+from shared_utils import UserError, checkpoint
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.run import Parser, Run, add_run_flags
 
@@ -106,3 +107,55 @@ def test_an_evaluation_is_written_whatever_step_it_falls_on(tmp_path: Path) -> N
     assert all(row["loss"] == 2 and row["lr"] == 0.1 for row in rows)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("val/top1")] == [(3, 50.0), (6, 51.0)]
+
+
+FULL = """
+import torch
+from shared_utils.data import EpochSampler, Keyed
+from shared_utils.run import Parser, Run, add_run_flags, cli
+
+def main(_):
+    p = Parser()
+    add_run_flags(p, "x")
+    run = Run(p.parse_args(), "shared", "test")
+    sampler = EpochSampler(16, 2, 0)
+    loader = run.loader(Keyed(torch.utils.data.TensorDataset(torch.zeros(16)), 0), sampler)
+    run.preflight({})
+    (events,) = run.dir.glob("events.*")  # written by a thread of tensorboard's
+    events.unlink()
+    events.symlink_to("/dev/full")
+    for epoch, x in run.batches(loader, sampler, 1):
+        run.log(1.0)
+    run.finish()
+
+cli(main)
+"""
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL, "--output-dir", str(tmp_path), "--workers", "0", "--device", "cpu"]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "--log-every", "1"], env=variables, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: {tmp_path}") and "free space" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_leftovers_of_a_killed_run_are_removed_and_a_damaged_checkpoint_has_a_cure(tmp_path: Path) -> None:
+    def start(*more: str) -> Run:
+        parser = Parser()
+        add_run_flags(parser, "x")
+        run = Run(parser.parse_args(["--output-dir", str(tmp_path), "--device", "cpu", *more]), "shared", "test")
+        run.preflight({})
+        return run
+
+    half = tmp_path / ".checkpoint.pth.1.tmp"
+    half.write_bytes(b"half")
+    run = start()
+    assert not half.exists()
+    run.save()
+    run.close()
+    os.truncate(tmp_path / "checkpoint.pth", 100)
+    with pytest.raises(UserError, match="checkpoint.pth: not a readable .*, or start anew with --overwrite"):
+        start()
+    start("--overwrite").close()

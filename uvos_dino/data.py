@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from shared_utils import UserError
 from shared_utils.augment import MEAN, STD
-from shared_utils.data import load_image, mix_key
+from shared_utils.data import ARCHIVES, load_image, mix_key, read_text, subfolders, walk
 
 NORMS = {
     "imagenet": (MEAN, STD),
@@ -66,11 +66,11 @@ def _number(path: Path) -> int | None:
 def _names(root: Path, layout: Layout, split: str) -> list[str]:
     file = root / layout.lists.format(split=split)
     if file.is_file():  # DAVIS-2016 lists pairs of files, DAVIS-2017 names
-        words = (line.split() for line in file.read_text().splitlines())
+        words = (line.split() for line in read_text(file, "a sequence a line").splitlines())
         names = [Path(first[0]).parts[-2] if "/" in first[0] else first[0] for first in words if first]
         return list(dict.fromkeys(names))
     folder = root / layout.frames.format(split=split)
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    return subfolders(folder, "sequence") if folder.is_dir() else []
 
 
 def open_videos(dataset: str, root: Path, split: str, only: Sequence[str] = ()) -> list[Video]:
@@ -133,8 +133,14 @@ def training_videos(root: Path) -> list[list[Path]]:
 
     UserError when there is none.
     """
-    folders = [root, *sorted(path for path in root.rglob("*") if path.is_dir())] if root.is_dir() else []
-    videos = [frames for folder in folders if (frames := _files(folder, r".*\.(jpg|jpeg)"))]
+    folders = []
+    for folder, names in walk(root) if root.is_dir() else []:
+        folders.append(folder)
+        odd = [folder / name for name in names if name[0] != "." and Path(name).suffix.lower() in ("", *ARCHIVES)]
+        if odd or (folder != root and not any(folder.iterdir())):
+            what = f"{odd[0]}: a file" if odd else f"{folder}: nothing"
+            raise UserError(f"{what} where folders of frames are; unpack it, move or remove it")
+    videos = [frames for folder in sorted(folders) if (frames := _files(folder, r".*\.(jpg|jpeg)"))]
     if not videos:
         raise UserError(f"{root}: no folder of *.jpg frames here; expected VIDEO/00000.jpg, ... (--data_dir)")
     return videos

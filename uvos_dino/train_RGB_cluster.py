@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shared_utils import UserError, checkpoint, distributed, mini
-from shared_utils.data import EpochSampler, Keyed, mix_key
+from shared_utils.data import EpochSampler, Keyed, mix_key, read_text
 from shared_utils.run import Parser, Run, add_run_flags, boolean, cli, natural, not_negative, positive
 from uvos_dino import losses, metrics, vision_transformer
 from uvos_dino.data import LAYOUTS, ClipAugment, Clips, Video, open_videos, read_mask, read_video, training_videos
@@ -259,7 +259,7 @@ def chosen_videos(root: Path, file: Path | None) -> list[list[Path]]:
     if not file.is_file():
         raise UserError(f"--train_list {file}: no such file")
     by_name = {video[0].parent.name: video for video in videos}
-    names = file.read_text().split()
+    names = read_text(file, "--train_list, a video a line").split()
     absent = [name for name in names if name not in by_name]
     if absent or not names:
         raise UserError(f"--train_list {file}: {absent[0] if absent else 'nothing'}: no such video below {root}")
