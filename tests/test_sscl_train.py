@@ -466,7 +466,7 @@ def test_learning_rate():
         ("--moco_k 8", "--moco_k 8: a step enqueues 12 keys"),
         ("--batch_labelled 40", "a global batch of 80 needs as many samples, the data has 48"),
         ("--labels_per_class 17", "--labels_per_class 17: class number 0 has 16 images"),
-        ("--labels_per_class 0 --split_file {tmp}/nowhere.txt", "nowhere.txt: no such file; expected a list"),
+        ("--labels_per_class 0 --split_file {tmp}/nowhere.txt", "nowhere.txt: no such list file"),
         ("--split_file {tmp}/nowhere.txt", "--labels_per_class and --split_file exclude each other"),
         ("--theta -0.1", "--theta -0.1: must not be negative"),
         ("--wd -1", "--wd -1: must not be negative"),
