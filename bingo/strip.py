@@ -20,14 +20,14 @@ from bingo.teachers import head_of
 from shared_utils import UserError, checkpoint, tiles
 from shared_utils.augment import plain
 from shared_utils.neighbours import features
-from shared_utils.run import Parser, cli, set_threads
+from shared_utils.run import Parser, cli, natural, set_threads
 
 COMMAND = "bash bingo/run_pretrain.sh"
 
 
 def get_parser() -> Parser:
     p = tiles.strip_parser("bingo", __doc__)
-    p.add_argument("--anchors", type=int, nargs="+", default=[33, 412], help="numbers of training images, a row each")
+    p.add_argument("--anchors", type=natural, nargs="+", default=[33, 412], help="training images, a row each")
     p.add_argument("--corr_npy", type=Path, help="file of the bags, where it is no longer where the run read it")
     return p
 

@@ -13,7 +13,7 @@ from fame.fame import make_mask, merge, motion_and_colour, seed_map
 from fame.moco.builder import MoCo, ReleaseKeys
 from fame.train import get_parser as training_parser
 from shared_utils import tiles
-from shared_utils.run import Parser, cli, set_threads
+from shared_utils.run import Parser, cli, natural, set_threads
 
 COMMAND = "bash fame/run_pretrain.sh"
 SIDE = 80
@@ -21,7 +21,7 @@ SIDE = 80
 
 def get_parser() -> Parser:
     p = tiles.strip_parser("fame", __doc__)
-    p.add_argument("--anchors", type=int, nargs="+", default=[25, 100], help="numbers of training videos, two or more")
+    p.add_argument("--anchors", type=natural, nargs="+", default=[25, 100], help="training videos, two or more")
     return p
 
 

@@ -18,15 +18,17 @@ from flat.options import build_model, family, has_decoder
 from flat.options import get_parser as training_parser
 from shared_utils import UserError, checkpoint, mini, tiles
 from shared_utils.data import mix_key
-from shared_utils.run import Parser, cli, set_threads
+from shared_utils.run import Parser, cli, natural, set_threads
 
 COMMAND = "bash flat/run_train.sh"
 
 
 def get_parser() -> Parser:
     p = tiles.strip_parser("flat", __doc__, "train")
-    p.add_argument("--anchors", type=int, nargs="+", default=[190, 250, 330, 410], help="numbers of training images")
-    p.add_argument("--draw", type=int, default=0, help="number of the draw of the transformations")
+    p.add_argument(
+        "--anchors", type=natural, nargs="+", default=[190, 250, 330, 410], help="numbers of training images"
+    )
+    p.add_argument("--draw", type=natural, default=0, help="number of the draw of the transformations")
     return p
 
 

@@ -17,14 +17,14 @@ from hsa.main_moco import get_parser as training_parser
 from shared_utils import mini, tiles
 from shared_utils.augment import denormalise, plain
 from shared_utils.neighbours import features
-from shared_utils.run import Parser, cli, seed_everything, set_threads
+from shared_utils.run import Parser, cli, natural, seed_everything, set_threads
 
 COMMAND = "bash hsa/run_pretrain.sh"
 
 
 def get_parser() -> Parser:
     p = tiles.strip_parser("hsa", __doc__)
-    p.add_argument("--anchors", type=int, nargs="+", default=[33, 615], help="numbers of training images, a row each")
+    p.add_argument("--anchors", type=natural, nargs="+", default=[33, 615], help="training images, a row each")
     return p
 
 

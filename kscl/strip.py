@@ -13,15 +13,15 @@ from kscl.main_kscl import get_parser as training_parser
 from kscl.subspace import RankRule, own_match
 from shared_utils import augment, mini, tiles
 from shared_utils.data import Keyed
-from shared_utils.run import Parser, cli, set_threads
+from shared_utils.run import Parser, cli, natural, set_threads
 
 COMMAND = "bash kscl/run_pretrain.sh"
 
 
 def get_parser() -> Parser:
     p = tiles.strip_parser("kscl", __doc__)
-    p.add_argument("--anchors", type=int, nargs="+", default=[33, 615], help="numbers of training images, a row each")
-    p.add_argument("--epoch", type=int, default=0, help="whose views are drawn")
+    p.add_argument("--anchors", type=natural, nargs="+", default=[33, 615], help="training images, a row each")
+    p.add_argument("--epoch", type=natural, default=0, help="whose views are drawn")
     return p
 
 

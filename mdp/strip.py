@@ -15,7 +15,7 @@ from mdp.eval_seg import load_encoder, nearest_prototype, val_split
 from mdp.main_pretrain import get_parser as training_parser
 from mdp.visualize import MEAN, STD
 from shared_utils import UserError, mini, tiles
-from shared_utils.run import Parser, cli, set_threads
+from shared_utils.run import Parser, cli, natural, set_threads
 
 COMMAND = "bash mdp/run_pretrain.sh"
 SIDE = 96
@@ -23,7 +23,7 @@ SIDE = 96
 
 def get_parser() -> Parser:
     p = tiles.strip_parser("mdp", __doc__)
-    p.add_argument("--anchors", type=int, nargs="+", default=[3, 5], help="number of a validation image of each set")
+    p.add_argument("--anchors", type=natural, nargs="+", default=[3, 5], help="a validation image of each set")
     return p
 
 

@@ -14,14 +14,16 @@ from mra.main_pretrain import get_parser as training_parser
 from mra.mra import add_mra_flags, build
 from mra.visualize import rows
 from shared_utils import UserError, tiles
-from shared_utils.run import Parser, cli, set_threads
+from shared_utils.run import Parser, cli, natural, set_threads
 
 COMMAND = "bash mra/run_pretrain.sh"
 
 
 def get_parser() -> Parser:
     p = tiles.strip_parser("mra", __doc__)
-    p.add_argument("--anchors", type=int, nargs="+", default=[0, 900, 2100, 3300], help="numbers of training images")
+    p.add_argument(
+        "--anchors", type=natural, nargs="+", default=[0, 900, 2100, 3300], help="numbers of training images"
+    )
     return p
 
 

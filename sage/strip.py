@@ -16,7 +16,7 @@ from sage.gallery import Gallery
 from sage.train import get_parser as training_parser
 from shared_utils import UserError, checkpoint, mini, tiles
 from shared_utils.data import Keyed
-from shared_utils.run import Parser, cli, set_threads
+from shared_utils.run import Parser, cli, positive, set_threads
 
 COMMAND = "bash sage/run_evaluator.sh && bash sage/run_pretrain.sh"
 SIDE = 64
@@ -26,7 +26,7 @@ NAMES = {"sage": "SaGe:\nfeatures", "pixel": "pixels\nalone"}  # arms that recov
 def get_parser() -> Parser:
     p = tiles.strip_parser("sage", __doc__)
     p.add_argument("--against", type=Path, help="checkpoint of another arm with the same views, below the first")
-    p.add_argument("--views", type=int, default=2, help="rows, of the views that the run kept")
+    p.add_argument("--views", type=positive, default=2, help="rows, of the views that the run kept")
     return p
 
 

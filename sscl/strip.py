@@ -7,7 +7,7 @@ import torch
 
 from shared_utils import UserError, augment, mini, tiles
 from shared_utils.data import Keyed
-from shared_utils.run import Parser, cli, set_threads
+from shared_utils.run import Parser, cli, natural, set_threads
 from shared_utils.tiles import BLUE, GREEN, GREY
 from sscl import losses
 from sscl.arch import Encoder, build
@@ -23,7 +23,7 @@ SIDE = 64
 
 def get_parser() -> Parser:
     p = tiles.strip_parser("sscl", __doc__, "train")
-    p.add_argument("--anchors", type=int, nargs="+", default=[356, 966], help="numbers of training images, a row each")
+    p.add_argument("--anchors", type=natural, nargs="+", default=[356, 966], help="training images, a row each")
     return p
 
 

@@ -449,4 +449,4 @@ def test_the_command_line_on_mini_data_and_without_data(tmp_path):
     command = [sys.executable, "-m", "hsa.main_moco", "--data_dir", str(tmp_path / "nowhere")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --data_dir") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {tmp_path}/nowhere/train: no such folder") and done.stderr.count("\n") == 1

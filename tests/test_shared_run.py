@@ -121,7 +121,8 @@ def main(_):
     sampler = EpochSampler(16, 2, 0)
     loader = run.loader(Keyed(torch.utils.data.TensorDataset(torch.zeros(16)), 0), sampler)
     run.preflight({})
-    (events,) = run.dir.glob("events.*")  # written by a thread of tensorboard's
+    run._writer.flush()  # a thread of tensorboard writes; what it has is on the disk first
+    (events,) = run.dir.glob("events.*")
     events.unlink()
     events.symlink_to("/dev/full")
     for epoch, x in run.batches(loader, sampler, 1):

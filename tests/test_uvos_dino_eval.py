@@ -297,9 +297,9 @@ def test_all_frames_and_memory_and_own_size(davis: Path, weights: Path, tmp_path
     ("more", "said"),
     [
         (["--resolution", "30", "48"], "multiples of the encoder's patch"),
-        (["--ratio", "0"], "--ratio and --frame_batch"),
+        (["--ratio", "0"], "--ratio 0: must be at least 1"),
         (["--num_heads", "7"], "--num_heads 7: does not divide the 64 channels"),
-        (["--num_heads", "-4"], "--num_heads -4: does not divide"),
+        (["--num_heads", "-4"], "--num_heads -4: must be at least 1"),
         (["--sequences", "zz"], "--sequences zz: not in DAVIS2017"),
         (["--max_proposals", "1"], "clusters, the evaluation takes 1"),
         (["--device", "nosuch"], "--device nosuch: not available"),

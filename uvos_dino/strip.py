@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from shared_utils import UserError, mini, tiles
-from shared_utils.run import Parser, cli, set_threads
+from shared_utils.run import Parser, cli, positive, set_threads
 from uvos_dino import metrics
 from uvos_dino.data import open_videos, read_mask, read_video
 from uvos_dino.inference import load_model, segment
@@ -25,7 +25,7 @@ def get_parser() -> Parser:
     a = p.add_argument
     a("--sequence", default="digits-val-01", help="of the mini data's validation list")
     a("--tau", type=float, default=0.3, help="largest divergence within a cluster")
-    a("--ratio", type=int, default=4, help="every so many frames give keys")
+    a("--ratio", type=positive, default=4, help="every so many frames give keys")
     return p
 
 
