@@ -7,26 +7,21 @@ import torch
 from shared_utils import checkpoint
 
 
+def flat(thing: object, name: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor in nested dicts, lists and tuples, by its path."""
+    if isinstance(thing, torch.Tensor):
+        return {name: thing}
+    pairs = thing.items() if isinstance(thing, dict) else enumerate(thing) if isinstance(thing, list | tuple) else ()
+    return {k: v for key, value in pairs for k, v in flat(value, f"{name}/{key}").items()}
+
+
 def tensors(out: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, flat."""
-    found: dict[str, torch.Tensor] = {}
-
-    def walk(name: str, thing: object) -> None:
-        if isinstance(thing, torch.Tensor):
-            found[name] = thing
-        elif isinstance(thing, dict):
-            for key, value in thing.items():
-                walk(f"{name}/{key}", value)
-        elif isinstance(thing, list | tuple):
-            for i, value in enumerate(thing):
-                walk(f"{name}/{i}", value)
-
-    walk("", checkpoint.load(out / "checkpoint.pth"))
-    return found
+    """Every tensor of the checkpoint in `out`."""
+    return flat(checkpoint.load(out / "checkpoint.pth"))
 
 
-def differing(a: Path, b: Path) -> list[str]:
-    """Names of the tensors that differ; both hold the same ones, more than 50, or the comparison says nothing."""
+def differing(a: Path, b: Path, least: int = 50) -> list[str]:
+    """Names of the tensors that differ; both hold the same ones, more than `least`, or the comparison says nothing."""
     x, y = tensors(a), tensors(b)
-    assert x.keys() == y.keys() and len(x) > 50
+    assert x.keys() == y.keys() and len(x) > least
     return [key for key in x if not torch.equal(x[key], y[key])]

@@ -89,13 +89,12 @@ class Folder:
             raise Failed(f"not one line with {', '.join(words)}: {' / '.join(lines)[-400:]}")
         return lines[0]
 
-    def until(self, run: Forked, there: Callable[[], bool], every: float = 0.02) -> bool:
-        """Wait for something; False if the run has ended without it."""
+    def until(self, run: Forked, there: Callable[[], bool], every: float = 0.02) -> None:
+        """Wait for something, which must come before the run ends."""
         while not there():
-            if run.ended():
-                return False
+            if run.ended() and not there():
+                raise Failed(f"it ended before the drawn moment: {' '.join(run.wait(1)[2].split())[-300:]}")
             time.sleep(every)
-        return True
 
     def reached(self, out: Path, step: int) -> Callable[[], bool]:
         """Whether the run that was started last, which writes its log anew from where it resumes, has done `step`."""
@@ -140,7 +139,7 @@ def killed(it: Folder, out: Path) -> str:
     it.stop(run)
     at = log(out)[-1][0]
     run = it.start(out)
-    it.until(run, lambda: any(out.glob(".checkpoint.pth.*.tmp")), 0.0005)
+    it.until(run, lambda: any(out.glob(".checkpoint.pth.*.tmp")), 0.0)
     if "resumed: " not in it.stop(run):
         raise Failed("it did not go on from its checkpoint")
     return f"while starting, in step {at + 1}, in a write"

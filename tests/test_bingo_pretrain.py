@@ -24,6 +24,7 @@ from shared_utils import UserError, checkpoint, mini
 from shared_utils.augment import plain
 from shared_utils.data import load_image
 from shared_utils.run import Diverged, Run
+from tests.checkpoints import differing, flat
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = "--per_class 5 --img_size 16 --cache --workers 0 --threads 1".split()  # 50 images
@@ -81,20 +82,6 @@ def train(data, teacher, corr):
 
 def rows(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def tensors(thing: object, name: str = "") -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, flat."""
-    if isinstance(thing, torch.Tensor):
-        return {name: thing}
-    pairs = thing.items() if isinstance(thing, dict) else enumerate(thing) if isinstance(thing, list | tuple) else ()
-    return {k: v for key, value in pairs for k, v in tensors(value, f"{name}/{key}").items()}
-
-
-def differing(a: Path, b: Path) -> list[str]:
-    x, y = (tensors(checkpoint.load(out / "checkpoint.pth")) for out in (a, b))
-    assert x.keys() == y.keys() and len(x) > 50
-    return [key for key in x if not torch.equal(x[key], y[key])]
 
 
 def test_bag_files(corr, data):
@@ -595,7 +582,7 @@ def test_diverged_run_keeps_the_last_good_checkpoint(train, tmp_path, monkeypatc
     monkeypatch.setattr("bingo.main_moco.learning_rate", lambda args, epoch: 0.05 if epoch < 1 else float("inf"))
     with pytest.raises(Diverged, match="the loss is nan"):
         train(tmp_path, "--save-every", "1")
-    saved = tensors(checkpoint.load(tmp_path / "checkpoint.pth")["state_dict"])
+    saved = flat(checkpoint.load(tmp_path / "checkpoint.pth")["state_dict"])
     assert all(bool(value.isfinite().all()) for key, value in saved.items() if "encoder_k" in key)
 
 

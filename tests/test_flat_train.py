@@ -18,6 +18,7 @@ from flat import aet, data, save_features
 from flat.train import main
 from shared_utils import UserError, checkpoint
 from shared_utils.run import Diverged, Run
+from tests.checkpoints import differing, tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -47,30 +48,6 @@ def train(images: Path, out: Path, *extra: str) -> list[dict]:
 
 def rows(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def tensors(out: Path, name: str = "checkpoint.pth") -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, flat."""
-    found: dict[str, torch.Tensor] = {}
-
-    def walk(name: str, thing: object) -> None:
-        if isinstance(thing, torch.Tensor):
-            found[name] = thing
-        elif isinstance(thing, dict):
-            for key, value in thing.items():
-                walk(f"{name}/{key}", value)
-        elif isinstance(thing, list | tuple):
-            for i, value in enumerate(thing):
-                walk(f"{name}/{i}", value)
-
-    walk("", checkpoint.load(out / name))
-    return found
-
-
-def differing(a: Path, b: Path) -> list[str]:
-    x, y = tensors(a), tensors(b)
-    assert x.keys() == y.keys() and len(x) > 40
-    return [key for key in x if not torch.equal(x[key], y[key])]
 
 
 # --- arms ------------------------------------------------------------------------------------------------------------
@@ -121,7 +98,7 @@ def test_every_arm_trains(arm: str, images: Path, tmp_path: Path) -> None:
 def test_without_weight_it_is_the_baseline_to_the_bit(images: Path, tmp_path: Path) -> None:  # 8f
     train(images, tmp_path / "none", "--aet", "none", "--stop_epoch", "2")
     train(images, tmp_path / "zero", "--aet_lambda", "0", "--stop_epoch", "2")
-    assert differing(tmp_path / "none", tmp_path / "zero") == []
+    assert differing(tmp_path / "none", tmp_path / "zero", 40) == []
     train(images, tmp_path / "some", "--aet_lambda", "0.01", "--stop_epoch", "2")
     none, some = tensors(tmp_path / "none"), tensors(tmp_path / "some")
     assert not torch.equal(none["/state/feature.trunk.0.C.weight"], some["/state/feature.trunk.0.C.weight"])
@@ -269,7 +246,7 @@ def test_terminated_and_resumed_is_bit_identical(
     assert stopped.value.code == 143
     assert checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["step"] == step + 1
     log = train(images, tmp_path, *FULL, *(["--workers", "2"] if step == 4 else []))  # workers change nothing
-    assert differing(whole, tmp_path) == []
+    assert differing(whole, tmp_path, 40) == []
     drop = {"data_wait"}
     assert [{k: v for k, v in r.items() if k not in drop} for r in log] == [
         {k: v for k, v in r.items() if k not in drop} for r in rows(whole)
@@ -286,7 +263,7 @@ def test_episodic_training_resumes_to_the_bit(images: Path, tmp_path: Path, monk
         with pytest.raises(SystemExit):
             train(images, tmp_path / "parts", *flags)
     train(images, tmp_path / "parts", *flags)
-    assert differing(tmp_path / "whole", tmp_path / "parts") == []
+    assert differing(tmp_path / "whole", tmp_path / "parts", 40) == []
 
 
 @pytest.mark.parametrize("part", ["nothing", "optimizer", "step"])
@@ -305,7 +282,7 @@ def test_a_checkpoint_without_a_part_would_not_be_identical(
         saved["progress"]["step"] += 100
     checkpoint.save(tmp_path / "checkpoint.pth", saved)
     train(images, tmp_path, *FULL)
-    changed = [key for key in differing(whole, tmp_path) if key.startswith("/state/")]
+    changed = [key for key in differing(whole, tmp_path, 40) if key.startswith("/state/")]
     assert (changed == []) == (part == "nothing")
 
 

@@ -21,6 +21,7 @@ from shared_utils.data import ImageList
 from shared_utils.run import Diverged, Run
 from sscl import eval_cls, losses, main, options
 from sscl.model import SsCL
+from tests.checkpoints import differing
 from tests.sscl_images import SMALL, rows, train, write_images
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,30 +34,6 @@ MOCO = "--no_labels --lambda_u 0 --calib none --num_pos 0"
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"))
-
-
-def tensors(out: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, flat."""
-    found: dict[str, Tensor] = {}
-
-    def walk(name: str, thing: object) -> None:
-        if isinstance(thing, Tensor):
-            found[name] = thing
-        elif isinstance(thing, dict):
-            for key, value in thing.items():
-                walk(f"{name}/{key}", value)
-        elif isinstance(thing, list | tuple):
-            for i, value in enumerate(thing):
-                walk(f"{name}/{i}", value)
-
-    walk("", checkpoint.load(out / "checkpoint.pth"))
-    return found
-
-
-def differing(a: Path, b: Path, only: str = "") -> list[str]:
-    x, y = tensors(a), tensors(b)
-    assert x.keys() == y.keys() and len(x) > 50
-    return [key for key in x if only in key and not torch.equal(x[key], y[key])]
 
 
 # --- arms ------------------------------------------------------------------------------------------------------------

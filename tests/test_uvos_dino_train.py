@@ -15,6 +15,7 @@ from PIL import Image
 
 from shared_utils import UserError, checkpoint
 from shared_utils.run import Diverged, Run
+from tests.checkpoints import differing
 from uvos_dino import arms, dino, losses, main_dino, vision_transformer
 from uvos_dino import train_RGB_cluster as script
 from uvos_dino.inference import load_model
@@ -51,30 +52,6 @@ def train(davis: Path, out: Path, *more: str) -> list[dict]:
     assert script.main(argv) == 0
     log = out / "log.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()]
-
-
-def tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, flat."""
-    found: dict[str, torch.Tensor] = {}
-
-    def walk(name: str, thing: object) -> None:
-        if isinstance(thing, torch.Tensor):
-            found[name] = thing
-        elif isinstance(thing, dict):
-            for key, value in thing.items():
-                walk(f"{name}/{key}", value)
-        elif isinstance(thing, list | tuple):
-            for i, value in enumerate(thing):
-                walk(f"{name}/{i}", value)
-
-    walk("", checkpoint.load(file))
-    return found
-
-
-def differing(a: Path, b: Path) -> list[str]:
-    x, y = tensors(a / "checkpoint.pth"), tensors(b / "checkpoint.pth")
-    assert x.keys() == y.keys() and len(x) > 50
-    return [key for key in x if not torch.equal(x[key], y[key])]
 
 
 @pytest.mark.parametrize(
