@@ -32,7 +32,8 @@ from bingo.builder import BINGO
 from bingo.cutmix import draw_box, paste
 from bingo.data import Bags
 from shared_utils import compare, neighbours
-from shared_utils.run import Parser, cli, positive
+from shared_utils.flags import Parser, positive
+from shared_utils.run import cli
 
 URL = "https://github.com/haohang96/bingo"
 FILES = ("main_moco.py", "utils.py", "clustering.py", "moco/builder.py", "moco/folder.py")

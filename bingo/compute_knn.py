@@ -18,8 +18,9 @@ from bingo.options import add_data_flags, prepare_data, train_images
 from bingo.teachers import ALGS, fingerprint, load_teacher
 from shared_utils import UserError, distributed
 from shared_utils.augment import plain
+from shared_utils.flags import Parser, add_machine_flags, natural, positive
 from shared_utils.neighbours import features, neighbours, purity
-from shared_utils.run import Parser, add_machine_flags, cli, natural, positive, set_threads
+from shared_utils.run import cli, set_threads
 
 
 def get_parser() -> Parser:

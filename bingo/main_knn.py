@@ -18,8 +18,9 @@ from bingo.data import load_bags
 from shared_utils import distributed
 from shared_utils.augment import plain
 from shared_utils.evaluation import add_data_flags, add_network_flags, freeze, load_backbone, open_splits, write_result
+from shared_utils.flags import Parser, add_machine_flags, positive
 from shared_utils.neighbours import features, few_shot, knn_accuracy, neighbours, purity
-from shared_utils.run import Parser, add_machine_flags, cli, positive, set_threads
+from shared_utils.run import cli, set_threads
 
 STORED = ("s_{}", "{}")  # names of the network's flags in a student's checkpoint, else in a teacher's
 

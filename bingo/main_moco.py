@@ -35,8 +35,9 @@ from bingo.visualize import views_picture
 from shared_utils import UserError, distributed
 from shared_utils.augment import moco_v1, moco_v2, plain
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key, per_class
+from shared_utils.flags import Parser, add_run_flags, floats, natural, not_negative, positive
 from shared_utils.neighbours import features, neighbours, purity
-from shared_utils.run import Parser, Run, add_run_flags, cli, floats, natural, not_negative, positive
+from shared_utils.run import Run, cli
 
 Embed = Callable[[list[Tensor]], list[Tensor]]
 

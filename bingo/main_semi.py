@@ -33,7 +33,8 @@ from shared_utils.evaluation import (
     topk,
     write_result,
 )
-from shared_utils.run import Parser, Run, add_run_flags, cli, not_negative, positive
+from shared_utils.flags import Parser, add_run_flags, not_negative, positive
+from shared_utils.run import Run, cli
 
 STORED = ("s_{}", "{}")  # names of the network's flags in a student's checkpoint, else in a teacher's
 # [inferred] by share of labels: epochs, learning rate of the backbone, factor of the classifier's.

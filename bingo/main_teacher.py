@@ -26,7 +26,8 @@ from bingo.visualize import views_picture
 from shared_utils import UserError, distributed
 from shared_utils.augment import moco_v1, moco_v2
 from shared_utils.data import EpochSampler, Keyed, mix_key
-from shared_utils.run import Parser, Run, add_run_flags, cli, not_negative, positive
+from shared_utils.flags import Parser, add_run_flags, not_negative, positive
+from shared_utils.run import Run, cli
 
 
 def get_parser() -> Parser:

@@ -8,7 +8,7 @@ from shlex import quote
 
 from shared_utils import UserError, distributed, mini
 from shared_utils.data import ImageList, image_folder, per_class
-from shared_utils.run import Parser, ints, natural, positive
+from shared_utils.flags import Parser, ints, natural, positive
 
 
 def add_data_flags(p: Parser) -> None:

@@ -19,8 +19,9 @@ from bingo.options import prepare_data, train_images
 from bingo.teachers import head_of
 from shared_utils import UserError, checkpoint, tiles
 from shared_utils.augment import plain
+from shared_utils.flags import Parser, natural
 from shared_utils.neighbours import features
-from shared_utils.run import Parser, cli, natural, set_threads
+from shared_utils.run import cli, set_threads
 
 COMMAND = "bash bingo/run_pretrain.sh"
 

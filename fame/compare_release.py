@@ -29,7 +29,8 @@ from fame.backbone import build
 from fame.fame import make_mask, merge
 from fame.moco.builder import MoCo, info_nce, passes
 from shared_utils import UserError, compare
-from shared_utils.run import Parser, cli, positive
+from shared_utils.flags import Parser, positive
+from shared_utils.run import cli
 
 URL = "https://github.com/Mark12Ding/FAME"
 FILES = {

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from fame import augment, motion
 from shared_utils import UserError, distributed, mini
 from shared_utils.data import need_folder, read_text, subfolders
-from shared_utils.run import natural, positive, runs_root
+from shared_utils.flags import natural, positive, runs_root
 from shared_utils.video import SUFFIXES, BadVideo, Video, read, scan
 
 DATASETS = ("k400", "ucf101", "hmdb51", "diving48", "fight")

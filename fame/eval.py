@@ -21,7 +21,8 @@ from fame.train import check_optimizer, keyed, learning_rate
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.evaluation import freeze, same_buffers, topk, unchanged, write_result
-from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
+from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils.run import Run, cli
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -9,7 +9,8 @@ import argparse
 from fame.backbone import build
 from fame.network import add_weights_flags, from_checkpoint, load
 from shared_utils.export import add_export_flags, check, write_backbone
-from shared_utils.run import Parser, cli
+from shared_utils.flags import Parser
+from shared_utils.run import cli
 
 # What torchvision's networks do after their last map. s3d's own pool needs 2 x 7 x 7 of it, ours takes any.
 HEADS = {"r3d_18": ("fc",), "r2plus1d_18": ("fc",), "s3d": ("avgpool", "classifier")}

@@ -18,7 +18,8 @@ from fame.data import TestClips, add_data_flags, check_data_flags, open_videos
 from fame.fame import make_mask, stretch
 from fame.network import add_network_flags, resolve, trunk
 from shared_utils import UserError, distributed
-from shared_utils.run import Parser, cli, positive, runs_root, seed_everything, set_threads
+from shared_utils.flags import Parser, positive, runs_root
+from shared_utils.run import cli, seed_everything, set_threads
 
 
 def get_parser() -> argparse.ArgumentParser:

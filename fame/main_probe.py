@@ -18,7 +18,8 @@ from fame.main_retrieve import recall, video_feature
 from fame.network import add_network_flags, outputs, resolve, trunk
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.evaluation import write_result
-from shared_utils.run import Parser, add_machine_flags, cli, seed_everything, set_threads
+from shared_utils.flags import Parser, add_machine_flags
+from shared_utils.run import cli, seed_everything, set_threads
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -14,8 +14,9 @@ from fame.data import VideoSet, add_data_flags, check_data_flags, open_videos
 from fame.network import add_network_flags, outputs, resolve, trunk
 from shared_utils import distributed
 from shared_utils.evaluation import gather_rows, write_result
+from shared_utils.flags import Parser, add_machine_flags
 from shared_utils.neighbours import search
-from shared_utils.run import Parser, add_machine_flags, cli, seed_everything, set_threads
+from shared_utils.run import cli, seed_everything, set_threads
 
 KS = (1, 5, 10, 20, 50)
 

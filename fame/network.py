@@ -12,7 +12,8 @@ from fame import augment
 from fame.backbone import ARCHS, build
 from fame.data import TestClips, VideoSet
 from shared_utils import UserError, checkpoint, evaluation
-from shared_utils.run import plain_errors, positive, worker_init
+from shared_utils.flags import positive
+from shared_utils.run import plain_errors, worker_init
 
 # Flags whose default is what a run of ours has stored in its checkpoint, and the value where there is none.
 STORED = {"arch": "I3D", "width": 16, "crop_size": 112, "frame_per_clip": 16, "stride": 2}

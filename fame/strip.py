@@ -13,7 +13,8 @@ from fame.fame import make_mask, merge, motion_and_colour, seed_map
 from fame.moco.builder import MoCo, ReleaseKeys
 from fame.train import get_parser as training_parser
 from shared_utils import tiles
-from shared_utils.run import Parser, cli, natural, set_threads
+from shared_utils.flags import Parser, natural
+from shared_utils.run import cli, set_threads
 
 COMMAND = "bash fame/run_pretrain.sh"
 SIDE = 80

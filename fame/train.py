@@ -21,7 +21,8 @@ from fame.moco.builder import QUEUE_ORDERS, MoCo, ReleaseKeys, contrast_rank, in
 from shared_utils import UserError, distributed
 from shared_utils.data import EpochSampler, Keyed, mix_key, sample_rng
 from shared_utils.evaluation import write_result
-from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
+from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils.run import Run, cli
 
 QUEUE = {"k400": 65536}  # K where --moco_k is not given; 2,048 for the others, as the release does for UCF101
 

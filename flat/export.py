@@ -13,7 +13,8 @@ from torch import Tensor
 from flat import save_features
 from flat.backbone import WIDTHS, Encoder
 from shared_utils.export import add_export_flags, check, write_backbone
-from shared_utils.run import Parser, cli, natural
+from shared_utils.flags import Parser, natural
+from shared_utils.run import cli
 
 BLOCKS = {"ResNet10": 1, "ResNet18": 2}  # of each of the four stages
 STEM = {"0": "conv1", "1": "bn1"}

@@ -21,7 +21,8 @@ from flat.options import get_parser as training_parser
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import ImageList
 from shared_utils.evaluation import collect
-from shared_utils.run import Parser, add_machine_flags, cli, natural, set_threads
+from shared_utils.flags import Parser, add_machine_flags, natural
+from shared_utils.run import cli, set_threads
 
 PROBE = 7  # seed of the transformations that a decoder is measured on: the same for every network
 OWN = ("model", "width", "image_size", "mean_std", "dataset", "data_dir", "method", "base_classes", "base_draw",

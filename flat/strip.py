@@ -18,7 +18,8 @@ from flat.options import build_model, family, has_decoder
 from flat.options import get_parser as training_parser
 from shared_utils import UserError, checkpoint, mini, tiles
 from shared_utils.data import mix_key
-from shared_utils.run import Parser, cli, natural, set_threads
+from shared_utils.flags import Parser, natural
+from shared_utils.run import cli, set_threads
 
 COMMAND = "bash flat/run_train.sh"
 

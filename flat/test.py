@@ -17,7 +17,8 @@ from flat.episodes import EpisodeDrawer
 from flat.methods.baselinefinetune import HEADS, predict
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.evaluation import write_result
-from shared_utils.run import Parser, add_machine_flags, cli, natural, positive, set_threads
+from shared_utils.flags import Parser, add_machine_flags, natural, positive
+from shared_utils.run import cli, set_threads
 
 # CloserLookFewShot: what a training method is tested with; prototypes are always printed too
 DEFAULT_HEAD = {"baseline": "finetune", "baseline++": "finetune_cosine", "cosine": "finetune_cosine"}

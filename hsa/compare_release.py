@@ -31,7 +31,8 @@ from hsa.arch import build
 from hsa.builder import CsMl
 from hsa.cutmix import draw_box, paste
 from shared_utils import compare, neighbours
-from shared_utils.run import Parser, cli, positive
+from shared_utils.flags import Parser, positive
+from shared_utils.run import cli
 
 URL = "https://github.com/haohang96/CSML"
 FILES = ("main_moco.py", "utils.py", "clustering.py", "moco/builder.py")

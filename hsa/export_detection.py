@@ -11,7 +11,8 @@ from hsa.arch import DEPTHS as ARCHS
 from hsa.arch import STEMS, build
 from shared_utils.evaluation import add_network_flags, load_backbone
 from shared_utils.export import add_export_flags, check, resnet_lines, write_backbone, write_detectron2
-from shared_utils.run import Parser, cli
+from shared_utils.flags import Parser
+from shared_utils.run import cli
 
 # Heads of both levels; level 3 may have a private stage.
 DROP = ("fc.*", "fc3.*", "stage3.*", "projection_head.*", "prototypes.*")

@@ -37,7 +37,8 @@ from shared_utils.evaluation import (
     unchanged,
     write_result,
 )
-from shared_utils.run import Parser, Run, add_run_flags, cli, ints, natural, not_negative, positive
+from shared_utils.flags import Parser, add_run_flags, ints, natural, not_negative, positive
+from shared_utils.run import Run, cli
 
 
 def get_parser() -> Parser:

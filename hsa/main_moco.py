@@ -23,8 +23,9 @@ from hsa.cutmix import draw_box, mix_shares
 from hsa.data import Neighbours, Views, small_crop, training_images
 from shared_utils import UserError, augment, distributed, mini
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
+from shared_utils.flags import Parser, add_run_flags, boolean, floats, ints, natural, not_negative, positive
 from shared_utils.neighbours import features
-from shared_utils.run import Parser, Run, add_run_flags, boolean, cli, floats, ints, natural, not_negative, positive
+from shared_utils.run import Run, cli
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -41,7 +41,8 @@ from shared_utils.evaluation import (
     topk,
     write_result,
 )
-from shared_utils.run import Parser, Run, add_run_flags, cli, not_negative, positive
+from shared_utils.flags import Parser, add_run_flags, not_negative, positive
+from shared_utils.run import Run, cli
 
 # [inferred] by share of labels: epochs, learning rate of the backbone, factor of the classifier's.
 DEFAULTS = {"1%": (60, 0.02, 100.0), "10%": (30, 0.01, 20.0)}

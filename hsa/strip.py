@@ -16,8 +16,9 @@ from hsa.data import Neighbours, training_images
 from hsa.main_moco import get_parser as training_parser
 from shared_utils import mini, tiles
 from shared_utils.augment import denormalise, plain
+from shared_utils.flags import Parser, natural
 from shared_utils.neighbours import features
-from shared_utils.run import Parser, cli, natural, seed_everything, set_threads
+from shared_utils.run import cli, seed_everything, set_threads
 
 COMMAND = "bash hsa/run_pretrain.sh"
 

@@ -11,7 +11,8 @@ from kscl.arch import DEPTHS as ARCHS
 from kscl.arch import STEMS, build
 from shared_utils.evaluation import add_network_flags, load_backbone
 from shared_utils.export import add_export_flags, check, resnet_lines, write_backbone, write_detectron2
-from shared_utils.run import Parser, cli
+from shared_utils.flags import Parser
+from shared_utils.run import cli
 
 DROP = ("fc.*", "projection_head.*", "prototypes.*")  # heads, of other methods too
 MEAN_STD = "MODEL.PIXEL_MEAN [123.675,116.280,103.530] MODEL.PIXEL_STD [58.395,57.120,57.375]"

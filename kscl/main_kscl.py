@@ -21,7 +21,8 @@ from kscl.losses import against_queue, kscl_loss
 from kscl.subspace import RANK_RULES, SIMILARITIES, RankRule, Subspaces
 from shared_utils import UserError, augment, checkpoint, distributed, mini
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
-from shared_utils.run import Parser, Run, add_run_flags, boolean, cli, ints, natural, not_negative, positive
+from shared_utils.flags import Parser, add_run_flags, boolean, ints, natural, not_negative, positive
+from shared_utils.run import Run, cli
 
 
 def get_parser() -> argparse.ArgumentParser:

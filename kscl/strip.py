@@ -13,7 +13,8 @@ from kscl.main_kscl import get_parser as training_parser
 from kscl.subspace import RankRule, own_match
 from shared_utils import augment, mini, tiles
 from shared_utils.data import Keyed
-from shared_utils.run import Parser, cli, natural, set_threads
+from shared_utils.flags import Parser, natural
+from shared_utils.run import cli, set_threads
 
 COMMAND = "bash kscl/run_pretrain.sh"
 

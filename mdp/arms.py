@@ -10,7 +10,8 @@ from pathlib import Path
 
 from shared_utils import UserError, checkpoint
 from shared_utils.arms import STATUS, cell, replace_rows, thinned, verdict
-from shared_utils.run import Parser, cli
+from shared_utils.flags import Parser
+from shared_utils.run import cli
 
 HERE = Path(__file__).resolve().parent
 ARMS = {

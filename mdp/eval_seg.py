@@ -30,7 +30,8 @@ from mdp.datasets import READERS, open_set
 from mdp.models import Encoder
 from shared_utils import UserError, checkpoint
 from shared_utils.data import load_image
-from shared_utils.run import Parser, cli, natural, plain, provenance, runs_root, set_threads
+from shared_utils.flags import Parser, natural, runs_root
+from shared_utils.run import cli, plain, provenance, set_threads
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from shared_utils import UserError, checkpoint
 from shared_utils.export import add_export_flags, check, write_safetensors
-from shared_utils.run import Parser, cli
+from shared_utils.flags import Parser
+from shared_utils.run import cli
 
 FORMATS = ("mmseg", "torchvision")
 

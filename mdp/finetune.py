@@ -29,7 +29,8 @@ from mdp.datasets import open_set
 from mdp.export_mmseg import load_pretrained
 from mdp.models import ARCHS, HEADS
 from shared_utils import UserError, checkpoint, distributed
-from shared_utils.run import RUNTIME_FLAGS, Parser, cli, natural, plain, positive, provenance, runs_root, set_threads
+from shared_utils.flags import Parser, natural, positive, runs_root
+from shared_utils.run import RUNTIME_FLAGS, cli, plain, provenance, set_threads
 
 CONFIGS = Path(__file__).parent / "mmseg_configs"
 MODEL_FLAGS = ("arch", "head", "base_channels", "head_channels", "dilations")

@@ -23,7 +23,8 @@ from mdp.transforms import TwoViews
 from mdp.visualize import batch_picture
 from shared_utils import UserError, checkpoint, distributed, mini
 from shared_utils.data import EpochSampler, Keyed, mix_key
-from shared_utils.run import Parser, Run, add_run_flags, cli, ints, natural, not_negative, positive
+from shared_utils.flags import Parser, add_run_flags, ints, natural, not_negative, positive
+from shared_utils.run import Run, cli
 
 
 def get_parser() -> argparse.ArgumentParser:

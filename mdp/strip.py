@@ -15,7 +15,8 @@ from mdp.eval_seg import load_encoder, nearest_prototype, val_split
 from mdp.main_pretrain import get_parser as training_parser
 from mdp.visualize import MEAN, STD
 from shared_utils import UserError, mini, tiles
-from shared_utils.run import Parser, cli, natural, set_threads
+from shared_utils.flags import Parser, natural
+from shared_utils.run import cli, set_threads
 
 COMMAND = "bash mdp/run_pretrain.sh"
 SIDE = 96

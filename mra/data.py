@@ -40,7 +40,7 @@ from shared_utils.data import (
     read_text,
 )
 from shared_utils.evaluation import ArrayImages, subset
-from shared_utils.run import natural, positive
+from shared_utils.flags import natural, positive
 
 SETS = ("folder", "cifar10", "cifar100", "stl10", "cub", "aircraft", "cars")
 STATS = {

@@ -18,7 +18,8 @@ from mra.mra import MRA, attention_scores, score_entropy
 from shared_utils import UserError, augment, distributed
 from shared_utils.data import EpochSampler, ImageList, mix_key, sample_rng
 from shared_utils.evaluation import same_buffers, stream, topk
-from shared_utils.run import Run, natural, not_negative, positive
+from shared_utils.flags import natural, not_negative, positive
+from shared_utils.run import Run
 
 MIXES = ("none", "mixup", "cutmix", "cutout")
 DRAWS, MIXING = 1, 2  # names of the streams of randomness of a seed

@@ -19,7 +19,8 @@ from mra.mra import MRA, add_mae_flags, attention_scores, load_mae, pixel_mask, 
 from shared_utils import UserError, distributed
 from shared_utils.data import ImageList
 from shared_utils.evaluation import subset, write_result
-from shared_utils.run import Parser, add_machine_flags, cli, natural, positive, set_threads
+from shared_utils.flags import Parser, add_machine_flags, natural, positive
+from shared_utils.run import cli, set_threads
 
 SHARES = [q / 10 for q in range(10)]
 INHERITED = ("data_path", "dataset", "synthetic", "input_size", "tests", "mean_std")

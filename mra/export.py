@@ -12,7 +12,8 @@ from mra import models_mae, nets
 from shared_utils import checkpoint
 from shared_utils.evaluation import stored_flags
 from shared_utils.export import add_export_flags, check, vit_lines, write_backbone
-from shared_utils.run import Parser, cli, positive
+from shared_utils.flags import Parser, positive
+from shared_utils.run import cli
 
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 

@@ -18,7 +18,8 @@ from mra.mra import MRA, add_mra_flags, build
 from shared_utils import UserError, distributed, mini
 from shared_utils.data import EpochSampler, ImageList, Keyed
 from shared_utils.evaluation import gather_rows, same_buffers, share, stream, write_result
-from shared_utils.run import Parser, Run, add_run_flags, at_least, cli, natural, not_negative, positive
+from shared_utils.flags import Parser, add_run_flags, at_least, natural, not_negative, positive
+from shared_utils.run import Run, cli
 
 
 def get_parser() -> Parser:

@@ -24,7 +24,8 @@ from mra.mra import add_mra_flags, build
 from shared_utils import UserError, augment, checkpoint, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key, sample_rng
 from shared_utils.evaluation import write_result
-from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
+from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils.run import Run, cli
 
 
 def get_parser() -> Parser:

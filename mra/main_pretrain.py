@@ -19,7 +19,8 @@ from mra.mra import pixel_mask
 from shared_utils import UserError, augment, checkpoint, distributed
 from shared_utils.data import EpochSampler, Keyed, mix_key
 from shared_utils.evaluation import write_result
-from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, plain, positive
+from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils.run import Run, cli, plain
 
 
 def get_parser() -> Parser:

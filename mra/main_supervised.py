@@ -15,7 +15,8 @@ from mra.mra import add_mra_flags, build
 from shared_utils import distributed
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.evaluation import write_result
-from shared_utils.run import Parser, Run, add_run_flags, cli, not_negative, positive
+from shared_utils.flags import Parser, add_run_flags, not_negative, positive
+from shared_utils.run import Run, cli
 
 # epochs, batch, lr, decay, milestones, weight decay: the community's recipes, the paper's own are not known
 PRESETS: dict[str, tuple[int, int, float, str, str, float]] = {

@@ -14,7 +14,8 @@ from mra.main_pretrain import get_parser as training_parser
 from mra.mra import add_mra_flags, build
 from mra.visualize import rows
 from shared_utils import UserError, tiles
-from shared_utils.run import Parser, cli, natural, set_threads
+from shared_utils.flags import Parser, natural
+from shared_utils.run import cli, set_threads
 
 COMMAND = "bash mra/run_pretrain.sh"
 

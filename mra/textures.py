@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from shared_utils import UserError, mini_draw
-from shared_utils.run import Parser, cli
+from shared_utils.flags import Parser
+from shared_utils.run import cli
 
 SHAPES = ("bar", "crescent", "cross", "disc", "ring", "square", "star", "triangle")
 FAMILIES = ("stripes", "checker", "dots", "rings", "clouds", "grain", "bricks", "waves")  # the shapes' own, in order

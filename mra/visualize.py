@@ -14,7 +14,8 @@ from mra import data
 from mra.mra import MRA, Parts, add_mra_flags, build, pixel_mask
 from shared_utils import UserError, augment, distributed
 from shared_utils.data import flat_folder
-from shared_utils.run import Parser, add_machine_flags, cli, natural, positive, set_threads
+from shared_utils.flags import Parser, add_machine_flags, natural, positive
+from shared_utils.run import cli, set_threads
 
 
 def get_parser() -> Parser:

@@ -15,7 +15,8 @@ from sage.options import backbone
 from shared_utils import UserError, checkpoint
 from shared_utils.evaluation import add_network_flags
 from shared_utils.export import add_export_flags, check, resnet_lines, write_backbone, write_detectron2
-from shared_utils.run import Parser, cli
+from shared_utils.flags import Parser
+from shared_utils.run import cli
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -16,7 +16,8 @@ from sage.options import backbone
 from shared_utils import UserError, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed
 from shared_utils.evaluation import same_buffers, stream, topk, write_result
-from shared_utils.run import Run, floats, not_negative, positive
+from shared_utils.flags import floats, not_negative, positive
+from shared_utils.run import Run
 
 
 def add_finetune_flags(p: argparse.ArgumentParser, **defaults: Any) -> None:

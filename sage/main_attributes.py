@@ -23,17 +23,9 @@ from sage.options import add_flags, backbone
 from shared_utils import UserError, distributed
 from shared_utils.data import mix_key
 from shared_utils.evaluation import check_cache, collect, freeze, write_result
+from shared_utils.flags import Parser, add_machine_flags, at_least, natural, not_negative, positive
 from shared_utils.neighbours import knn_accuracy
-from shared_utils.run import (
-    Parser,
-    add_machine_flags,
-    at_least,
-    cli,
-    natural,
-    not_negative,
-    positive,
-    set_threads,
-)
+from shared_utils.run import cli, set_threads
 
 
 def get_parser() -> Parser:

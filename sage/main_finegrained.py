@@ -10,7 +10,8 @@ from sage.finegrained import READERS, open_images
 from sage.finetune import add_finetune_flags, check_flags, grid
 from sage.options import add_flags
 from shared_utils import UserError, distributed
-from shared_utils.run import Parser, add_run_flags, cli
+from shared_utils.flags import Parser, add_run_flags
+from shared_utils.run import cli
 
 
 def get_parser() -> Parser:

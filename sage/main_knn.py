@@ -16,8 +16,9 @@ from sage.options import add_flags, backbone
 from shared_utils import distributed
 from shared_utils.data import ImageList
 from shared_utils.evaluation import freeze, write_result
+from shared_utils.flags import Parser, add_machine_flags, positive
 from shared_utils.neighbours import features, knn_accuracy
-from shared_utils.run import Parser, add_machine_flags, cli, positive, set_threads
+from shared_utils.run import cli, set_threads
 
 
 def get_parser() -> Parser:

@@ -20,7 +20,8 @@ from sage.options import add_flags, backbone
 from shared_utils import UserError, distributed
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.evaluation import check_cache, collect, freeze, topk, unchanged, write_result
-from shared_utils.run import Parser, Run, add_run_flags, cli, ints, not_negative, positive
+from shared_utils.flags import Parser, add_run_flags, ints, not_negative, positive
+from shared_utils.run import Run, cli
 
 
 def get_parser() -> Parser:

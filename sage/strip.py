@@ -16,7 +16,8 @@ from sage.gallery import Gallery
 from sage.train import get_parser as training_parser
 from shared_utils import UserError, checkpoint, mini, tiles
 from shared_utils.data import Keyed
-from shared_utils.run import Parser, cli, positive, set_threads
+from shared_utils.flags import Parser, positive
+from shared_utils.run import cli, set_threads
 
 COMMAND = "bash sage/run_evaluator.sh && bash sage/run_pretrain.sh"
 SIDE = 64

@@ -28,7 +28,8 @@ from sage.losses import WEIGHTS
 from sage.schedule import learning_rate, target_momentum
 from shared_utils import UserError, checkpoint, distributed, mini
 from shared_utils.data import EpochSampler, Keyed
-from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
+from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils.run import Run, cli
 
 MODES = {"sage": list(WEIGHTS), "pixel": ["w_pix"], "byol": []}  # terms that have a weight
 

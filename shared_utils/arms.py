@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from shared_utils import UserError, checkpoint
-from shared_utils.run import Parser
+from shared_utils.flags import Parser
 
 STATUS = {
     "above": "effect shown at small scale",

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from shared_utils import UserError
-from shared_utils.run import natural
+from shared_utils.flags import natural
 
 
 class Row(NamedTuple):

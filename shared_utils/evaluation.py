@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Subset
 
 from shared_utils import UserError, checkpoint, distributed, mini
 from shared_utils.data import ImageList, image_folder, list_file, mix_key, per_class
-from shared_utils.run import natural, plain_errors, positive, worker_init
+from shared_utils.flags import natural, positive
+from shared_utils.run import plain_errors, worker_init
 
 SETS = ("folder", "cifar10", "cifar100")
 

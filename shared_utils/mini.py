@@ -28,7 +28,8 @@ import numpy as np
 from PIL import Image
 
 from shared_utils import UserError, mini_draw
-from shared_utils.run import Parser, cli
+from shared_utils.flags import Parser
+from shared_utils.run import cli
 
 ROOT = Path("data/mini")
 STAMP = "mini.stamp"

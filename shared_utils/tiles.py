@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from shared_utils import UserError, checkpoint
-from shared_utils.run import Parser, runs_root
+from shared_utils.flags import Parser, runs_root
 
 WIDTH = 900  # pixels of a strip at most
 GREEN, RED, GREY, BLUE = (30, 150, 60), (205, 50, 45), (170, 170, 170), (40, 95, 190)

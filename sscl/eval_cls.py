@@ -26,7 +26,8 @@ from shared_utils.evaluation import (
     topk,
     write_result,
 )
-from shared_utils.run import Parser, add_machine_flags, cli, positive, set_threads
+from shared_utils.flags import Parser, add_machine_flags, positive
+from shared_utils.run import cli, set_threads
 from sscl.calibration import Alignment, calibrate, equal_coverage, log_similarity
 from sscl.data import training_images
 from sscl.main import labelled_images

@@ -17,8 +17,9 @@ from shared_utils import UserError, distributed, mini
 from shared_utils.augment import plain
 from shared_utils.data import ImageList, image_folder
 from shared_utils.evaluation import add_data_flags, check_cache, freeze, open_splits, write_result
+from shared_utils.flags import Parser, add_machine_flags, natural, positive
 from shared_utils.neighbours import features, knn_accuracy, neighbours, purity
-from shared_utils.run import Parser, add_machine_flags, cli, natural, positive, set_threads
+from shared_utils.run import cli, set_threads
 from sscl.fewshot import episodes, k_shot, logistic
 from sscl.weights import add_network_flags, load_encoder
 

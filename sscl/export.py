@@ -7,7 +7,8 @@ file of tensors alone. Both heads stay behind.
 import argparse
 
 from shared_utils.export import add_export_flags, check, resnet_lines, write_backbone
-from shared_utils.run import Parser, cli
+from shared_utils.flags import Parser
+from shared_utils.run import cli
 from sscl.weights import add_network_flags, load_encoder
 
 

@@ -17,7 +17,8 @@ from shared_utils import UserError, distributed
 from shared_utils.augment import plain
 from shared_utils.data import EpochSampler, ImageList, Keyed
 from shared_utils.evaluation import add_data_flags, open_splits, same_buffers, share, stream, subset, topk, write_result
-from shared_utils.run import Parser, Run, add_run_flags, cli, natural, not_negative, positive
+from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils.run import Run, cli
 from sscl.data import augmentations
 from sscl.main import labelled_images
 from sscl.weights import add_network_flags, load_encoder

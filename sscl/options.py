@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from shared_utils import UserError
-from shared_utils.run import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
 from sscl import arch, calibration, losses, prototypes
 from sscl.weights import default_width
 

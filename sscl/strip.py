@@ -7,7 +7,8 @@ import torch
 
 from shared_utils import UserError, augment, mini, tiles
 from shared_utils.data import Keyed
-from shared_utils.run import Parser, cli, natural, set_threads
+from shared_utils.flags import Parser, natural
+from shared_utils.run import cli, set_threads
 from shared_utils.tiles import BLUE, GREEN, GREY
 from sscl import losses
 from sscl.arch import Encoder, build

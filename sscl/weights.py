@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shared_utils import UserError, checkpoint
 from shared_utils.evaluation import stored_flags
-from shared_utils.run import positive
+from shared_utils.flags import positive
 from sscl.arch import ARCHS, STEMS, Encoder, build
 
 MOCO_HEAD = {f"fc.{layer}.{kind}": f"proj.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}

@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from shared_utils import UserError  # noqa: E402
-from shared_utils.run import Parser, cli, positive  # noqa: E402
+from shared_utils.flags import Parser, positive  # noqa: E402
+from shared_utils.run import cli  # noqa: E402
 
 FUNCTIONS = ("floor", "step", "method", "release")
 KEYS: dict[str, Any] = {"name": str, "note": str, "floor_scale": (int, float)}

@@ -161,7 +161,7 @@ def read_flat(root: Path, name: str) -> str:
 
 def read_probe(root: Path) -> str:
     from shared_utils import evaluation
-    from shared_utils.run import Parser
+    from shared_utils.flags import Parser
 
     parser = Parser()
     evaluation.add_data_flags(parser)

@@ -24,7 +24,7 @@ from fame.data import (
 )
 from shared_utils import UserError, mini, mini_draw
 from shared_utils.data import Keyed
-from shared_utils.run import Parser
+from shared_utils.flags import Parser
 from shared_utils.video import Video
 
 

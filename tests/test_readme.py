@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shared_utils.run import runs_root
+from shared_utils.flags import runs_root
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/results.csv"))

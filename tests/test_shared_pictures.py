@@ -13,8 +13,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shared_utils import UserError, checkpoint, tiles
+from shared_utils.flags import Parser, add_run_flags
 from shared_utils.results import PAPERS
-from shared_utils.run import Parser, Run, add_run_flags, card
+from shared_utils.run import Run, card
 
 FOLDERS = [paper.folder for paper in PAPERS]
 ROOT = Path(__file__).resolve().parent.parent

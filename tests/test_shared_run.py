@@ -11,7 +11,8 @@ import torch
 
 from shared_utils import UserError, checkpoint
 from shared_utils.data import EpochSampler, Keyed
-from shared_utils.run import Parser, Run, add_run_flags
+from shared_utils.flags import Parser, add_run_flags
+from shared_utils.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,7 +23,8 @@ import os, sys
 import torch
 from torch import nn
 from shared_utils.data import EpochSampler, Keyed
-from shared_utils.run import Parser, Run, add_run_flags
+from shared_utils.flags import Parser, add_run_flags
+from shared_utils.run import Run
 
 class Wrapped:
     def __init__(self, model): self.model = model
@@ -112,7 +114,8 @@ def test_an_evaluation_is_written_whatever_step_it_falls_on(tmp_path: Path) -> N
 FULL = """
 import torch
 from shared_utils.data import EpochSampler, Keyed
-from shared_utils.run import Parser, Run, add_run_flags, cli
+from shared_utils.flags import Parser, add_run_flags
+from shared_utils.run import Run, cli
 
 def main(_):
     p = Parser()

@@ -20,8 +20,8 @@ import yaml
 from packaging.requirements import Requirement
 
 from shared_utils import UserError
+from shared_utils.flags import Parser, at_least, boolean, ints, not_negative, positive, spellings
 from shared_utils.results import BEGIN, END, PAPERS
-from shared_utils.run import Parser, at_least, boolean, ints, not_negative, positive, spellings
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [paper.folder for paper in PAPERS]
@@ -442,7 +442,7 @@ COMMON = {
 def flag_problems(parser: argparse.ArgumentParser) -> list[str]:
     """Flags of an entry point that take any whole number, also one that makes no sense."""
     if not isinstance(parser, Parser):
-        return [f"{type(parser).__name__} is not the Parser of shared_utils.run"]
+        return [f"{type(parser).__name__} is not the Parser of shared_utils.flags"]
     bare = [action.dest for action in parser._actions if action.type is int and not action.choices]
     return [f"--{name} is of type int; give it a range: positive, natural, at_least(n)" for name in bare]
 
@@ -466,7 +466,7 @@ def test_parsers_without_ranges_are_found() -> None:
     parser.add_argument("--bit", type=int, choices=[0, 1])
     parser.add_argument("--batch_size", type=at_least(2))
     assert flag_problems(parser) == ["--epochs is of type int; give it a range: positive, natural, at_least(n)"]
-    assert flag_problems(argparse.ArgumentParser()) == ["ArgumentParser is not the Parser of shared_utils.run"]
+    assert flag_problems(argparse.ArgumentParser()) == ["ArgumentParser is not the Parser of shared_utils.flags"]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from shared_utils import compare
-from shared_utils.run import Parser, cli, positive
+from shared_utils.flags import Parser, positive
+from shared_utils.run import cli
 from uvos_dino import clustering, losses, metrics
 from uvos_dino.attention import Block
 from uvos_dino.model_cluster import AttEncoder

@@ -14,20 +14,9 @@ import torch
 from PIL import Image
 
 from shared_utils import UserError, checkpoint, mini
+from shared_utils.flags import Parser, add_machine_flags, at_least, boolean, not_negative, positive, runs_root
 from shared_utils.mini import davis_palette
-from shared_utils.run import (
-    Parser,
-    add_machine_flags,
-    at_least,
-    boolean,
-    cli,
-    not_negative,
-    plain,
-    positive,
-    provenance,
-    runs_root,
-    set_threads,
-)
+from shared_utils.run import cli, plain, provenance, set_threads
 from uvos_dino import evaluate, metrics
 from uvos_dino.data import LAYOUTS, NORMS, Video, open_videos, read_mask, read_video
 from uvos_dino.inference import load_model, segment

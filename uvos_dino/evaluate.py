@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from shared_utils import UserError, checkpoint, mini
-from shared_utils.run import Parser, cli, natural
+from shared_utils.flags import Parser, natural
+from shared_utils.run import cli
 from uvos_dino import metrics
 from uvos_dino.data import LAYOUTS, Video, by_frame, open_videos, read_mask
 

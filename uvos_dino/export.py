@@ -8,7 +8,8 @@ import argparse
 
 from shared_utils import checkpoint
 from shared_utils.export import add_export_flags, check, vit_lines, write_safetensors
-from shared_utils.run import Parser, cli
+from shared_utils.flags import Parser
+from shared_utils.run import cli
 from uvos_dino.inference import load_model
 from uvos_dino.vision_transformer import for_weights
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from shared_utils import checkpoint, mini
-from shared_utils.run import Parser, cli, positive, runs_root
+from shared_utils.flags import Parser, positive, runs_root
+from shared_utils.run import cli
 from uvos_dino import evaluate
 from uvos_dino.data import open_videos
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from shared_utils import UserError, mini, tiles
-from shared_utils.run import Parser, cli, positive, set_threads
+from shared_utils.flags import Parser, positive
+from shared_utils.run import cli, set_threads
 from uvos_dino import metrics
 from uvos_dino.data import open_videos, read_mask, read_video
 from uvos_dino.inference import load_model, segment
@@ -31,8 +32,8 @@ def get_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    if args.ratio < 1 or not args.tau > 0:
-        raise UserError("--ratio must be at least 1 and --tau above 0")
+    if not args.tau > 0:
+        raise UserError(f"--tau {args.tau}: must be above 0")
     _, flags = tiles.open_run(args.pretrained, training_parser(), COMMAND)
     device = torch.device("cpu")
     set_threads(0, 0, device)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from shared_utils import UserError, checkpoint, distributed, mini
 from shared_utils.data import EpochSampler, Keyed, mix_key, read_text
-from shared_utils.run import Parser, Run, add_run_flags, boolean, cli, natural, not_negative, positive
+from shared_utils.flags import Parser, add_run_flags, boolean, natural, not_negative, positive
+from shared_utils.run import Run, cli
 from uvos_dino import losses, metrics, vision_transformer
 from uvos_dino.data import LAYOUTS, ClipAugment, Clips, Video, open_videos, read_mask, read_video, training_videos
 from uvos_dino.inference import segment

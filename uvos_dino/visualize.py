@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from shared_utils import UserError, mini
+from shared_utils.flags import Parser, positive, runs_root
 from shared_utils.mini import davis_palette
-from shared_utils.run import Parser, cli, positive, runs_root
+from shared_utils.run import cli
 from uvos_dino import clustering, metrics
 from uvos_dino.data import LAYOUTS, NORMS, normalise, open_videos, read_video
 from uvos_dino.eval_oneshot import chosen_device
