@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import platform
 import random
+import select
 import shlex
 import signal
 import subprocess
@@ -71,6 +72,13 @@ def cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1 if isinstance(error, Diverged) else 2
+    except BrokenPipeError:
+        stdout = select.poll()
+        stdout.register(sys.stdout.fileno(), 0)
+        if not stdout.poll(0):  # another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its reader has gone (`| head`)
+        code = 128 + signal.SIGPIPE
     except OSError as error:  # logs, pictures and results are small, and any of them may be what no longer fits
         if error.errno not in FULL:
             raise

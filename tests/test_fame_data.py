@@ -22,10 +22,10 @@ from fame.data import (
     open_videos,
     windows,
 )
+from fame.video import Video
 from shared_utils import UserError, mini, mini_draw
 from shared_utils.data import Keyed
 from shared_utils.flags import Parser
-from shared_utils.video import Video
 
 
 def folder(path: Path, count: int = 3, size: tuple[int, int] = (40, 36)) -> Path:

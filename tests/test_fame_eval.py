@@ -19,8 +19,8 @@ from fame.data import VideoSet
 from fame.eval import Classifier, accuracy, main
 from fame.main_retrieve import recall, video_feature
 from fame.network import outputs, resolve
+from fame.video import Video
 from shared_utils import UserError, checkpoint
-from shared_utils.video import Video
 
 ROOT = Path(__file__).resolve().parents[1]
 NET = "-a tiny --width 2 -cs 32 -fpc 4 --stride 1 --cache --workers 0 --threads 1".split()

@@ -163,3 +163,15 @@ def test_leftovers_of_a_killed_run_are_removed_and_a_damaged_checkpoint_has_a_cu
     with pytest.raises(UserError, match="checkpoint.pth: not a readable .*, or start anew with --overwrite"):
         start()
     start("--overwrite").close()
+
+
+def test_a_reader_that_has_gone_is_no_traceback() -> None:
+    script = "from shared_utils.run import cli\ncli(lambda _: print('x' * 1000000))"
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(
+        [sys.executable, "-c", script], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert started.stdout is not None and started.stderr is not None
+    started.stdout.close()
+    assert (started.stderr.read(), started.wait()) == (b"", 141)
+    started.stderr.close()

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared_utils import UserError, video
-from shared_utils.video import BadVideo, inspect, natural, read, scan
+from fame import video
+from fame.video import BadVideo, inspect, natural, read, scan
+from shared_utils import UserError
 
 av = pytest.importorskip("av")
 
