@@ -145,4 +145,7 @@ launch=("$PYTHON")
 if [ "${GPUS:-1}" -gt 1 ] || [ -n "${PET_NNODES:-}" ]; then
   launch+=(-m torch.distributed.run --nproc-per-node "${GPUS:-1}")
   if [ -z "${PET_NNODES:-}" ]; then launch+=(--standalone); fi
+  # After a worker was lost, processes meet in a new store. In the agents' own one they look below the number of their
+  # agent's failures, which differs between nodes that saw the loss and nodes that were told of it: they wait for ever.
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi

@@ -29,6 +29,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -62,6 +63,25 @@ def _thread_died(what: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(what)
 
 
+def _say(error: Exception) -> tuple[int, bool]:
+    """What ended an entry point, on stderr; its exit code, and whether nothing more can be written."""
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, Diverged) else 2, False
+    if isinstance(error, BrokenPipeError):
+        stdout = select.poll()
+        stdout.register(sys.stdout.fileno(), 0)
+        if stdout.poll(0):  # its reader has gone (`| head`)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE, True
+    if isinstance(error, OSError) and error.errno in FULL:  # logs and pictures are small: any may be what does not fit
+        where = error.filename or ", ".join(str(run.dir) for run in _open_runs) or "the output folder"
+        print(f"error: {where}: {error.strerror}; free space, then the same command goes on", file=sys.stderr)
+        return 2, True
+    traceback.print_exception(error)
+    return 1, False
+
+
 def cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
     """Run an entry point; a UserError becomes one line on stderr and exit code 2 (diverged: 1); a full disk too."""
     at_once, threading.excepthook = False, _thread_died
@@ -69,27 +89,13 @@ def cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code: Any = main(None) or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1 if isinstance(error, Diverged) else 2
-    except BrokenPipeError:
-        stdout = select.poll()
-        stdout.register(sys.stdout.fileno(), 0)
-        if not stdout.poll(0):  # another pipe
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its reader has gone (`| head`)
-        code = 128 + signal.SIGPIPE
-    except OSError as error:  # logs, pictures and results are small, and any of them may be what no longer fits
-        if error.errno not in FULL:
-            raise
-        where = error.filename or ", ".join(str(run.dir) for run in _open_runs) or "the output folder"
-        print(f"error: {where}: {error.strerror}; free space, then the same command goes on", file=sys.stderr)
-        code, at_once = 2, True
     except SystemExit as stop:
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    if code == 0 or code > 128:  # all processes are here; after an error the others may be waiting for this one
+    except Exception as error:
+        code, at_once = _say(error)
+    if (code == 0 or code > 128) and not at_once:  # all processes are here; after an error others may wait for this one
         distributed.leave()
     for run in list(_open_runs):
         with contextlib.suppress(OSError):  # what is left of tensorboard's file, on a full disk
@@ -98,6 +104,7 @@ def cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
     sys.stderr.flush()
     # An orderly exit would wait for data workers that a traceback still holds, and for other processes that wait for
     # this one, and would try once more to write what did not fit. At once, then: workers go when their parent has gone.
+    # So torchrun also learns soon that a process has failed because another one has gone.
     if at_once or distributed.world() > 1 or multiprocessing.active_children():
         os._exit(code)
     sys.exit(code)
