@@ -133,10 +133,7 @@ def list_hmdb51(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
         raise UserError(f"{lost[0]}: {folder} has no folder of this class; restore it, or remove the list")
     for name in classes:
         file = lists / f"{name}{end}"
-        rows = [line.split() for line in read_text(file, LAYOUTS["hmdb51"]).splitlines()]
-        if not any(rows):
-            raise UserError(f"{file}: the list is empty; restore it")
-        for words in rows:
+        for words in map(str.split, read_text(file, LAYOUTS["hmdb51"]).splitlines()):
             if words and words[1:] == ["1" if train else "2"]:  # 0: in neither
                 found.append((_stored(folder / name / words[0]), name, f"{name}/{words[0]}"))
     return found, classes

@@ -19,7 +19,7 @@ from shared_utils import UserError, checkpoint
 from shared_utils.data import EXTENSIONS, load_image
 
 SUFFIXES = {".avi", ".mp4", ".mkv", ".webm", ".mov", ".mpg", ".mpeg", ".m4v"}
-INDEX_VERSION = 2  # of what `scan` keeps; 1 counted frames that an edit list cuts off
+INDEX_VERSION = 3  # of what `scan` keeps; 1 counted frames that an edit list cuts off, 2 did not look for cut files
 
 
 class BadVideo(UserError):
@@ -67,7 +67,9 @@ def _open(path: Path) -> Any:
 
 
 def inspect(path: Path) -> Video:
-    """Count the frames of one video, from its packets alone: nothing is decoded. BadVideo: unreadable or empty."""
+    """Count the frames of one video, from its packets alone: nothing is decoded. BadVideo: unreadable, empty, or
+    shorter by a tenth than its header says, as an .avi is that was cut (a header may count a few frames too many).
+    """
     if path.is_dir():
         names = [entry.name for entry in os.scandir(path) if Path(entry.name).suffix.lower() in EXTENSIONS]
         if not names:
@@ -77,15 +79,20 @@ def inspect(path: Path) -> Video:
     import av
 
     times: list[int | None] = []
+    stored = 0
     with import_error_first as container:
+        said = container.streams.video[0].frames  # 0: it does not say
         try:
             for packet in container.demux(video=0):
+                stored += bool(packet.size)
                 if packet.size and not packet.is_discard:  # an edit list may cut frames off that are stored
                     times.append(packet.pts if packet.pts is not None else packet.dts)
         except (OSError, ValueError, av.error.FFmpegError) as error:
             raise BadVideo(f"{path}: damaged ({' '.join(str(error).split())[:80]})") from None
     if not times:
         raise BadVideo(f"{path}: holds no frames")
+    if stored < 0.9 * said:
+        raise BadVideo(f"{path}: ends after {stored} of the {said} frames that its header names; copy it again")
     known = [t for t in times if t is not None]
     unique = len(set(known)) == len(times)
     return Video(path, len(times), np.sort(np.array(known, np.int64)) if unique else None)

@@ -116,7 +116,9 @@ def _lists(tree: Path, split: str, *, name: str, lists: str, labels: Sequence[st
     pairs = []
     for stem in _stems(file, name):
         if stem not in images:
-            raise UserError(f"{name}: {file} names {stem}, but {tree / 'JPEGImages' / stem}.jpg does not exist")
+            raise UserError(
+                f"{name}: {file} names {stem}, but {tree / 'JPEGImages' / stem}.jpg does not exist; restore it"
+            )
         label = next((found[stem] for found in maps if stem in found), None)
         if label is None:
             where = " or ".join(str(tree / folder / stem) + ".png" for folder in labels)

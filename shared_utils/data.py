@@ -69,15 +69,18 @@ def is_archive(path: Path) -> bool:
 
 
 def read_text(file: str | os.PathLike, expected: str = "a list") -> str:
-    """The text of a list or table, UTF-8. UserError: missing, a folder, or not text."""
+    """The text of a list or table, UTF-8. UserError: missing, a folder, not text, or nothing in it."""
     try:
-        return Path(file).read_text(encoding="utf-8-sig")
+        text = Path(file).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; expected {expected}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start}); expected {expected}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); expected {expected}") from None
+    if not text.strip():
+        raise UserError(f"{file}: the list is empty; expected {expected}")
+    return text
 
 
 def read_mat(file: Path, expected: str) -> dict[str, Any]:
@@ -96,7 +99,8 @@ def read_mat(file: Path, expected: str) -> dict[str, Any]:
 def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """`root` and every folder below it, with the names of their files; links are followed.
 
-    UserError: a link that leads nowhere, or to a folder that it is in.
+    UserError: a link that leads nowhere or to a folder that it is in, a folder with nothing in it, and a file that may
+    have been one: an archive, or one without any suffix.
     """
     for name, folders, files in os.walk(root, followlinks=True):
         folder = Path(name)
@@ -108,6 +112,10 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
                 target = os.path.realpath(link)
                 if not link.exists() or any(Path(part).is_relative_to(target) for part in above):
                     raise UserError(f"{link}: a link that leads nowhere or to a folder it is in; remove or mend it")
+        odd = [entry for entry in others if entry[0] != "." and Path(entry).suffix.lower() in ("", *ARCHIVES)]
+        if odd or (folder != root and not folders and not files):
+            what = f"{folder / odd[0]}: a file" if odd else f"{folder}: nothing"
+            raise UserError(f"{what} where folders of images are; unpack it, move or remove it")
         yield folder, files
 
 
@@ -224,8 +232,6 @@ def list_file(file: str | os.PathLike, root: str | os.PathLike, transform: Calla
     what = "a list of images, `CLASS/image.jpg` or `image.jpg LABEL` a line"
     lines = read_text(file, what).splitlines()
     rows = [row for row in csv.reader(lines, delimiter=" ", skipinitialspace=True) if row and row[0]]
-    if not rows:
-        raise UserError(f"{file}: the list is empty; expected {what}")
     if all(len(row) == 1 for row in rows):
         classes = subfolders(need_folder(root, f"expected {root}/CLASS/*.jpg"))
         index = {name: y for y, name in enumerate(classes)}

@@ -139,7 +139,7 @@ def killed(it: Folder, out: Path) -> str:
     it.stop(run)
     at = log(out)[-1][0]
     run = it.start(out)
-    it.until(run, lambda: any(out.glob(".checkpoint.pth.*.tmp")), 0.0)
+    it.until(run, (out / f".checkpoint.pth.{run.pid}.tmp").exists, 0.0)
     if "resumed: " not in it.stop(run):
         raise Failed("it did not go on from its checkpoint")
     return f"while starting, in step {at + 1}, in a write"
@@ -182,7 +182,7 @@ def small_disk(size: int) -> Iterator[Path | None]:
             yield Path(folder) if mounted else None
         finally:
             if mounted:
-                subprocess.run(["umount", folder], check=True)
+                subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def truncated(it: Folder) -> str:

@@ -45,7 +45,7 @@ PRETRAININGS = {
         (f"run_evaluator.sh {IMAGES} --imgs_per_gpu 16 --total_epochs 1",),
         "--stem_bn sync", "--stem_bn sync --imgs_per_gpu 8", "--stem_bn sync",
     ),
-    "fame": Short("run_pretrain.sh", "--per_class 6 -b 12 --moco_k 96 --epochs 3", (), "", "--bn_splits 1"),
+    "fame": Short("run_pretrain.sh", "--per_class 6 -b 12 --moco_k 96 --epochs 5", (), "", "--bn_splits 1"),
     "bingo": Short(
         "run_pretrain.sh", f"{MOCO} 2 --warmup_epochs 1", (f"run_teacher.sh {MOCO} 1", f"run_knn.sh {IMAGES}"),
         "--bn_splits 2",

@@ -153,7 +153,7 @@ def test_fight_clips_are_split_by_source(tmp_path):
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
-        ("", "a table with a column `path` or `clip` is expected"),
+        ("", "clips.csv: the list is empty"),
         ("name,class,source_video\na,fight,1\n", "a table with a column `path` or `clip` is expected"),
         ("clip,class\na,fight\n", "a needs a class and a source_video"),
         ("clip,class,source_video\na,fight,first\n", "a needs a class and a source_video"),

@@ -181,3 +181,10 @@ def test_without_pyav_the_cure_is_named(avi, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match="pip install av, or give folders of frames"):
         scan([avi])
+
+
+def test_a_file_that_was_cut_is_named(tmp_path, avi):
+    cut = tmp_path / "cut.avi"
+    cut.write_bytes(avi.read_bytes()[: avi.stat().st_size // 2])
+    with pytest.raises(video.BadVideo, match=r"cut.avi: ends after \d+ of the 30 frames that its header names; copy"):
+        inspect(cut)

@@ -258,7 +258,7 @@ def test_empty_split(tmp_path):
     assert "'train' is empty" in message and READERS["ade"].layout in message
     write_tree("voc", tmp_path)
     write_list(tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt", [])
-    assert "'train' is empty" in refusal("voc", tmp_path)
+    assert "trainaug.txt: the list is empty" in refusal("voc", tmp_path)
     (tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt").unlink()
     assert "trainaug.txt is missing" in refusal("voc", tmp_path)
 

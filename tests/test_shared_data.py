@@ -46,8 +46,14 @@ def test_bad_folders_are_named(tmp_path):
     (tmp_path / "empty_class").mkdir()
     with pytest.raises(UserError, match="empty_class: no image"):
         image_folder(tmp_path)
-    write(tmp_path / ".hidden.png")
-    with pytest.raises(UserError, match="no image"):
+    write(tmp_path / "hidden" / ".hidden.png")
+    with pytest.raises(UserError, match="hidden: no image"):
+        list_images(tmp_path / "hidden")
+    with pytest.raises(UserError, match="empty_class: nothing where folders of images are"):
+        list_images(tmp_path)
+    (tmp_path / "empty_class").rmdir()
+    (tmp_path / "class.tar").write_bytes(b"x")
+    with pytest.raises(UserError, match="class.tar: a file where folders of images are; unpack it"):
         list_images(tmp_path)
 
 

@@ -312,6 +312,16 @@ def test_bad_input_is_one_line(davis: Path, weights: Path, tmp_path: Path, more:
         eval_oneshot.main(flags(davis, weights, tmp_path / "out", *more))
 
 
+def test_an_annotation_without_its_frame_is_named(davis: Path, tmp_path: Path) -> None:
+    shutil.copytree(davis, tmp_path / "davis")
+    frame = min((tmp_path / "davis/JPEGImages/480p").glob("*/*.jpg"))
+    name = frame.parent.name
+    frame.unlink()
+    mask = f"{name}/{frame.stem}.png"
+    with pytest.raises(UserError, match=f"{mask}: an annotation of no frame in .*{name} .*; restore the frame"):
+        data.open_videos("DAVIS2017", tmp_path / "davis", "val", [name])
+
+
 def test_checkpoints_of_others(weights: Path, tmp_path: Path) -> None:
     saved = checkpoint.load(weights)
     model, said, minutes = load_model(weights)

@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from shared_utils import UserError
 from shared_utils.augment import MEAN, STD
-from shared_utils.data import ARCHIVES, load_image, mix_key, read_text, subfolders, walk
+from shared_utils.data import load_image, mix_key, read_text, subfolders, walk
 
 NORMS = {
     "imagenet": (MEAN, STD),
@@ -93,7 +93,12 @@ def open_videos(dataset: str, root: Path, split: str, only: Sequence[str] = ()) 
         frames = _files(frames_in / name, layout.frame)
         if not frames:
             raise UserError(f"{frames_in / name}: no frames; expected 00000.jpg, 00001.jpg, ...")
-        masks, _ = by_frame(_files(masks_in / name, layout.mask), frames)
+        masks, others = by_frame(_files(masks_in / name, layout.mask), frames)
+        if others:
+            raise UserError(
+                f"{others[0]}: an annotation of no frame in {frames_in / name} (or a second one of its frame); restore "
+                "the frame, or remove the annotation"
+            )
         if not masks:
             raise UserError(
                 f"{masks_in / name}: no annotation of a frame in {frames_in / name}; expected 00000.png, ..."
@@ -133,14 +138,8 @@ def training_videos(root: Path) -> list[list[Path]]:
 
     UserError when there is none.
     """
-    folders = []
-    for folder, names in walk(root) if root.is_dir() else []:
-        folders.append(folder)
-        odd = [folder / name for name in names if name[0] != "." and Path(name).suffix.lower() in ("", *ARCHIVES)]
-        if odd or (folder != root and not any(folder.iterdir())):
-            what = f"{odd[0]}: a file" if odd else f"{folder}: nothing"
-            raise UserError(f"{what} where folders of frames are; unpack it, move or remove it")
-    videos = [frames for folder in sorted(folders) if (frames := _files(folder, r".*\.(jpg|jpeg)"))]
+    folders = sorted(folder for folder, _ in walk(root)) if root.is_dir() else []
+    videos = [frames for folder in folders if (frames := _files(folder, r".*\.(jpg|jpeg)"))]
     if not videos:
         raise UserError(f"{root}: no folder of *.jpg frames here; expected VIDEO/00000.jpg, ... (--data_dir)")
     return videos
