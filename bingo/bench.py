@@ -67,8 +67,6 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
         return run
 
     note = f"{B} anchors of {S}, student resnet18, queue {K} x {D}" + ("" if cuda else f"; floor: {few} x {B // few}")
+    common = {"floor_scale": B / few, "items": B, "note": note}
     both = {name: model(name) for name in ("resnet50", "resnet50w2")}
-    return [
-        {"name": f"teacher {name}", "floor": floor(m), "method": method(m), "floor_scale": B / few, "note": note}
-        for name, m in both.items()
-    ]
+    return [{"name": f"teacher {name}", "floor": floor(m), "method": method(m), **common} for name, m in both.items()]

@@ -58,7 +58,7 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
         method: Callable[[], Any] = rest if whole else lambda: merge(x, 0)
         note = f"{b} clips of {T} x {size} x {size}" + (f", queue {K} x {D}" if whole else "")
         note += "" if cuda else f"; floor: {few} x {b // few}"
-        return {"name": name, "floor": floor, "method": method, "floor_scale": b / few, "note": note}
+        return {"name": name, "floor": floor, "method": method, "floor_scale": b / few, "items": b, "note": note}
 
     return [
         case("mask and merge, 112 px", 64, 112, False),

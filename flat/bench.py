@@ -30,7 +30,7 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
         decoder = aet.Decoder("linear", encoder.num_features, 8).to(device)
         pixels = torch.randint(256, (B, 3, s, s), device=device).to(torch.uint8)
         note = f"{B} images of {s} pixels" + ("" if few == B else f"; floor: {few} x {B // few}")
-        common = {"floor": floor(encoder, pixels[:few]), "floor_scale": B / few, "note": note}
+        common = {"floor": floor(encoder, pixels[:few]), "floor_scale": B / few, "items": B, "note": note}
         step = method(fam, decoder, pixels, encoder.num_features)
         out.append({"name": f"{model}, regulariser", "method": step, **common})
         if model == "Conv4":

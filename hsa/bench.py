@@ -70,5 +70,5 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
     for name, head in (("release, one level", None), ("with level 3, mlp head", "mlp")):
         model = CsMl(build("resnet50"), D, K, inter_head=head).to(device).to(memory_format=torch.channels_last).train()
         case = {"name": name, "floor": floor(model), "method": method(model), "floor_scale": B / few, "note": note}
-        out.append(case)
+        out.append(case | {"items": B})
     return out

@@ -11,7 +11,6 @@ import ast
 import importlib
 import importlib.util
 import sys
-import tempfile
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -59,13 +58,14 @@ def release(root: Path) -> Iterator[SimpleNamespace]:
     """The release's modules (main, clustering, builder) and `flags`, usable inside."""
     compare.check(root, URL, FILES, PACKAGES)
     sys.modules.setdefault("mkl", types.ModuleType("mkl")).__dict__.setdefault("get_max_threads", lambda: 1)
+    code = SimpleNamespace(where=compare.CPU)  # where the release's `.cuda()` puts things
     with ExitStack() as stack:
         for kind in (torch.Tensor, nn.Module):
-            stack.enter_context(mock.patch.object(kind, "cuda", lambda x, *args, **kwargs: x))
+            stack.enter_context(mock.patch.object(kind, "cuda", lambda x, *args, **kwargs: x.to(code.where)))
         stack.enter_context(mock.patch.object(np, "int", int, create=True))
         stack.enter_context(mock.patch.object(sys, "path", [str(root.resolve()), *sys.path]))
         names = dict(main="main_moco", clustering="clustering", builder="moco.builder")
-        code = SimpleNamespace(**{key: importlib.import_module(name) for key, name in names.items()})
+        vars(code).update({key: importlib.import_module(name) for key, name in names.items()})
         code.flags = code.main.FLAGS
         code.flags(["release", "--nomoxing"])
         code.flags.lam = list(LAM)
@@ -193,8 +193,7 @@ def compare_steps(code: SimpleNamespace, steps: int = 4, batch: int = 8) -> Iter
         torch.optim.SGD(m.encoder_q.parameters(), 0.03, momentum=0.9, weight_decay=1e-4) for m in (ours, theirs)
     ]
     losses_ours, losses_theirs = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    with compare.one_process():
         for step in range(steps):
             images = torch.from_numpy(np.random.RandomState(step).standard_normal((4, batch, 3, 8, 8))).float()
             query, key, add_posq, add_posk = images
@@ -215,7 +214,6 @@ def compare_steps(code: SimpleNamespace, steps: int = 4, batch: int = 8) -> Iter
             ours.enqueue([k_q])
             losses_ours.append(loss.item())
             losses_theirs.append(loss_theirs.item())
-        dist.destroy_process_group()
     # the same sums in another order: rounding grows with the steps
     yield compare.row(f"{steps} training steps, tiny networks: losses", losses_ours, losses_theirs, 1e-5)
     mine = ours.state_dict()
@@ -267,9 +265,60 @@ def speed(code: SimpleNamespace, images: int, repeats: int) -> bool:
     return times[1] >= 4 * times[0] and not 2 * peaks[0] > peaks[1] and seconds[0] <= seconds[1]
 
 
+def time_steps(code: SimpleNamespace, device: torch.device, repeats: int, batch: int = 32, size: int = 224) -> None:
+    """The whole step at the paper's sizes: ResNet-50, a queue of 65,536, the release's loss with CutMix.
+
+    Ours as it trains (channels_last, bfloat16), the release under the same autocast and as published (float32).
+    """
+    torch.manual_seed(0)
+    code.where = device
+    theirs = code.builder.MoCo(code.main.resnet50, 128, 65536, 0.999, TAU, True)
+    ours = CsMl(build("resnet50"), 128, 65536, 0.999)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.to(device)
+    ours.to(device).to(memory_format=torch.channels_last).train()
+    images = torch.randn(4, batch, 3, size, size, device=device)
+    views = [x.contiguous(memory_format=torch.channels_last) for x in images]
+    fused = {"fused": True} if device.type == "cuda" else {}
+    sgd = [
+        torch.optim.SGD(m.encoder_q.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, **more)
+        for m, more in ((ours, fused), (theirs, {}))
+    ]
+    rng = np.random.default_rng(0)
+
+    def update(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    def our_step() -> None:
+        query, key, add_posq, add_posk = views
+        box = draw_box(size, size, 2.0, rng)
+        with torch.autocast(device.type, torch.bfloat16):
+            z = ours([query, add_posq, paste(query, add_posq, box)])[0]
+        ours.update_key_encoder()
+        with torch.autocast(device.type, torch.bfloat16):
+            keys = [ours.embed_keys(v, torch.Generator().manual_seed(0))[0] for v in (key, add_posk)]
+        update(sgd[0], our_loss([*z, *keys, ours.queue], 11, box[4]))
+        ours.enqueue(keys[:1])
+
+    def their_step(half: bool) -> None:
+        mix, mu = code.main.cutmix(images[0].clone(), images[2].clone(), 2.0)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            output, mix_out, _ = theirs(*images, mix, 0, 0, 1, 1, [dist.group.WORLD])
+            loss = code.loss([*output, mix_out], 11, mu)
+        update(sgd[1], loss)
+
+    with compare.one_process(device):
+        steps = {"ours, bfloat16": our_step, "release, bfloat16 autocast": lambda: their_step(True)}
+        compare.time_steps({**steps, "release, float32": lambda: their_step(False)}, device, batch, repeats)
+    code.where = compare.CPU
+
+
 def get_parser() -> Parser:
     parser = Parser(prog="hsa.compare_release", description=(__doc__ or "").split("\n")[0])
     compare.add_flags(parser, URL, "the loss and the neighbour search")
+    compare.add_step_flags(parser)
     parser.add_argument("--images", type=positive, default=50000, help="rows of the timed neighbour search")
     parser.add_argument("--repeats", type=positive, default=7, help="calls of which the fastest counts")
     return parser
@@ -284,6 +333,8 @@ def main(argv: list[str] | None = None) -> int:
         failed = compare.report(compare_all(code))
         if args.speed:
             failed += not speed(code, args.images, args.repeats)
+        if args.step:
+            time_steps(code, args.step, args.repeats)
     return compare.verdict(failed)
 
 

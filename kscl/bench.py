@@ -79,6 +79,7 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
                 "floor": floor(model, shots, with_gradient),
                 "method": method(model, shots, sim, with_gradient),
                 "floor_scale": N / few,
+                "items": N,
                 "note": note,
             }
         )

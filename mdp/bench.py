@@ -83,4 +83,5 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
         ("pixel to pixel", method("none", to_pixels)),
         ("region bank, 64 anchors an image", method("none", to_regions)),
     ]
-    return [{"name": n, "floor": floor, "method": m, "floor_scale": B / few, "note": note} for n, m in arms]
+    common = {"floor": floor, "floor_scale": B / few, "items": B, "note": note}
+    return [{"name": name, "method": method, **common} for name, method in arms]

@@ -47,5 +47,6 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
         mae = MAE(224, SIZES[name]).to(device)
         label = ", ".join([name, *(str(v) for v in flags.values())])
         operator = MRA(mae, **flags)  # type: ignore[arg-type]
-        out.append({"name": label, "floor": floor, "method": method(operator), "note": f"{batch} images of 224"})
+        common = {"floor": floor, "items": batch, "note": f"{batch} images of 224"}
+        out.append({"name": label, "method": method(operator), **common})
     return out

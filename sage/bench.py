@@ -105,9 +105,9 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
 
     scaled = "" if cuda else f"; passes: {few} x {B // few}"
     note = f"ResNet-50, {B} images of {S}{scaled}"
-    pair = f"evaluator alone, {few} images of {S}"
+    pair = {"items": few, "note": f"evaluator alone, {few} images of {S}"}
     return [
-        {"name": "SaGe", "floor": floor, "method": method, "floor_scale": B / few, "note": note},
-        {"name": "L_G, real views without a graph", "floor": passes, "step": generation(False), "note": pair},
-        {"name": "L_G, real views with a graph", "floor": passes, "step": generation(True), "note": pair},
+        {"name": "SaGe", "floor": floor, "method": method, "floor_scale": B / few, "items": B, "note": note},
+        {"name": "L_G, real views without a graph", "floor": passes, "step": generation(False), **pair},
+        {"name": "L_G, real views with a graph", "floor": passes, "step": generation(True), **pair},
     ]

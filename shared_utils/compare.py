@@ -7,15 +7,20 @@ import argparse
 import ctypes
 import importlib.util
 import math
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from shared_utils import UserError
 from shared_utils.flags import natural
+
+CPU = torch.device("cpu")
 
 
 class Row(NamedTuple):
@@ -41,6 +46,22 @@ def add_flags(p: argparse.ArgumentParser, url: str, timed: str) -> None:
     p.add_argument("--release", type=Path, required=True, metavar="PATH", help=f"a checkout of {url}")
     p.add_argument("--speed", action="store_true", help=f"also time {timed}")
     p.add_argument("--threads", type=natural, default=0, help="0: as torch chooses")
+
+
+def add_step_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--step", type=torch.device, metavar="DEVICE", help="also time the whole training step there: cuda")
+
+
+@contextmanager
+def one_process(device: torch.device = CPU) -> Iterator[None]:
+    """A process group of this process alone, for releases that gather before they look how many there are."""
+    with tempfile.TemporaryDirectory() as folder:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
 
 
 def check(root: Path, url: str, files: Sequence[str], packages: Mapping[str, str]) -> None:
@@ -71,6 +92,30 @@ def verdict(failed: int) -> int:
     return int(failed > 0)
 
 
+def time_steps(steps: Mapping[str, Callable[[], Any]], device: torch.device, images: int, repeats: int) -> None:
+    """Print time, images per second and peak memory of whole training steps on a device; they take turns."""
+
+    def synchronised(step: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        return run
+
+    calls = [synchronised(step) for step in steps.values()]
+    peaks = []
+    for call in calls:
+        call()  # the first one allocates what stays
+        peaks.append(peak_mib(call, device))
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"whole step, {images} images, {where}, torch {torch.__version__}")
+    for name, seconds, peak in zip(steps, fastest(calls, repeats), peaks):
+        print(
+            f"  {name:30s} {1e3 * seconds:9.1f} ms {images / seconds:8.1f} images/s  peak {peak:6.0f} MiB", flush=True
+        )
+
+
 def fastest(functions: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
     """Shortest wall time of each; they take turns, so that a busy machine slows all of them."""
     times: list[list[float]] = [[] for _ in functions]
@@ -83,8 +128,12 @@ def fastest(functions: Sequence[Callable[[], Any]], repeats: int) -> list[float]
     return [min(taken) for taken in times]
 
 
-def peak_mib(function: Callable[[], Any]) -> float:
-    """Growth of the resident high-water mark during one call (Linux; nan elsewhere)."""
+def peak_mib(function: Callable[[], Any], device: torch.device = CPU) -> float:
+    """Peak of the memory allocated during one call on a GPU; else growth of the resident high-water mark (Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) / 2**20
 
     def status(key: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()

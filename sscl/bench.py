@@ -70,7 +70,7 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
         return run
 
     note = f"{B} + {U} images of {S}, {C} classes, queue {K} x {D}" + ("" if cuda else f"; floor: a quarter x {part}")
-    more = {"floor": floor, "floor_scale": float(part), "note": note}
+    more = {"floor": floor, "floor_scale": float(part), "items": B + U, "note": note}
     return [
         {"name": "both exchanges, 8a", "method": method("unified", True), **more},
         {"name": "both exchanges, 8b", "method": method("per_positive", True), **more},

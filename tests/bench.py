@@ -4,10 +4,11 @@ Each paper folder has `bench.py` with `cases(device) -> list of dicts`:
     name      what is timed
     floor     a function: the forward and backward passes that the paper demands anyway (one step)
     step      a function: the whole training step;  or  method: the added work alone
+    items     images, crops, clips or frames of a step
     note      sizes, and what differs from the paper's
     floor_scale   optional factor on the floor's time (a floor measured on part of the batch)
     release       optional function: the original release's step, timed side by side
-The overhead is step - floor (or method) over the floor.
+The overhead is step - floor (or method) over the floor, `x release` our time over the release's (below 1: faster).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from shared_utils.flags import Parser, positive  # noqa: E402
 from shared_utils.run import cli  # noqa: E402
 
 FUNCTIONS = ("floor", "step", "method", "release")
-KEYS: dict[str, Any] = {"name": str, "note": str, "floor_scale": (int, float)}
+KEYS: dict[str, Any] = {"name": str, "items": int, "note": str, "floor_scale": (int, float)}
 
 
 def validate(case: Mapping[str, Any]) -> None:
@@ -39,7 +40,7 @@ def validate(case: Mapping[str, Any]) -> None:
     unknown = set(case) - set(FUNCTIONS) - set(KEYS)
     if unknown:
         raise UserError(f"{label}: unknown keys {sorted(unknown)}")
-    if missing := {"name", "floor", "note"} - set(case):
+    if missing := {"name", "floor", "items", "note"} - set(case):
         raise UserError(f"{label}: missing keys {sorted(missing)}")
     if ("step" in case) == ("method" in case):
         raise UserError(f"{label}: needs either step (the whole) or method (the added work alone)")
@@ -106,11 +107,12 @@ def measure(case: Mapping[str, Any], device: torch.device, repeats: int, budget:
     added = timed - floor if kind == "step" else timed
     return {
         "case": case["name"],
+        "items/s": f"{1e3 * case['items'] / (floor + added):.3g}",
         "step ms": f"{floor + added:.1f}",
         "floor ms": f"{floor:.1f}",
         "overhead ms": f"{added:.2f}",
         "overhead %": f"{100 * added / floor:.1f}",
-        f"peak MiB ({kind})": f"{peak:.0f}",
+        "peak MiB": f"{peak:.0f} ({kind})",
         "x release": f"{timed / release[0]:.2f}" if release else "-",
         "note": case["note"],
     }
@@ -139,17 +141,17 @@ def main(argv: list[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: this machine has no GPU that torch can use")
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}; medians of up to {args.repeats} calls")
+    print(f"{where}, torch {torch.__version__}; medians of up to {args.repeats} calls\n")
+    header: list[str] = []
     for name in chosen:
-        cases = importlib.import_module(f"{name}.bench").cases(device)
-        rows = [measure(case, device, args.repeats, args.budget) for case in cases if args.only in case.get("name", "")]
-        print(f"\n{name}")
-        for kind in dict.fromkeys(tuple(row) for row in rows):
-            lines = [kind, *(tuple(map(str, row.values())) for row in rows if tuple(row) == kind)]
-            widths = [max(len(line[i]) for line in lines) for i in range(len(kind))]
-            print(
-                "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
-            )
+        for case in importlib.import_module(f"{name}.bench").cases(device):
+            if args.only not in case.get("name", ""):
+                continue
+            row = {"folder": name, **measure(case, device, args.repeats, args.budget)}
+            if not header:
+                header = list(row)
+                print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
+            print(f"| {' | '.join(row.values())} |", flush=True)
     return 0
 
 

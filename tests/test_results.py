@@ -182,7 +182,7 @@ def cases(**change: Any) -> list[dict[str, Any]]:
     def work(seconds: float) -> Any:
         return lambda: time.sleep(seconds)
 
-    case = {"name": "slow", "note": "", "floor": work(0.02), "step": work(0.03)}
+    case = {"name": "slow", "items": 3, "note": "", "floor": work(0.02), "step": work(0.03)}
     return [{key: value for key, value in {**case, **change}.items() if value is not None}]
 
 
@@ -198,6 +198,7 @@ def test_overhead_is_the_share_of_the_floor(change: dict[str, Any], overhead: fl
     (case,) = cases(**change)
     row = bench.measure(case, torch.device("cpu"), repeats=7, budget=2.0)
     assert float(row["overhead %"]) == pytest.approx(overhead)
+    assert float(row["items/s"]) == pytest.approx(3e3 / float(row["step ms"]), rel=1e-2)
     assert row["x release"] == "-"
 
 

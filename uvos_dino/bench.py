@@ -54,6 +54,12 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
 
     size = f"{T} frames of {H} x {W} patches"
     return [
-        {"name": "losses", "floor": floor, "method": method, "note": f"{B} clip, {size}, ViT-S/8"},
-        {"name": "clustering of a window", "floor": product, "step": window, "note": f"{size}, 8 key frames"},
+        {"name": "losses", "floor": floor, "method": method, "items": B, "note": f"{B} clip, {size}, ViT-S/8"},
+        {
+            "name": "clustering of a window",
+            "floor": product,
+            "step": window,
+            "items": 8,
+            "note": f"{size}, 8 key frames",
+        },
     ]
