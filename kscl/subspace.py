@@ -75,7 +75,9 @@ def configure(Z: Tensor, rule: RankRule) -> Subspaces:
     with torch.autocast(Z.device.type, enabled=False):
         z = Z.double()
         # Keys that are not numbers pass as such into U, for the loss to show; eigh would raise.
-        l, V = torch.linalg.eigh((z.mT @ z).nan_to_num())  # [N, K] rising, [N, K, K]  # noqa: E741
+        # In parts: the CUDA library refuses 65,536 matrices at once (CUDA 13.0).
+        parts = [torch.linalg.eigh(gram) for gram in (z.mT @ z).nan_to_num().split(32768)]
+        l, V = (torch.cat(x) for x in zip(*parts))  # [N, K] rising, [N, K, K]  # noqa: E741
         l, V = l.flip(1).clamp_min(0), V.flip(2)  # noqa: E741
         r = rule.ranks(l)
         kept = torch.arange(shots, device=Z.device) < r[:, None]  # [N, K]
