@@ -202,7 +202,10 @@ class Arms:
             (self.home / "logs" / f"{name}-{arm}.json").write_text(json.dumps(seeds, separators=(",", ":")) + "\n")
 
     def rows(self, name: str) -> list[dict[str, str]]:
-        """The rows of results.csv for the set `name`: each pair of arms that both have two seeds, by each metric."""
+        """The rows of results.csv for the set `name`: each pair of arms that both have two seeds, by each metric.
+
+        An arm of which no row tells is one row that says so.
+        """
         found, rows = self.logs(name), []
         for arm, against in ((a, b) for a, b in self.pairs if a in found and b in found):
             made = [found[arm][seed]["facts"] for seed in sorted(found[arm])]
@@ -236,7 +239,21 @@ class Arms:
                         "log": f"logs/{name}-{arm}.json; logs/{name}-{against}.json",
                     }
                 )
-        return rows
+        told = {arm for pair in self.pairs for arm in pair if any(f"-{arm}-" in f"{row['id']}-" for row in rows)}
+        return rows + [self.missing(name, arm, len(found.get(arm, ()))) for arm in self.arms if arm not in told]
+
+    def missing(self, name: str, arm: str, seeds: int) -> dict[str, str]:
+        """The row of an arm that has not run, or with one seed only."""
+        return {
+            "id": f"small-{name}-{arm}-{self.claim}",
+            "table": f"Small tier, measured here: {self.sets[name]}",
+            "experiment": self.arms[arm],
+            "dataset": name,
+            "metric": self.metrics[self.claim],
+            "tier": "small",
+            "status": f"not run (needs {'further seeds, one says nothing' if seeds else 'CPU time; left out so far'})",
+            "command": self.command.format(set=name, arms=arm, seeds="0 1 2"),
+        }
 
     def record(self, root: Path) -> int:
         """Keep the runs below `root` (.../small/SET) and write the set's rows anew; returns how many there are."""
