@@ -1,4 +1,4 @@
-"""Time what a method adds to its backbone: python tests/bench.py <paper>|all [--device cpu|cuda]
+"""Time what a method adds to its backbone: python tests/bench.py <paper>|all [--device cpu|cuda] [--record]
 
 Each paper folder has `bench.py` with `cases(device) -> list of dicts`:
     name      what is timed
@@ -29,6 +29,7 @@ import torch  # noqa: E402
 from shared_utils import UserError  # noqa: E402
 from shared_utils.flags import Parser, positive  # noqa: E402
 from shared_utils.run import cli  # noqa: E402
+from tests.pretraining import record, stamp  # noqa: E402
 
 FUNCTIONS = ("floor", "step", "method", "release")
 KEYS: dict[str, Any] = {"name": str, "items": int, "note": str, "floor_scale": (int, float)}
@@ -106,8 +107,7 @@ def measure(case: Mapping[str, Any], device: torch.device, repeats: int, budget:
     floor *= case.get("floor_scale", 1.0)
     added = timed - floor if kind == "step" else timed
     return {
-        "case": case["name"],
-        "items/s": f"{1e3 * case['items'] / (floor + added):.3g}",
+        "items/s": rate(1e3 * case["items"] / (floor + added)),
         "step ms": f"{floor + added:.1f}",
         "floor ms": f"{floor:.1f}",
         "overhead ms": f"{added:.2f}",
@@ -116,6 +116,11 @@ def measure(case: Mapping[str, Any], device: torch.device, repeats: int, budget:
         "x release": f"{timed / release[0]:.2f}" if release else "-",
         "note": case["note"],
     }
+
+
+def rate(per_second: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
 def papers() -> list[str]:
@@ -129,6 +134,7 @@ def get_parser() -> Parser:
     parser.add_argument("--repeats", type=positive, default=20, help="calls a median is taken of, at most")
     parser.add_argument("--budget", type=float, default=15.0, help="seconds a timed function gets, about")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--record", action="store_true", help="write the rows into README.md")
     return parser
 
 
@@ -140,18 +146,22 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: this machine has no GPU that torch can use")
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{where}, torch {torch.__version__}; medians of up to {args.repeats} calls\n")
     header: list[str] = []
     for name in chosen:
         for case in importlib.import_module(f"{name}.bench").cases(device):
             if args.only not in case.get("name", ""):
                 continue
-            row = {"folder": name, **measure(case, device, args.repeats, args.budget)}
+            row = {"case": f"{name}: {case['name']}", **measure(case, device, args.repeats, args.budget)}
             if not header:
-                header = list(row)
-                print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
+                header = [*row, "made"]
+                print(f"| {' | '.join(row)} |\n|{' --- |' * len(row)}")
             print(f"| {' | '.join(row.values())} |", flush=True)
+            if args.record:
+                first, *rest = row.values()
+                made = f"{where}, torch {torch.__version__}; {stamp()}"
+                record(f"bench-{device.type}", header, {first: [*rest, made]}, ROOT / "README.md")
     return 0
 
 

@@ -194,13 +194,13 @@ def stamp() -> str:
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!tests/README.md")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!README.md", ":!tests/README.md")
     return f"{git('rev-parse', '--short=7', 'HEAD')}{'+' * bool(changed)}, {time.strftime('%Y-%m-%d')}"
 
 
-def record(job: str, header: Sequence[str], rows: dict[str, Sequence[str]]) -> None:
-    """Put rows into the job's table in tests/README.md; rows of other first cells stay as they are."""
-    text = README.read_text(encoding="utf-8")
+def record(job: str, header: Sequence[str], rows: Mapping[str, Sequence[str]], readme: Path = README) -> None:
+    """Put rows into the job's table in tests/README.md or another; rows of other first cells stay as they are."""
+    text = readme.read_text(encoding="utf-8")
     begin, end = f"<!-- {job}:begin -->\n", f"<!-- {job}:end -->"
     before, rest = text.split(begin)
     old, after = rest.split(end)
@@ -209,4 +209,4 @@ def record(job: str, header: Sequence[str], rows: dict[str, Sequence[str]]) -> N
         name: "| " + " | ".join(cell.replace("|", "/") for cell in (name, *row)) + " |" for name, row in rows.items()
     }
     lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|", *{**kept, **clean}.values()]
-    README.write_text(before + begin + "\n".join(lines) + "\n" + end + after, encoding="utf-8")
+    readme.write_text(before + begin + "\n".join(lines) + "\n" + end + after, encoding="utf-8")
