@@ -62,7 +62,7 @@ ARMS = Arms(
         ("random", "moco"), ("moco_level", "moco"), ("label", "full"),
     ],
     curve=(
-        "step", "loss", "acc/contrast_top1", "sim/positive", "sim/negative", "sim/neighbour", "feat/std",
+        "step", "loss", "acc1", "sim/positive", "sim/negative", "sim/neighbour", "feat/std",
         "neighbours/purity",
     ),
     command="export DATA_ROOT=/path/to/data SET={set} && ARMS='{arms}' SEEDS='{seeds}' bash hsa/run_arms.sh small",

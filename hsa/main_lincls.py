@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
             watched = {f"acc1_{n}": 100 * float(topk(out, target)[0]) / len(target) for n, out in zip(ids, logits)}
         if run.step_in_epoch + 1 == sampler.steps_per_epoch:
             scores.history.append(evaluate(probes, val_batches(), len(ids), len(val), run.device))
-            tested = {f"val/acc1_{n}": pair[0] for n, pair in zip(ids, scores.history[-1])}
+            tested = {f"val/top1_{n}": pair[0] for n, pair in zip(ids, scores.history[-1])}
             if scores.improved() and run.rank == 0:
                 checkpoint.save(
                     run.dir / "best.pth",

@@ -160,7 +160,7 @@ class Refreshing:
 def telemetry(q: Tensor, k_q: Tensor, k_p: Tensor | None, queue: Tensor) -> dict[str, Tensor]:
     """What to watch, from unit embeddings [B, D]: contrast accuracy of q on (k_q, queue), and signs of collapse."""
     rank = losses.positive_rank(q, k_q, queue)
-    out = {f"acc/contrast_top{n}": 100 * (rank < n).float().mean() for n in (1, 5)}
+    out = {f"acc{n}": 100 * (rank < n).float().mean() for n in (1, 5)}
     out["feat/std"] = q.std(0).mean() * q.shape[1] ** 0.5  # 1: spread over the sphere, 0: collapsed
     out["sim/positive"], out["sim/negative"] = (q * k_q).sum(1).mean(), (q @ queue.mean(1)).mean()
     if k_p is not None:

@@ -76,7 +76,7 @@ def test_every_arm_trains(arm, ways, data, tmp_path):
     log = train(data, tmp_path, *arm.format(tmp=tmp_path).split())
     assert (tmp_path / "feats/neighbours.npy").exists() == ("feats" in arm)
     assert (tmp_path / "neighbours.npy").exists() == ("auto" in arm) and not (Path("auto")).exists()
-    assert len(log) == 3 and log[0].keys() >= {"step", "epoch", "loss", "lr", "data_wait", "acc/contrast_top1"}
+    assert len(log) == 3 and log[0].keys() >= {"step", "epoch", "loss", "lr", "data_wait", "acc1"}
     state = checkpoint.load(tmp_path / "checkpoint.pth")["state_dict"]
     assert {"module.queue", "module.queue_ptr", "module.encoder_q.fc.2.weight"} <= set(state)
     assert ("module.queue_l3" in state) == ("inter" in arm or "paper" in arm) == ("loss/level3" in log[0])
@@ -98,7 +98,7 @@ def test_without_weight_level_3_is_the_single_level_model_to_the_bit(data, tmp_p
 
 def test_telemetry_and_pictures(data, tmp_path):
     log = train(data, tmp_path, "--image_every", "2", "--inter_weight", "1")
-    names = {"acc/contrast_top1", "acc/contrast_top5", "feat/std", "sim/positive", "sim/negative", "sim/neighbour"}
+    names = {"acc1", "acc5", "feat/std", "sim/positive", "sim/negative", "sim/neighbour"}
     names |= {"loss/query", "loss/neighbour", "loss/mix", "loss/level3", "loss/level4", "neighbours/purity"}
     assert log[-1].keys() >= names
     for row in log:
@@ -300,7 +300,7 @@ def test_terminated_and_resumed_is_bit_identical(step, data, whole, tmp_path, mo
     log = train(data, tmp_path, *FULL, "--workers", "2")  # more workers change nothing
     assert len(re.findall("renewed in", capsys.readouterr().out)) == (0 if step == 7 else 1)
     assert differing(whole, tmp_path) == []
-    keys = ("step", "loss", "lr", "acc/contrast_top1", "neighbours/purity")
+    keys = ("step", "loss", "lr", "acc1", "neighbours/purity")
     assert [[r[k] for k in keys] for r in log] == [[r[k] for k in keys] for r in rows(whole)]
 
 
