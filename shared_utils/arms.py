@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,7 +76,8 @@ def replace_rows(results: Path, prefix: str, rows: Sequence[Mapping[str, str]]) 
 def facts(folder: Path) -> dict[str, Any]:
     """What made the run in `folder`: commit, hardware, date, minutes. UserError where no commit names its code.
 
-    The minutes are the checkpoint's, or where that was not kept those that an evaluation beside the run has noted.
+    The minutes are the checkpoint's, or where that was not kept those that an evaluation beside the run has noted, or
+    those of the line that the run ended with in its log (ARM-seedN.log).
     """
     config = json.loads((folder / "config.json").read_text())
     if config.get("git_dirty"):
@@ -85,8 +87,13 @@ def facts(folder: Path) -> dict[str, Any]:
     else:
         results = [json.loads(file.read_text()) for file in folder.parent.glob(f"{folder.name}-*/result.json")]
         noted = [result["minutes"] for result in results if "minutes" in result]
+        log = folder.parent.with_name(f"{folder.parent.name}-{folder.name}.log")
+        end = rf"done: \d+ steps in ([\d.]+) min; \S*/{folder.parent.name}/{folder.name}/checkpoint.pth"
+        noted += map(float, re.findall(end, log.read_text()) if log.is_file() else ())
         if not noted:
-            raise UserError(f"{folder}: no checkpoint.pth, and no result beside it tells the minutes of the run")
+            raise UserError(
+                f"{folder}: no checkpoint.pth, and neither a result beside it nor {log.name} tells its minutes"
+            )
         minutes = noted[0]
     return {
         "commit": config["git_commit"], "hardware": config["hardware"], "date": config["date"],
@@ -208,7 +215,8 @@ class Arms:
         """
         found, rows = self.logs(name), []
         for arm, against in ((a, b) for a, b in self.pairs if a in found and b in found):
-            made = [found[arm][seed]["facts"] for seed in sorted(found[arm])]
+            made, base_made = ([run["facts"] for _, run in sorted(found[name].items())] for name in (arm, against))
+            machines = dict.fromkeys(fact["hardware"] for fact in made + base_made)
             minutes = [fact["minutes"] for fact in made]
             for metric, title in self.metrics.items():
                 ours, base = self.compared(found[arm], found[against], metric)
@@ -233,7 +241,7 @@ class Arms:
                             set=name, arms=f"{against} {arm}", seeds=" ".join(map(str, seeds))
                         ),
                         "commit": made[0]["commit"],
-                        "hardware": made[0]["hardware"],
+                        "hardware": "; ".join(machines),
                         "minutes": "" if None in minutes else f"{statistics.mean(minutes):.1f}",
                         "date": made[0]["date"],
                         "log": f"logs/{name}-{arm}.json; logs/{name}-{against}.json",

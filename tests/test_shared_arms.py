@@ -147,8 +147,14 @@ def test_new_seeds_and_arms_stand_beside_those_recorded_before(arms: Arms, runs:
 
 def test_minutes_of_a_run_whose_checkpoint_was_not_kept(arms: Arms, runs: Path) -> None:
     (runs / "full" / "seed0" / "checkpoint.pth").unlink()
-    with pytest.raises(UserError, match="full/seed0: no checkpoint.pth, and no result beside it tells the minutes"):
+    with pytest.raises(UserError, match="neither a result beside it nor full-seed0.log tells its minutes"):
         arms.record(runs)
+    (runs / "full-seed0.log").write_text(
+        "  done: 620 steps in 4.2 min; /elsewhere/full/seed0/checkpoint.pth\n"
+        "  done: 750 steps in 0.2 min; /elsewhere/full/seed0-linear/checkpoint.pth\n"
+    )
+    arms.record(runs)
+    assert arms.logs("cifar10")["full"][0]["facts"]["minutes"] == 4.2
     result = runs / "full" / "seed0-knn" / "result.json"
     result.write_text(json.dumps(json.loads(result.read_text()) | {"minutes": 3.5}))
     arms.record(runs)
