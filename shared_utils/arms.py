@@ -247,7 +247,8 @@ class Arms:
                         "log": f"logs/{name}-{arm}.json; logs/{name}-{against}.json",
                     }
                 )
-        told = {arm for pair in self.pairs for arm in pair if any(f"-{arm}-" in f"{row['id']}-" for row in rows)}
+        begin = {f"small-{name}-{one}-vs-{other}-": (one, other) for one, other in self.pairs}
+        told = {arm for text, pair in begin.items() if any(row["id"].startswith(text) for row in rows) for arm in pair}
         return rows + [self.missing(name, arm, len(found.get(arm, ()))) for arm in self.arms if arm not in told]
 
     def missing(self, name: str, arm: str, seeds: int) -> dict[str, str]:

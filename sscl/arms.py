@@ -38,7 +38,7 @@ def course(log: Path) -> dict[str, float]:
             values = [row[f"pl/acc_{name}{suffix}"] for row in early if f"pl/acc_{name}{suffix}" in row]
             if values:
                 out[f"{key}_{name}"] = 100 * mean(values)
-    for key, column in (("coverage", "pl/coverage"), ("neighbours", "nbr/purity")):
+    for key, column in (("coverage", "pl/coverage"), ("neighbours", "neighbours/purity")):
         values = [row[column] for row in late if column in row]
         if values:
             out[key] = 100 * mean(values)
@@ -92,7 +92,7 @@ ARMS = Arms(
     ],
     curve=(
         "step", "loss", "loss/x", "loss/u", "loss/c", "pl/coverage", "pl/acc_raw", "pl/acc_aligned", "pl/acc_calib",
-        "nbr/num_pos", "nbr/purity", "proto/mean_offdiag_cos", "da/entropy",
+        "neighbours/num_pos", "neighbours/purity", "proto/mean_offdiag_cos", "da/entropy",
     ),
     command="export DATA_ROOT=/path/to/data SET={set} && ARMS='{arms}' SEEDS='{seeds}' bash sscl/run_arms.sh small",
     read=read,

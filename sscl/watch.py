@@ -57,14 +57,14 @@ class Telemetry:
         """Number of neighbours an anchor has, and where there are any the shares of them that are keys of the labelled
         stream, and that have the true label of an anchor without one. queue_index, queue_labelled: [K]; index: [U]
         image numbers."""
-        out = {"nbr/num_pos": chosen.valid.sum(1).float().mean()}
+        out = {"neighbours/num_pos": chosen.valid.sum(1).float().mean()}
         if bool(chosen.valid.any()):
-            out["nbr/labelled"] = queue_labelled[chosen.place][chosen.valid].float().mean()
+            out["neighbours/labelled"] = queue_labelled[chosen.place][chosen.valid].float().mean()
         if self.true_labels is not None:
             valid = chosen.valid & self.hidden[index][:, None]  # [U, P]
             if bool(valid.any()):
                 theirs = self.true_labels[queue_index[chosen.place]]  # [U, P]
-                out["nbr/purity"] = (theirs == self.true_labels[index][:, None])[valid].float().mean()
+                out["neighbours/purity"] = (theirs == self.true_labels[index][:, None])[valid].float().mean()
         return out
 
 

@@ -15,7 +15,7 @@ def check(runs: Path) -> None:
     first, last = fmean(row["loss/x"] for row in rows[:5]), fmean(row["loss/x"] for row in rows[-5:])
     assert first > 2 and last < 0.5, f"the loss of labelled images falls from {first:.2f} to {last:.2f} only"
     assert all(row["loss/u"] == 0 for row in rows if row["epoch"] < 2), "pseudo-labels count before --pl_start"
-    assert rows[-1]["pl/coverage"] > 0.3 and rows[-1]["nbr/num_pos"] > 1, "the exchange has not started"
+    assert rows[-1]["pl/coverage"] > 0.3 and rows[-1]["neighbours/num_pos"] > 1, "the exchange has not started"
     cosine = [row["proto/mean_offdiag_cos"] for row in rows]
     assert cosine[0] > 0.9 and cosine[-1] < 0.5, f"prototypes do not part: {cosine[0]} to {cosine[-1]}"
     state = checkpoint.load(runs / "sscl/train/mini/checkpoint.pth")["state_dict"]

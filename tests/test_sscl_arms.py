@@ -24,7 +24,7 @@ def finish(folder: Path, seed: float, calibrated: bool = True, kept: bool = True
             for name, value in (("raw", 0.2), ("aligned", 0.25), ("calib", 0.3 if step <= 30 else 0.9)):
                 row |= {f"pl/acc_{name}": value + seed / 100, f"pl/acc_{name}_half": value + seed / 50}
         if step > 30:
-            row |= {"nbr/purity": step / 100, "pl/coverage": 0.5}
+            row |= {"neighbours/purity": step / 100, "pl/coverage": 0.5}
         rows.append(row)
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     heads = {**SCORES, "top1": 40 + seed, "ema_top1": 41.0, "minutes": 2.5}
@@ -74,7 +74,9 @@ def test_rows_from_the_collected_files_alone(tmp_path: Path, monkeypatch) -> Non
     assert (claim["ours_mean"], claim["baseline_mean"], claim["n_seeds"]) == ("43.10", "41.00", "3")
     assert claim["status"] == "effect shown at small scale" and claim["minutes"] == "2.5"
     pseudo = {row["id"]: row for row in rows if row["id"].startswith("pseudo-")}
-    assert len(pseudo) == 10 and len(rows) == 10 + 6
+    left_out = {row["id"].split("-")[3] for row in rows if row["status"].startswith("not run")}
+    assert left_out == set(arms.ARMS.arms) - {"full", "joint"}
+    assert len(pseudo) == 10 and len(rows) == 10 + 6 + len(left_out)
     early = pseudo["pseudo-cifar10-4-joint-early_all"]
     assert (early["ours_mean"], early["baseline_mean"]) == ("31.00", "26.00")
     assert early["status"] == "effect shown at small scale"

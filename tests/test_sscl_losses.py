@@ -213,12 +213,15 @@ def test_diagnostics_of_neighbours_and_pseudo_labels() -> None:  # property 11
     right = Telemetry(args, truth)
     from_labels = truth == 3  # the neighbours of a quarter of the anchors
     assert {k: float(v) for k, v in right.neighbours(chosen, who.image, who.image, from_labels).items()} == {
-        "nbr/num_pos": 3.0, "nbr/labelled": 0.25, "nbr/purity": 1.0,
+        "neighbours/num_pos": 3.0, "neighbours/labelled": 0.25, "neighbours/purity": 1.0,
     }  # fmt: skip
     mixed = Telemetry(args, torch.arange(40))  # every image a class of its own
-    assert float(mixed.neighbours(chosen, who.image, who.image, from_labels)["nbr/purity"]) == 0
+    assert float(mixed.neighbours(chosen, who.image, who.image, from_labels)["neighbours/purity"]) == 0
     blind = Telemetry(args, None)
-    assert set(blind.neighbours(chosen, who.image, who.image, from_labels)) == {"nbr/num_pos", "nbr/labelled"}
+    assert set(blind.neighbours(chosen, who.image, who.image, from_labels)) == {
+        "neighbours/num_pos",
+        "neighbours/labelled",
+    }
     wrong = one_hot.roll(1, 1) * 0.5 + one_hot * 0.3 + 0.05  # the true class is second
     told = right.pseudo_labels(wrong, wrong, (one_hot * 0.9 + 0.025).log(), who.image)
     assert float(told["pl/acc_raw"]) == float(told["pl/acc_aligned_half"]) == 0
@@ -249,10 +252,10 @@ def test_diagnostics_leave_out_labelled_images() -> None:
     watch = Telemetry(args, torch.where(known, truth, 5 + torch.arange(40)), labelled)
     told = watch.pseudo_labels(p, p, p.log(), who.image)
     assert len(told) == 6 and not any(map(float, told.values()))
-    assert float(watch.neighbours(chosen, who.image, who.image, known)["nbr/purity"]) == 0
+    assert float(watch.neighbours(chosen, who.image, who.image, known)["neighbours/purity"]) == 0
     everything = Telemetry(args, truth, range(40))
     assert everything.pseudo_labels(p, p, None, who.image) == {}
-    assert "nbr/purity" not in everything.neighbours(chosen, who.image, who.image, known)
+    assert "neighbours/purity" not in everything.neighbours(chosen, who.image, who.image, known)
 
 
 def test_unknown_form() -> None:

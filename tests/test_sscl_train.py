@@ -42,15 +42,19 @@ def data(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("arm", "present", "absent"),
     [
-        ("", "pl/acc_calib nbr/num_pos proto/mean_offdiag_cos proto/min_count da/entropy", ""),
-        (SUPERVISED, "", "pl/acc_raw nbr/num_pos proto/mean_offdiag_cos"),
-        (FIXMATCH, "pl/acc_raw pl/coverage", "pl/acc_calib nbr/num_pos proto/mean_offdiag_cos"),
-        (JOINT, "pl/acc_calib nbr/num_pos", ""),
-        ("--calib none --ctr per_positive --sim embed", "nbr/num_pos", ""),
-        ("--neighbours off --sim embed --proto ema --calib average --labelled_anchors", "nbr/num_pos pl/acc_calib", ""),
+        ("", "pl/acc_calib neighbours/num_pos proto/mean_offdiag_cos proto/min_count da/entropy", ""),
+        (SUPERVISED, "", "pl/acc_raw neighbours/num_pos proto/mean_offdiag_cos"),
+        (FIXMATCH, "pl/acc_raw pl/coverage", "pl/acc_calib neighbours/num_pos proto/mean_offdiag_cos"),
+        (JOINT, "pl/acc_calib neighbours/num_pos", ""),
+        ("--calib none --ctr per_positive --sim embed", "neighbours/num_pos", ""),
+        (
+            "--neighbours off --sim embed --proto ema --calib average --labelled_anchors",
+            "neighbours/num_pos pl/acc_calib",
+            "",
+        ),
         ("--calib prior --proto labelled --theta_ramp --soft_targets --da ema", "pl/acc_calib", ""),
         ("--calib geomean --strong randaug --key_view strong --balanced off --schedule cos7_16", "pl/acc_calib", ""),
-        (MOCO, "", "pl/acc_raw nbr/num_pos proto/mean_offdiag_cos"),
+        (MOCO, "", "pl/acc_raw neighbours/num_pos proto/mean_offdiag_cos"),
         ("--arch wrn28 --theta_on sharp --diagnostics off --ctr_start 1 --amp bf16", "pl/coverage", "pl/acc_raw"),
     ],
 )
@@ -72,7 +76,7 @@ def test_thresholds_at_both_ends(theta, coverage, data, tmp_path):  # property 8
     log = train(data, tmp_path, "--theta", theta)
     assert all(row["pl/coverage"] == coverage for row in log[6:])
     assert all((row["loss/u"] > 0) == (coverage == 1) for row in log[6:])
-    assert (log[-1]["nbr/num_pos"] > 1) == (coverage == 1)
+    assert (log[-1]["neighbours/num_pos"] > 1) == (coverage == 1)
 
 
 class Spy:
@@ -472,7 +476,7 @@ def test_a_list_of_labelled_images(data, tmp_path):
 def test_all_images_labelled(data, tmp_path):
     """Nothing to mix with and nothing to count, so the diagnostics are not there; --pseudo says why it cannot be."""
     log = train(data, tmp_path / "run", "--labels_per_class", "16")
-    assert log[-1]["proto/min_count"] == 16 and not {"pl/acc_raw", "nbr/purity"} & set(log[-1])
+    assert log[-1]["proto/min_count"] == 16 and not {"pl/acc_raw", "neighbours/purity"} & set(log[-1])
     words = ["--pretrained", str(tmp_path / "run/checkpoint.pth"), "--data_dir", str(data), "--workers", "0"]
     with pytest.raises(UserError, match="--pseudo: all 48 training images are labelled"):
         eval_cls.main([*words, "--pseudo", "--output-dir", str(tmp_path / "cls")])
