@@ -302,6 +302,33 @@ def test_thresholds_at_their_ends_and_equal_frames() -> None:  # properties 3 an
     assert clustering.key_frames(25, 10).tolist() == [0, 10] and clustering.key_frames(4, 10).tolist() == [0]
 
 
+@pytest.mark.parametrize("noise", [0.1, 1.0])
+@pytest.mark.parametrize("columns", [3, 64])
+def test_no_pair_is_lost_to_the_coarse_sums(noise, columns, monkeypatch):
+    """Blocks and sums of columns change which products are formed, not who is near whom."""
+    monkeypatch.setattr(clustering, "BLOCK", 16)
+    monkeypatch.setattr(clustering, "COARSE", columns)
+    generator = torch.Generator().manual_seed(0)
+    centres = 2 * torch.randn(4, 130, generator=generator)
+    which = torch.randint(4, (75,), generator=generator)
+    p = (centres[which] + noise * torch.randn(75, 130, generator=generator)).softmax(1)
+    d = clustering.jeffreys(p.double(), p.double())
+    tau = float(d[which[:, None] == which].quantile(0.99))  # nearly all of a group
+    products, matmul = [], torch.Tensor.__matmul__
+
+    def counted(a: Tensor, b: Tensor) -> Tensor:
+        products.append(len(a) * b.shape[1] * (a.shape[1] == 130))
+        return matmul(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", counted)
+    W = clustering.neighbourhoods(p, tau)
+    assert torch.equal(W, W.T) and bool(W.diagonal().all())
+    clear = (d - tau).abs() > 1e-4
+    assert bool((W == (d <= tau).fill_diagonal_(True))[clear].all()) and 0.1 < float(W.float().mean()) < 0.4
+    if noise == 0.1:  # four groups well apart: a block meets the groups of its own rows
+        assert sum(products) < 0.6 * 75 * 75
+
+
 def test_tiny_probabilities_survive_the_smoothing() -> None:
     """Sums over neighbourhoods never subtract: an entry of 1e-28 beside one of 1 keeps its logarithm."""
     p = torch.full((6, 4), 1e-28)

@@ -17,6 +17,8 @@ from shared_utils import UserError
 TINY = 1e-30  # a probability of exactly 0 would make every distance to it NaN
 WINDOW = 3  # frames that are clustered together first
 STEP = 256  # rows that are compared with the others at once
+COARSE = 64  # sums of columns in which most pairs of rows are told apart
+BLOCK = 512  # rows of a product of whole rows
 SPARSE = 12  # a scattered sum costs so many times what a dense product does, by the entry
 
 
@@ -69,17 +71,30 @@ def attention(q: Tensor, k: Tensor, scale: float, chunk: int = 0) -> Tensor:
     return out.div_(heads).clamp_min_(TINY)
 
 
-def neighbourhoods(p: Tensor, tau: float, chunk: int = 2**24) -> Tensor:
-    """W: which rows of p [n, D] lie within tau of each other, [n, n] bool; a row is its own neighbour."""
+def neighbourhoods(p: Tensor, tau: float) -> Tensor:
+    """W: which rows of p [n, D] lie within tau of each other, [n, n] bool; a row is its own neighbour.
+
+    Distances never grow when columns are added up (log-sum inequality), so pairs that are too far apart in COARSE sums
+    need no product of whole rows; the rows are put in an order in which the other pairs lie together.
+    """
+    sums = torch.stack([part.sum(1) for part in p.split(-(-p.shape[1] // COARSE), 1)], 1)
+    near = jeffreys(sums, sums) <= tau + 1e-3 * (1 + tau)  # more than the rounding of either distance
+    order = near.byte().argmax(1).argsort(stable=True)  # by the first row nearby
+    near = near[order][:, order]
+    last = len(p) - 1 - near.flip(1).byte().argmax(1)
+    p = p[order]
     log_p = p.log()
     h = entropies(p, log_p)
-    cross = p @ log_p.T  # [n, n]; minus the cross-entropies in one direction, its transpose the other
-    W = torch.empty(cross.shape, dtype=torch.bool, device=p.device)
-    step = max(1, chunk // len(p))
-    for i in range(0, len(p), step):
-        d = -(cross[i : i + step] + cross[:, i : i + step].T) - (h[i : i + step, None] + h)  # symmetric to the bit
-        W[i : i + step] = d <= tau
-    return W.fill_diagonal_(True)
+    W = torch.zeros(len(p), len(p), dtype=torch.bool, device=p.device)
+    for i, end in zip(range(0, len(p), BLOCK), [int(part.max()) + 1 for part in last.split(BLOCK)]):
+        block, rest = slice(i, i + BLOCK), slice(i + BLOCK, end)
+        cross = p[block] @ log_p[i:end].T  # minus the cross-entropies in one direction, and in the other:
+        back = torch.cat([cross[:, :BLOCK], p[rest] @ log_p[block].T]) if end > i + BLOCK else cross[:, :BLOCK]
+        within = -(cross + back.T) - (h[block, None] + h[i:end]) <= tau  # within the block symmetric to the bit
+        W[block, i:end] = within
+        W[i:end, block] = within.T
+    inverse = order.argsort()
+    return W[inverse][:, inverse].fill_diagonal_(True)
 
 
 def distinct(W: Tensor) -> tuple[Tensor, Tensor]:
