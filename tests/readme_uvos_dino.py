@@ -14,4 +14,4 @@ def check(runs: Path) -> None:
     assert end > start + 10, f"J is {start:.1f} after one iteration and {end:.1f} at the end"
     assert 2 <= result["clusters"] <= 20, f"{result['clusters']} clusters a sequence"
     assert (runs / "uvos_dino/eval/mini/frame/global_results-val.csv").is_file()
-    assert (runs / "uvos_dino/eval/mini/digits-val-00/00011.png").is_file()
+    assert (runs / "uvos_dino/eval/mini/shape-val-00/00011.png").is_file()
