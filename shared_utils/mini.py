@@ -188,7 +188,7 @@ def _check(kind: str) -> None:
 
 
 def _stamp(kind: str) -> str:
-    return f"mini data, kind {kind}, version {mini_draw.VERSIONS[kind]}\n"
+    return f"mini data, kind {kind}, version {mini_draw.version(kind)}\n"
 
 
 def _fresh(kind: str, folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Drawing of the mini data: every sample of every kind as arrays, from (its version, kind, split, index) alone.
+"""Drawing of the mini data: every sample of every kind as arrays, from (version, kind, split, index) alone.
 
 The objects are the 1,797 handwritten 8x8 digits inside scikit-learn's own package, scaled, coloured and moved over
 procedural textures; ``train``, ``val`` and ``test`` never share a glyph, in any kind. Those of the davis kind are
@@ -21,8 +21,9 @@ from PIL import Image
 
 from shared_utils import UserError
 
-# Raise a kind's whenever a sample of it changes: what is on disk is then rebuilt.
-VERSIONS = {"images": 1, "segmentation": 1, "video": 1, "davis": 2, "fewshot": 1}
+# Raise it whenever a sample changes: what is on disk is then rebuilt, for all kinds or for those below alone.
+VERSION = 1
+RAISED = {"davis": 1}
 
 TEXTURES = ("stripes", "checker", "dots", "rings", "clouds", "grain")
 GLYPH_SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
@@ -66,8 +67,13 @@ def glyph_split(split: str, digit: int) -> tuple[int, ...]:
     return tuple(int(row) for row in rows[edges[place] : edges[place + 1]])
 
 
+def version(kind: str) -> int:
+    """Of the samples of a kind ("segmentation", or a part of it such as "segmentation/voc")."""
+    return VERSION + RAISED.get(kind.partition("/")[0], 0)
+
+
 def _rng(kind: str, split: str, index: int) -> np.random.Generator:
-    return np.random.default_rng([VERSIONS[kind.partition("/")[0]], zlib.crc32(f"{kind}/{split}".encode()), index])
+    return np.random.default_rng([version(kind), zlib.crc32(f"{kind}/{split}".encode()), index])
 
 
 def ink(

@@ -343,7 +343,7 @@ def test_davis_layout(root):
 def test_only_its_own_version_changes_a_kind(monkeypatch):
     images = mini_draw.render_image("train", 3)[0], mini_draw.render_scene("voc", "val", 3)[0]
     frames = mini_draw.render_sequence("val", 3)[0]
-    monkeypatch.setitem(mini_draw.VERSIONS, "davis", mini_draw.VERSIONS["davis"] + 1)
+    monkeypatch.setitem(mini_draw.RAISED, "davis", mini_draw.RAISED["davis"] + 1)
     again = mini_draw.render_image("train", 3)[0], mini_draw.render_scene("voc", "val", 3)[0]
     assert all((a == b).all() for a, b in zip(images, again))
     assert (mini_draw.render_sequence("val", 3)[0] != frames).any()
@@ -398,7 +398,7 @@ def test_cached_until_the_version_changes(tmp_path, monkeypatch):
     before, written = digest(folder), (folder / mini.STAMP).stat().st_mtime_ns
     assert mini.ensure("davis", tmp_path) == folder and (folder / mini.STAMP).stat().st_mtime_ns == written
     (folder / "stray.txt").write_text("from an older version")
-    monkeypatch.setitem(mini_draw.VERSIONS, "davis", mini_draw.VERSIONS["davis"] + 1)
+    monkeypatch.setattr(mini_draw, "VERSION", mini_draw.VERSION + 1)
     after = digest(mini.ensure("davis", tmp_path))
     assert after.keys() == before.keys()
     assert after["JPEGImages/480p/shape-val-00/00000.jpg"] != before["JPEGImages/480p/shape-val-00/00000.jpg"]
@@ -415,7 +415,7 @@ def test_an_interrupted_rebuild_leaves_the_old_data(tmp_path, monkeypatch, error
             raise error
         return real(split, index)
 
-    monkeypatch.setitem(mini_draw.VERSIONS, "davis", mini_draw.VERSIONS["davis"] + 1)
+    monkeypatch.setattr(mini_draw, "VERSION", mini_draw.VERSION + 1)
     monkeypatch.setattr(mini_draw, "render_sequence", render)
     with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else UserError):
         mini.ensure("davis", tmp_path)
