@@ -1,11 +1,11 @@
 """Mini data: small data sets that need no download, in the real layouts of the real ones.
 
-``shared_utils.mini_draw`` draws the samples (moving, scaled, coloured digits on textures). The five kinds:
+``shared_utils.mini_draw`` draws the samples (moving, scaled, coloured digits and shapes on textures). The five kinds:
 
 - ``images``        ImageNet folders, ten digit classes, with the nuisance factors in ``attributes.csv``
 - ``segmentation``  VOC, ADE20K and Cityscapes trees: three visual domains, three conflicting sets of classes
 - ``video``         UCF101 folders and lists: the motion is the class, the background a shortcut (01) or not (02)
-- ``davis``         DAVIS sequences with several objects
+- ``davis``         DAVIS-2016 sequences: one filled shape before a background in three parts
 - ``fewshot``       splits of disjoint classes (digit x drawing style)
 
     python -m shared_utils.mini [--root data/mini] KIND [KIND ...]|all
@@ -146,7 +146,7 @@ def _write_video(folder: Path) -> None:
 def _write_davis(folder: Path) -> None:
     palette = davis_palette()
     for split, count in mini_draw.SEQUENCES.items():
-        names = [f"digits-{split}-{index:02d}" for index in range(count)]
+        names = [f"shape-{split}-{index:02d}" for index in range(count)]
         pairs = []
         for index, name in enumerate(names):
             for step, (frame, mask) in enumerate(zip(*mini_draw.render_sequence(split, index))):
@@ -188,7 +188,7 @@ def _check(kind: str) -> None:
 
 
 def _stamp(kind: str) -> str:
-    return f"mini data, kind {kind}, version {mini_draw.VERSION}\n"
+    return f"mini data, kind {kind}, version {mini_draw.version(kind)}\n"
 
 
 def _fresh(kind: str, folder: Path) -> bool:

@@ -1,8 +1,9 @@
-"""Drawing of the mini data: every sample of every kind as arrays, from (VERSION, kind, split, index) alone.
+"""Drawing of the mini data: every sample of every kind as arrays, from (version, kind, split, index) alone.
 
 The objects are the 1,797 handwritten 8x8 digits inside scikit-learn's own package, scaled, coloured and moved over
-procedural textures. ``train``, ``val`` and ``test`` never share a glyph, in any kind. ``shared_utils.mini`` writes the
-samples to disk.
+procedural textures; ``train``, ``val`` and ``test`` never share a glyph, in any kind. Those of the davis kind are
+filled shapes with a random outline, because DAVIS' objects have an area. ``shared_utils.mini`` writes the samples to
+disk.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from PIL import Image
 
 from shared_utils import UserError
 
-VERSION = 1  # raise it whenever a sample changes: what is on disk is then rebuilt
+# Raise it whenever a sample changes: what is on disk is then rebuilt, for all kinds or for those below alone.
+VERSION = 1
+RAISED = {"davis": 1}
 
 TEXTURES = ("stripes", "checker", "dots", "rings", "clouds", "grain")
 GLYPH_SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
@@ -64,8 +67,13 @@ def glyph_split(split: str, digit: int) -> tuple[int, ...]:
     return tuple(int(row) for row in rows[edges[place] : edges[place + 1]])
 
 
+def version(kind: str) -> int:
+    """Of the samples of a kind ("segmentation", or a part of it such as "segmentation/voc")."""
+    return VERSION + RAISED.get(kind.partition("/")[0], 0)
+
+
 def _rng(kind: str, split: str, index: int) -> np.random.Generator:
-    return np.random.default_rng([VERSION, zlib.crc32(f"{kind}/{split}".encode()), index])
+    return np.random.default_rng([version(kind), zlib.crc32(f"{kind}/{split}".encode()), index])
 
 
 def ink(
@@ -325,31 +333,54 @@ def render_clip(part: str, index: int, per_class: int = 0) -> tuple[np.ndarray, 
     return np.stack(frames), {"class": MOTIONS[motion], "digit": str(digit), "background": TEXTURES[behind]}
 
 
-def render_sequence(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """One DAVIS sequence: frames [12, 96, 160, 3] uint8 and masks [12, 96, 160] uint8 of two or three objects, 1..n.
+def _shades(rng: np.random.Generator, name: str, shape: tuple[int, int], tone: Tone) -> np.ndarray:
+    """A texture [H, W, 3] float32 in 0..255 of two shades of one colour."""
+    return tone.draw(rng) * (1 - rng.uniform(0.2, 0.4) * texture(rng, name, *shape)[..., None])
 
-    Objects move, turn, breathe, bounce off the edges and hide one another; the camera pans.
+
+def _blob(
+    shape: tuple[int, int], centre: tuple[float, float], radius: float, waves: np.ndarray, angle: float
+) -> np.ndarray:
+    """Coverage [H, W] float32 in 0..1 of a filled shape whose radius varies along its outline.
+
+    Waves [n, 2]: amplitude (a share of the radius) and phase (radians) of 2, 3, ... periods round the outline.
     """
-    rng, shape = _rng("davis", split, index), (96, 160)
-    back = _paint(rng, str(rng.choice(TEXTURES)), (136, 200), DARK if index % 2 else PALE)
-    pan, sizes = rng.uniform(-1.5, 1.5, 2), rng.uniform(34, 50, int(rng.integers(2, 4)))
-    objects = []
-    for size, (x, y) in zip(sizes, _spots(rng, shape, sizes.tolist())):
-        glyph = int(rng.choice(glyph_split(split, int(rng.integers(10)))))
-        fill = _paint(rng, str(rng.choice(FILLS)), (384, 512), BRIGHT if index % 2 else DEEP)
-        objects.append((glyph, fill, size, (x, y), rng.uniform(-4, 4, 2), rng.uniform(-0.05, 0.05), rng.uniform(3, 9)))
+    y, x = np.mgrid[: shape[0], : shape[1]] - np.array(centre[::-1])[:, None, None]
+    around = np.arctan2(y, x) - angle
+    reach = sum(a * np.cos(k * around + phase) for k, (a, phase) in enumerate(waves, 2))
+    return np.clip(0.5 + radius * (1 + reach) - np.hypot(y, x), 0, 1).astype(np.float32)
+
+
+def render_sequence(split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """One DAVIS-2016 sequence: frames [12, 96, 160, 3] uint8 and masks [12, 96, 160] uint8, 1 on the one object.
+
+    The object, 5 to 20 % of a frame, moves, turns, breathes and bounces off the edges, before three bands (sky, middle,
+    ground) that the camera pans over. Every part has one colour and a texture of its own, light on dark or dark on
+    light.
+    """
+    rng, shape, big = _rng("davis", split, index), (96, 160), (136, 200)
+    rows, columns = np.mgrid[: big[0], : big[1]]
+    back = np.zeros((*big, 3), np.float32)
+    for edge in (0, 0.41, 0.59):  # the frame shows the middle: three parts of about the same height
+        line = big[0] * (edge + rng.uniform(-0.04, 0.04)) + rng.uniform(-0.15, 0.15) * (columns - big[1] / 2)
+        wave = 3 * np.sin(columns * rng.uniform(0.05, 0.12) + rng.uniform(0, 2 * math.pi))
+        paint = _shades(rng, str(rng.choice(TEXTURES)), big, DARK if index % 2 else PALE)
+        back = _over(back, paint, (rows >= line + wave if edge else rows >= 0).astype(np.float32))
+    fill = _shades(rng, str(rng.choice(FILLS)), (384, 512), BRIGHT if index % 2 else DEEP)
+    pan, course, speed = rng.uniform(-1.5, 1.5, 2), rng.uniform(0, 2 * math.pi), rng.uniform(2, 5)
+    waves = rng.uniform((0, 0), (0.12, 2 * math.pi), (3, 2))
+    radius, spin, beat = rng.uniform((22, -0.05, 3), (28, 0.05, 9))
+    room = np.array(shape[::-1]) - 2.4 * radius
+    start = rng.uniform(0, 1, 2) * room
     frames, masks = [], []
     for step in range(SEQUENCE_FRAMES):
-        canvas, mask = _window(back, shape, *(pan * step)), np.zeros(shape, np.uint8)
-        for number, (glyph, fill, size, start, speed, spin, beat) in enumerate(objects, 1):
-            room = np.array([shape[1] - size, shape[0] - size])
-            way = (np.array(start) - size / 2 + speed * step) % (2 * room)
-            x, y = np.minimum(way, 2 * room - way) + size / 2  # reflected at the edges
-            cover = ink(glyph, shape, (x, y), size * (1 + 0.1 * math.sin(step / beat)), spin * step)
-            canvas = _over(canvas, _window(fill, shape, x - shape[1] / 2, y - shape[0] / 2), cover)
-            mask[cover > 0.5] = number
+        way = (start + speed * step * np.array([math.cos(course), math.sin(course)])) % (2 * room)
+        x, y = np.minimum(way, 2 * room - way) + 1.2 * radius  # reflected at the edges
+        cover = _blob(shape, (x, y), radius * (1 + 0.1 * math.sin(step / beat)), waves, spin * step)
+        inside = _window(fill, shape, x - shape[1] / 2, y - shape[0] / 2)
+        canvas = _over(_window(back, shape, *(pan * step)), inside, cover)
         frames.append(_bytes(canvas + rng.normal(0, 3, canvas.shape)))
-        masks.append(mask)
+        masks.append((cover > 0.5).astype(np.uint8))
     return np.stack(frames), np.stack(masks)
 
 

@@ -96,7 +96,6 @@ RENDERERS = {
     "cityscapes": (lambda split, i: mini_draw.render_scene("cityscapes", split, i), ("train", "val")),
     "video01": (lambda split, i: mini_draw.render_clip(split + "01", i), ("train", "test")),
     "video02": (lambda split, i: mini_draw.render_clip(split + "02", i), ("train", "test")),
-    "davis": (lambda split, i: mini_draw.render_sequence(split, i), ("train", "val")),
     "fewshot": (lambda split, i: mini_draw.render_fewshot(split, i * 7 % 240), ("train", "val", "test")),
 }
 
@@ -115,7 +114,7 @@ def test_no_glyph_is_drawn_in_two_splits(kind, monkeypatch):
     used = {}
     for split in splits:
         drawn.clear()
-        for index in range(8 if kind == "davis" else 30):
+        for index in range(30):
             render(split, index)
         used[split] = set(drawn)
         assert len(used[split]) >= 10
@@ -336,10 +335,18 @@ def test_davis_layout(root):
             assert pixels(base / image[1:]).shape == (96, 160, 3)
         assert list(masks) == names[split]
         for sequence in masks.values():
-            ids = np.unique(sequence[0]).tolist()
-            assert ids in ([0, 1, 2], [0, 1, 2, 3])
-            assert set(np.unique(sequence).tolist()) == set(ids)
+            assert np.unique(sequence).tolist() == [0, 1]  # one object, as in DAVIS-2016
+            assert all(0.05 < mask.mean() < 0.2 for mask in sequence)
             assert any((a != b).mean() > 0.01 for a, b in zip(sequence, sequence[1:]))  # it moves
+
+
+def test_only_its_own_version_changes_a_kind(monkeypatch):
+    images = mini_draw.render_image("train", 3)[0], mini_draw.render_scene("voc", "val", 3)[0]
+    frames = mini_draw.render_sequence("val", 3)[0]
+    monkeypatch.setitem(mini_draw.RAISED, "davis", mini_draw.RAISED["davis"] + 1)
+    again = mini_draw.render_image("train", 3)[0], mini_draw.render_scene("voc", "val", 3)[0]
+    assert all((a == b).all() for a, b in zip(images, again))
+    assert (mini_draw.render_sequence("val", 3)[0] != frames).any()
 
 
 def test_fewshot_layout(root):
@@ -394,7 +401,7 @@ def test_cached_until_the_version_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(mini_draw, "VERSION", mini_draw.VERSION + 1)
     after = digest(mini.ensure("davis", tmp_path))
     assert after.keys() == before.keys()
-    assert after["JPEGImages/480p/digits-val-00/00000.jpg"] != before["JPEGImages/480p/digits-val-00/00000.jpg"]
+    assert after["JPEGImages/480p/shape-val-00/00000.jpg"] != before["JPEGImages/480p/shape-val-00/00000.jpg"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("No space left on device")])

@@ -18,7 +18,7 @@ runs=${RUNS:-runs}
 out=$runs/uvos_dino/arms/$tier
 case "$tier" in
   mini)
-    # Every arm once on the generated digits, half a minute each.
+    # Every arm once on the generated sequences, half a minute each.
     where=mini
     eval=(--synthetic --resolution 96 160 --ratio 4 --drop_last_frame false)
     claimed=0.3

@@ -24,7 +24,7 @@ COMMAND = "bash uvos_dino/run_dino.sh && bash uvos_dino/run_train.sh"
 def get_parser() -> Parser:
     p = tiles.strip_parser("uvos_dino", __doc__, "train")
     a = p.add_argument
-    a("--sequence", default="digits-val-01", help="of the mini data's validation list")
+    a("--sequence", default="shape-val-01", help="of the mini data's validation list")
     a("--tau", type=float, default=0.3, help="largest divergence within a cluster")
     a("--ratio", type=positive, default=4, help="every so many frames give keys")
     return p
