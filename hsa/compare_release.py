@@ -29,7 +29,7 @@ from hsa import losses
 from hsa.arch import build
 from hsa.builder import CsMl
 from hsa.cutmix import draw_box, paste
-from shared_utils import compare, neighbours
+from shared_utils import compare, distributed, neighbours
 from shared_utils.flags import Parser, positive
 from shared_utils.run import cli
 
@@ -327,6 +327,7 @@ def get_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Print the table; exit code 1 when a difference exceeds its tolerance or, with --speed, a demand is missed."""
     args = get_parser().parse_args(argv)
+    device = distributed.init(args.step, "--step") if args.step else compare.CPU
     if args.threads:
         torch.set_num_threads(args.threads)
     with release(args.release) as code:
@@ -334,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.speed:
             failed += not speed(code, args.images, args.repeats)
         if args.step:
-            time_steps(code, args.step, args.repeats)
+            time_steps(code, device, args.repeats)
     return compare.verdict(failed)
 
 

@@ -49,7 +49,7 @@ def add_flags(p: argparse.ArgumentParser, url: str, timed: str) -> None:
 
 
 def add_step_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--step", type=torch.device, metavar="DEVICE", help="also time the whole training step there: cuda")
+    p.add_argument("--step", metavar="DEVICE", help="also time the whole training step there: cpu, cuda, cuda:1")
 
 
 @contextmanager

@@ -11,21 +11,21 @@ from torch import Tensor, nn
 from shared_utils import UserError
 
 
-def init(device: str = "auto") -> torch.device:
+def init(device: str = "auto", flag: str = "--device") -> torch.device:
     """Join the processes that torchrun started (gloo on CPU, nccl on GPU); return this process's device.
 
-    UserError: a device that this machine or PyTorch does not have.
+    UserError: a device that this machine or PyTorch does not have, named by the flag that gave it.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise UserError(f"--device {device}: no such device; give auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"{flag} {device}: no such device; give auto, cpu, cuda or cuda:N") from None
     gpus = torch.cuda.device_count() if chosen.type == "cuda" else 0
     if chosen.type == "cuda" and (chosen.index or int(os.environ.get("LOCAL_RANK", 0))) >= gpus:
         raise UserError(
-            f"--device {device}: {gpus} GPUs are visible to this process; give cpu, another GPU, or fewer processes"
+            f"{flag} {device}: {gpus} GPUs are visible to this process; give cpu, another GPU, or fewer processes"
         )
     if chosen.type == "cuda":
         if chosen.index is None:
