@@ -279,17 +279,9 @@ def time_steps(code: SimpleNamespace, device: torch.device, repeats: int, batch:
     ours.to(device).to(memory_format=torch.channels_last).train()
     images = torch.randn(4, batch, 3, size, size, device=device)
     views = [x.contiguous(memory_format=torch.channels_last) for x in images]
-    fused = {"fused": True} if device.type == "cuda" else {}
-    sgd = [
-        torch.optim.SGD(m.encoder_q.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, **more)
-        for m, more in ((ours, fused), (theirs, {}))
-    ]
+    our_update = compare.updater(ours.encoder_q, fused=device.type == "cuda")  # as it trains
+    their_update = compare.updater(theirs.encoder_q, fused=False)
     rng = np.random.default_rng(0)
-
-    def update(optimiser: torch.optim.Optimizer, loss: Tensor) -> None:
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
 
     def our_step() -> None:
         query, key, add_posq, add_posk = views
@@ -299,7 +291,7 @@ def time_steps(code: SimpleNamespace, device: torch.device, repeats: int, batch:
         ours.update_key_encoder()
         with torch.autocast(device.type, torch.bfloat16):
             keys = [ours.embed_keys(v, torch.Generator().manual_seed(0))[0] for v in (key, add_posk)]
-        update(sgd[0], our_loss([*z, *keys, ours.queue], 11, box[4]))
+        our_update(our_loss([*z, *keys, ours.queue], 11, box[4]))
         ours.enqueue(keys[:1])
 
     def their_step(half: bool) -> None:
@@ -307,11 +299,9 @@ def time_steps(code: SimpleNamespace, device: torch.device, repeats: int, batch:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             output, mix_out, _ = theirs(*images, mix, 0, 0, 1, 1, [dist.group.WORLD])
             loss = code.loss([*output, mix_out], 11, mu)
-        update(sgd[1], loss)
+        their_update(loss)
 
-    with compare.one_process(device):
-        steps = {"ours, bfloat16": our_step, "release, bfloat16 autocast": lambda: their_step(True)}
-        compare.time_steps({**steps, "release, float32": lambda: their_step(False)}, device, batch, repeats)
+    compare.time_steps(our_step, their_step, device, batch, repeats)
     code.where = compare.CPU
 
 

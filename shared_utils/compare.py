@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from shared_utils import UserError
 from shared_utils.flags import natural
@@ -92,8 +93,31 @@ def verdict(failed: int) -> int:
     return int(failed > 0)
 
 
-def time_steps(steps: Mapping[str, Callable[[], Any]], device: torch.device, images: int, repeats: int) -> None:
-    """Print time, images per second and peak memory of whole training steps on a device; they take turns."""
+def updater(network: nn.Module, fused: bool) -> Callable[[torch.Tensor], None]:
+    """A function that takes a loss and does the rest of a step: gradients and SGD with the releases' momentum."""
+    sgd = torch.optim.SGD(network.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, fused=fused)
+
+    def update(loss: torch.Tensor) -> None:
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+
+    return update
+
+
+def time_steps(
+    ours: Callable[[], Any], theirs: Callable[[bool], Any], device: torch.device, images: int, repeats: int
+) -> None:
+    """Print time, images per second and peak memory of whole training steps on a device; they take turns.
+
+    Args:
+        theirs: the release's step; whether it runs under the bfloat16 autocast of ours, or as published.
+    """
+    steps = {
+        "ours, bfloat16": ours,
+        "release, bfloat16 autocast": lambda: theirs(True),
+        "release, float32": lambda: theirs(False),
+    }
 
     def synchronised(step: Callable[[], Any]) -> Callable[[], None]:
         def run() -> None:
@@ -103,17 +127,17 @@ def time_steps(steps: Mapping[str, Callable[[], Any]], device: torch.device, ima
 
         return run
 
-    calls = [synchronised(step) for step in steps.values()]
-    peaks = []
-    for call in calls:
-        call()  # the first one allocates what stays
-        peaks.append(peak_mib(call, device))
+    with one_process(device):
+        calls = [synchronised(step) for step in steps.values()]
+        peaks = []
+        for call in calls:
+            call()  # the first one allocates what stays
+            peaks.append(peak_mib(call, device))
+        times = fastest(calls, repeats)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"whole step, {images} images, {where}, torch {torch.__version__}")
-    for name, seconds, peak in zip(steps, fastest(calls, repeats), peaks):
-        print(
-            f"  {name:30s} {1e3 * seconds:9.1f} ms {images / seconds:8.1f} images/s  peak {peak:6.0f} MiB", flush=True
-        )
+    for name, seconds, peak in zip(steps, times, peaks):
+        print(f"  {name:28s} {1e3 * seconds:9.1f} ms {images / seconds:8.1f} images/s  peak {peak:6.0f} MiB")
 
 
 def fastest(functions: Sequence[Callable[[], Any]], repeats: int) -> list[float]:

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from shared_utils import UserError  # noqa: E402
+from shared_utils.compare import peak_mib  # noqa: E402
 from shared_utils.flags import Parser, positive  # noqa: E402
 from shared_utils.run import cli  # noqa: E402
 from tests.pretraining import record, stamp  # noqa: E402
@@ -75,26 +76,6 @@ def seconds(functions: Sequence[Callable[[], None]], device: torch.device, repea
         for function, taken in zip(functions, times):
             taken.append(once(function))
     return [statistics.median(taken) for taken in times]
-
-
-def peak_mib(function: Callable[[], None], device: torch.device) -> float:
-    """Peak memory of one call: allocated on a GPU; on the CPU the growth of the resident high-water mark."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        function()
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:  # Linux: start the high-water mark again
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return float("nan")
-    before = _status_mib("VmRSS")
-    function()
-    return _status_mib("VmHWM") - before
-
-
-def _status_mib(key: str) -> float:
-    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(key + ":"))
-    return int(line.split()[1]) / 1024
 
 
 def measure(case: Mapping[str, Any], device: torch.device, repeats: int, budget: float) -> dict[str, Any]:

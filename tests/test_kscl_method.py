@@ -138,6 +138,13 @@ def test_the_first_direction_points_to_the_keys():
     assert (torch.einsum("nd,nd->n", own.U[:, :, 0], keys(50, 12, 4).mean(2)) > 0).all()
 
 
+def test_more_keys_than_one_decomposition_takes():
+    Z = keys(32768 + 9, 3, 2)
+    all_at_once, last = configure(Z, ALL), configure(Z[-20:], ALL)
+    assert len(all_at_once.U) == len(Z) and torch.equal(all_at_once.rank[-20:], last.rank)
+    assert torch.allclose(all_at_once.U[-20:] @ all_at_once.U[-20:].mT, last.U @ last.U.mT, atol=1e-6)
+
+
 def test_shots_and_energy_never_lower_a_match():  # e
     Z, q = keys(20, 16, 6, spread=1.0), unit(20, 16, seed=9)
     by_shots = torch.stack([own_match(q, configure(Z[:, :, :k], ALL), "proj_len") for k in range(1, 7)])
