@@ -97,8 +97,8 @@ def model_card(paper: str, network: str, out: Path, lines: Sequence[str], flags:
     text = [
         f"# {about.title}: {network}",
         "",
-        f"Weights of a backbone, `{out.name}`, written by `{paper}` of this workspace, which reproduces the paper (arXiv"
-        f" {about.arxiv}; the authors' own release: {about.release}).",
+        f"Weights of a backbone, `{out.name}`, written by `{paper}` of this workspace, which reproduces the paper"
+        f" (arXiv {about.arxiv}; the authors' own release: {about.release}).",
         "Code: Apache-2.0. The weights carry whatever terms the data have that they were trained on.",
         "",
         "```python",
