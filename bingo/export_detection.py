@@ -9,7 +9,7 @@ import argparse
 
 from bingo.arch import ARCHS, STEMS, build
 from shared_utils.evaluation import add_network_flags, load_backbone
-from shared_utils.export import add_export_flags, check, resnet_lines, write_backbone, write_detectron2
+from shared_utils.export import INPUT, add_export_flags, check, resnet_lines, write_backbone, write_detectron2
 from shared_utils.flags import Parser
 from shared_utils.run import cli
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{write_detectron2(state, args.out, *network)} {MEAN_STD}")
         print("release: SyncBN and an extra norm after res5 (R50-C4), TEST.PRECISE_BN True; VOC 24k, COCO 2x schedule")
     else:
-        name = f"{args.arch}, width {args.width}, stem {args.stem}"
+        name = f"{args.arch}, width {args.width}, stem {args.stem}, {INPUT}"
         lines = resnet_lines(*network, "bingo.arch.build")
         print(write_backbone(args, state, "bingo", name, lines))
     return 0

@@ -43,4 +43,4 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m bingo.compute_knn "${flags[@]}" "$@"
-echo "next: ${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${SET:+SET=$SET }bash bingo/run_pretrain.sh $tier"
+next_job bingo/run_pretrain.sh "$tier"

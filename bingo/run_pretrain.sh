@@ -52,4 +52,4 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m bingo.main_moco --output-dir "$out" "${flags[@]}" "$@"
-echo "next: ${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${SET:+SET=$SET }bash bingo/run_lincls.sh $tier"
+next_job bingo/run_lincls.sh "$tier"

@@ -46,4 +46,4 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m bingo.main_teacher --output-dir "$out" "${flags[@]}" "$@"
-echo "next: ${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${SET:+SET=$SET }bash bingo/run_knn.sh $tier"
+next_job bingo/run_knn.sh "$tier"

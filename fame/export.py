@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         made = f"torchvision.models.video.{args.arch}()"
     lines = [f"model = {made}", *(f"model.{head} = torch.nn.Identity()" for head in HEADS.get(args.arch, ()))]
     lines.append("model.load_state_dict(load_file(FILE))")
-    name = f"{args.arch}, clips of {args.frame_per_clip} x {args.crop_size} x {args.crop_size}, Kinetics mean"
+    name = f"{args.arch}, clips of {args.frame_per_clip} x {args.crop_size} x {args.crop_size}, normalised by Kinetics"
     print(write_backbone(args, network.state_dict(), "fame", name, lines))
     return 0
 

@@ -57,4 +57,4 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m fame.train --output-dir "$out" "${flags[@]}" "$@"
-echo "next: ${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${SET:+SET=$SET }bash fame/run_eval.sh $tier"
+next_job fame/run_eval.sh "$tier"

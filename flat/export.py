@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     given.model, given.width, given.image_size = args.model, args.width, args.image_size
     encoder, _, flags, _ = save_features.load(Path(args.pretrained), given)
     state, lines = names_and_lines(encoder, flags.model, flags.image_size, flags.width)
-    name = f"{flags.model}, input of {flags.image_size} pixels, {flags.mean_std} mean"
+    name = f"{flags.model}, input of {flags.image_size} pixels, normalised by {flags.mean_std}"
     print(write_backbone(args, state, "flat", name, lines))
     return 0
 

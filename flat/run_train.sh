@@ -50,4 +50,4 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m flat.train --output-dir "$out" "${flags[@]}" "$@"
-echo "next: ${RUNS:+RUNS=$RUNS }${SET:+SET=$SET }bash flat/run_eval.sh $tier"
+next_job flat/run_eval.sh "$tier"

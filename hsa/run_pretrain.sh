@@ -51,4 +51,4 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m hsa.main_moco --output-dir "$out" "${flags[@]}" "$@"
-echo "next: ${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${SET:+SET=$SET }bash hsa/run_lincls.sh $tier"
+next_job hsa/run_lincls.sh "$tier"

@@ -46,4 +46,4 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m kscl.main_kscl --output-dir "$out" "${flags[@]}" "$@"
-echo "next: ${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${SET:+SET=$SET }bash kscl/run_lincls.sh $tier"
+next_job kscl/run_lincls.sh "$tier"

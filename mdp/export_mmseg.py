@@ -1,7 +1,8 @@
-"""Turn an MDP pretraining checkpoint into plain weights for mmsegmentation, or into a torchvision-named backbone.
+"""An MDP pretraining checkpoint as plain weights for mmsegmentation, or its backbone under other libraries' names.
 
     python -m mdp.export_mmseg runs/mdp/pretrain/small/checkpoint.pth --out mdp_r50.pth
-    python -m mdp.export_mmseg CHECKPOINT --out backbone.pth --format torchvision
+    python -m mdp.export_mmseg CHECKPOINT --out backbone.pth --format torchvision    (mmdetection reads these too)
+    python -m mdp.export_mmseg CHECKPOINT --out backbone.pth --format detectron2
     python -m mdp.export_mmseg CHECKPOINT --out backbone.safetensors --format safetensors    (and a model card)
 
 The projector and the classifier of the cross-entropy arms stay behind: fine-tuning starts with a new ``conv_seg``.
@@ -17,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from shared_utils import UserError, checkpoint
-from shared_utils.export import add_export_flags, check, write_safetensors
+from shared_utils.export import INPUT, add_export_flags, check, write_detectron2, write_safetensors
 from shared_utils.flags import Parser
 from shared_utils.run import cli
 
@@ -71,7 +72,7 @@ def get_parser() -> Parser:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", type=Path, help="checkpoint.pth of python -m mdp.main_pretrain")
     p.add_argument("--branch", choices=["q", "k"], default="q", help="query encoder, or its moving average")
-    add_export_flags(p, [*FORMATS, "safetensors"], "mmseg")
+    add_export_flags(p, [*FORMATS, "detectron2", "safetensors"], "mmseg")
     return p
 
 
@@ -82,18 +83,21 @@ def main(argv: list[str] | None = None) -> int:
     if not isinstance(obj, Mapping) or not isinstance(obj.get("state_dict"), Mapping):
         raise UserError(f"{args.checkpoint}: not an MDP pretraining checkpoint (no state_dict inside)")
     try:
-        fmt = "torchvision" if args.format == "safetensors" else args.format
+        fmt = args.format if args.format in FORMATS else "torchvision"
         state = export(obj["state_dict"], args.branch, fmt)
     except UserError as error:
         raise UserError(f"{args.checkpoint}: {error}") from None
-    if args.format == "safetensors":
-        flags = obj.get("args") or {}
-        arch, width = str(flags.get("arch", "resnet50")), int(flags.get("base_channels", 64))
+    flags = obj.get("args") or {}
+    arch, width = str(flags.get("arch", "resnet50")), int(flags.get("base_channels", 64))
+    if args.format == "detectron2":
+        line = write_detectron2(state, args.out, arch, width, "imagenet", author="mdp")
+        print(f"{line} MODEL.PIXEL_MEAN [123.675,116.280,103.530] MODEL.PIXEL_STD [58.395,57.120,57.375]")
+    elif args.format == "safetensors":
         make = f"mdp.models.ResNet({arch.removeprefix('resnet')}, {width})"
         if width == 64:
             make = f'timm.create_model("{arch}", num_classes=0, output_stride=8)'
         lines = [f"model = {make}", "model.load_state_dict(load_file(FILE))"]
-        print(write_safetensors(state, args.out, "mdp", f"{arch}, width {width}", lines, str(args.checkpoint)))
+        print(write_safetensors(state, args.out, "mdp", f"{arch}, width {width}, {INPUT}", lines, str(args.checkpoint)))
     else:
         checkpoint.save(args.out, state)
     dropped = len(obj["state_dict"]) - len(state)

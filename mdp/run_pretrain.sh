@@ -48,4 +48,4 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m mdp.main_pretrain --output-dir "$out" "${flags[@]}" "$@"
-echo "next: bash mdp/run_finetune.sh $tier"
+next_job mdp/run_finetune.sh "$tier"

@@ -11,7 +11,7 @@ import torch
 from mra import models_mae, nets
 from shared_utils import checkpoint
 from shared_utils.evaluation import stored_flags
-from shared_utils.export import add_export_flags, check, vit_lines, write_backbone
+from shared_utils.export import INPUT, add_export_flags, check, vit_lines, write_backbone
 from shared_utils.flags import Parser, positive
 from shared_utils.run import cli
 
@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         if arch in nets.IMAGENET and stem == "imagenet":
             made = f'timm.create_model("{arch}", num_classes={classes})'
         lines = [f"model = {made}", "model.load_state_dict(load_file(FILE))"]
-        name = f"{arch}, stem {stem}, {classes} classes, input of {told['input_size']} pixels, {told['mean_std']} mean"
+        name = f"{arch}, stem {stem}, {classes} classes, input of {told['input_size']} pixels"
+        name += f", normalised by {told['mean_std']}"
         state = network.state_dict()
     else:
         size = args.input_size or flags.get("input_size", 224)
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         print(report)
         state = {key: value for key, value in mae.state_dict().items() if key.startswith(ENCODER)}
         lines = vit_lines(size, mae.p, *mae.size.enc)
-        name = f"encoder, patch {mae.p}, width and depth {mae.size.enc[:2]}, input of {size} pixels, imagenet mean"
+        name = f"encoder, patch {mae.p}, width and depth {mae.size.enc[:2]}, input of {size} pixels, {INPUT}"
     print(write_backbone(args, state, "mra", name, lines))
     return 0
 

@@ -52,4 +52,4 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m mra.main_pretrain --output-dir "$out" "${flags[@]}" "$@"
-echo "next: ${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${SET:+SET=$SET }bash mra/run_supervised.sh $tier"
+next_job mra/run_supervised.sh "$tier"

@@ -47,4 +47,4 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m sage.train --mode byol --output-dir "$runs/evaluator/$where" "${flags[@]}" "$@"
-echo "next: bash sage/run_pretrain.sh $tier"
+next_job sage/run_pretrain.sh "$tier"

@@ -48,4 +48,4 @@ esac
 flags=(--evaluator "${EVALUATOR-$runs/evaluator/$where/checkpoint.pth}" "${flags[@]}")
 
 "${launch[@]}" -m sage.train --output-dir "$runs/pretrain/$where" "${flags[@]}" "$@"
-echo "next: bash sage/run_lincls.sh $tier"
+next_job sage/run_lincls.sh "$tier"

@@ -60,16 +60,19 @@ def thinned(log: Path, names: Sequence[str], points: int = 20) -> list[dict[str,
 
 
 def replace_rows(results: Path, prefix: str, rows: Sequence[Mapping[str, str]]) -> int:
-    """Write `rows` in the place of those of `results` whose id starts with `prefix`; returns how many were written."""
+    """Write `rows` in the place of those of `results` whose id starts with `prefix`, at the end where there are none;
+    returns how many were written."""
     with open(results, newline="") as handle:
         reader = csv.DictReader(handle)
         columns = list(reader.fieldnames or [])
-        kept = [row for row in reader if not row["id"].startswith(prefix)]
+        table = list(reader)
+    old = [i for i, row in enumerate(table) if row["id"].startswith(prefix)]
+    place = old[0] if old else len(table)
+    before, after = table[:place], [row for row in table[place:] if not row["id"].startswith(prefix)]
     with open(results, "w", newline="") as handle:
         writer = csv.DictWriter(handle, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(kept)
-        writer.writerows(dict.fromkeys(columns, "") | dict(row) for row in rows)
+        writer.writerows([*before, *(dict.fromkeys(columns, "") | dict(row) for row in rows), *after])
     return len(rows)
 
 

@@ -149,3 +149,12 @@ if [ "${GPUS:-1}" -gt 1 ] || [ -n "${PET_NNODES:-}" ]; then
   # agent's failures, which differs between nodes that saw the loss and nodes that were told of it: they wait for ever.
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
+
+# Prints the job that comes next, with what was set for this one.
+next_job() {
+  local line="next:" name
+  for name in RUNS DATA_ROOT SET LABELS PERCENT GPUS; do
+    if [ -n "${!name:-}" ]; then line+=" $name=$(printf %q "${!name}")"; fi
+  done
+  printf '%s\n' "$line bash $*"
+}

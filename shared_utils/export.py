@@ -16,6 +16,7 @@ from shared_utils import UserError, checkpoint, results
 from shared_utils.evaluation import stored_flags
 
 DETECTRON2 = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
+INPUT = "input in ImageNet's mean and standard deviation"
 SUFFIXES = {"safetensors": ".safetensors"}
 
 
@@ -88,15 +89,16 @@ def vit_lines(img_size: int, patch: int, dim: int, depth: int, heads: int) -> li
 
 
 def model_card(paper: str, network: str, out: Path, lines: Sequence[str], flags: Mapping[str, object]) -> str:
-    """Markdown: paper, network, loading, training flags, and the measured rows of the folder's results.csv."""
+    """Markdown: paper, network, loading, training flags, and what the folder measured of its claim (results.csv)."""
     about = next(p for p in results.PAPERS if p.folder == paper)
     folder = Path(__file__).resolve().parent.parent / paper
-    measured = [row for row in results.read(folder)[0] if row["ours_mean"]]
+    measured = [row for group in results.claim_rows(results.read(folder)[0], about.claims) for row in group]
     imports = sorted(set(re.findall(r"\b((?:\w+\.)*\w+)\.\w+\(", "\n".join(lines))) - {"model"})
     text = [
         f"# {about.title}: {network}",
         "",
-        f"Weights of a backbone, `{out.name}`, written by `{paper}` of this workspace (arXiv {about.arxiv}).",
+        f"Weights of a backbone, `{out.name}`, written by `{paper}` of this workspace, which reproduces the paper"
+        f" (arXiv {about.arxiv}; the authors' own release: {about.release}).",
         "Code: Apache-2.0. The weights carry whatever terms the data have that they were trained on.",
         "",
         "```python",
@@ -112,7 +114,7 @@ def model_card(paper: str, network: str, out: Path, lines: Sequence[str], flags:
         "",
         "## Measured",
         "",
-        f"What `{paper}` measured at small scale, not of this file; all rows are in `{paper}/README.md`."
+        f"Its claim as `{paper}` measured it at small scale, not of this file; all rows are in `{paper}/README.md`."
         if measured
         else "Nothing yet.",
         "",

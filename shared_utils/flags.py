@@ -68,18 +68,30 @@ def spellings(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys([*names, *(name for three in both for name in three)]))
 
 
+def with_default(text: str | None, default: Any) -> str | None:
+    """The help of a flag, with its default where it has one that the text does not tell."""
+    if default is None or default is False or default in ("", argparse.SUPPRESS) or "default" in (text or ""):
+        return text
+    return f"{text} (default: %(default)s)" if text else "default: %(default)s"
+
+
 class Parser(argparse.ArgumentParser):
-    """Flags are understood with underscores, as the original releases have them, and with dashes; a mistake is a
-    UserError, one line without the usage.
+    """Flags are understood with underscores, as the original releases have them, and with dashes; --help tells their
+    defaults; a mistake is a UserError, one line without the usage.
     """
 
     def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
+        kwargs["help"] = with_default(kwargs.get("help"), kwargs.get("default"))
         return super().add_argument(*spellings(names), **kwargs)
 
     def add_argument_group(self, *args: Any, **kwargs: Any) -> Any:
         group = super().add_argument_group(*args, **kwargs)
         add = group.add_argument
-        group.add_argument = lambda *names, **more: add(*spellings(names), **more)  # type: ignore[method-assign]
+
+        def add_argument(*names: str, **more: Any) -> argparse.Action:
+            return add(*spellings(names), **{**more, "help": with_default(more.get("help"), more.get("default"))})
+
+        group.add_argument = add_argument  # type: ignore[method-assign]
         return group
 
     def error(self, message: str) -> NoReturn:
@@ -122,7 +134,7 @@ def add_run_flags(parser: argparse.ArgumentParser, output_dir: str) -> None:
         default=runs_root() / output_dir,
         help="folder of log and checkpoint",
     )
-    group.add_argument("--seed", type=natural, default=0)
+    group.add_argument("--seed", type=natural, default=0, help="of all that is drawn: weights, order, augmentation")
     add_machine_flags(group, amp="auto")
     group.add_argument(
         "-p",

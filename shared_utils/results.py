@@ -41,34 +41,43 @@ class Paper:
     idea: str  # about five words
     release: str  # the authors' repository and its state, or "none"
     published: str  # id of the row that holds the paper's headline number, or "-" where none could be read
+    claims: str  # ids of the rows that the folder's acceptance rule is about, on one of its data sets; "-": none yet
 
 
 _PAPERS = """
 uvos_dino | Betrayed by Attention: A Simple yet Effective Approach for Self-supervised Video Object Segmentation
   | 2311.17893 | segment videos from DINO attention | shvdiwnkozbw/SSL-UVOS (training cannot start)
-  | davis17-fork-jf
+  | davis17-fork-jf | small-davis2016-both-vs-random-J
 mra | Masked Autoencoders are Robust Data Augmentors
   | 2206.04846 | masked autoencoder reconstructions as augmentation | haohang96/MRA (holds no code) | in1k-mra
+  | small-texture-mra-vs-base-top1
 sage | Semantic-Aware Generation for Self-Supervised Visual Representation Learning
   | 2111.13163 | BYOL plus perceptual view generation | sunsmarterjie/SaGe (cannot run as uploaded) | cityscapes-miou
+  | small-cifar10-sage-vs-byol-linear small-cifar10-sage-vs-byol_sum-linear
+  small-mini_attributes-sage-vs-byol-linear_mean
 fame | Motion-aware Contrastive Video Representation Learning via Foreground-background Merging
   | 2109.15130 | moving foreground, another video's background | Mark12Ding/FAME | v1-ucf101
+  | small-motion-fame-vs-moco-linear
 bingo | Bag of Instances Aggregation Boosts Self-supervised Distillation
   | 2107.01691 | distil bags of teacher neighbours | haohang96/bingo (no licence, no weights)
-  | linear-bingo-r50w2-resnet18-top1
+  | linear-bingo-r50w2-resnet18-top1 | small-cifar10-bingo-vs-alone-few_shot small-cifar10-bingo-vs-alone_eq-few_shot
 mdp | Multi-dataset Pretraining: A Unified Model for Semantic Segmentation
   | 2106.04121 | pixel-to-prototype contrast across datasets | none | t1-all-200-voc12aug
+  | small-camvid-multi-vs-scratch-early small-camvid-multi-vs-p2p-early
 sscl | Semi-supervised Contrastive Learning with Similarity Co-calibration
   | 2105.07387 | contrast and pseudo-labels co-calibrate | none | abstract-sscl-1-top1
+  | small-cifar10-4-full-vs-joint-top1
 hsa | Seed the Views: Hierarchical Semantic Alignment for Contrastive Representation Learning
   | 2012.02733 | neighbours as positives, several levels | haohang96/CSML (one level only, no licence)
-  | abstract-v1-linear
+  | abstract-v1-linear | small-cifar10-full-vs-moco-few_shot small-cifar10-full-vs-moco_eq-few_shot
 kscl | K-Shot Contrastive Learning of Visual Features with Multiple Instance Augmentations
   | 2007.13310 | augmentations span an instance subspace | none | -
+  | small-cifar10-k5-vs-moco-few_shot small-cifar10-k5-vs-moco_eq5-few_shot
 flat | FLAT: Few-Shot Learning via Autoencoding Transformation Regularizers
   | 1912.12674 | few-shot learning, predicting transformations | none | -
+  | small-cifarfs5-flat-vs-base-one_shot small-cifarfs5-flat-vs-base-five_shot
 """
-PAPERS = tuple(Paper(*map(str.strip, line.split("|"))) for line in _PAPERS.replace("\n  |", "|").strip().splitlines())
+PAPERS = tuple(Paper(*map(str.strip, line.split("|"))) for line in _PAPERS.replace("\n  ", " ").strip().splitlines())
 
 
 def _number(text: str) -> bool:
@@ -193,17 +202,34 @@ def _published(row: dict[str, str]) -> str:
     return f"{row['paper_value']} {row['metric']}, {row['dataset']}: {row['experiment']} ({source})"
 
 
-def _measured(row: dict[str, str]) -> str:
-    """Status, what was measured, and what beside it."""
-    ours, _, base = row["experiment"].partition("; baseline: ")
-    against = f" against {_value(row, 'baseline')} ({base or 'baseline'})" if row["baseline_mean"] else ""
-    value = f"{row['dataset']}, {row['metric']}: {_value(row, 'ours')} ({ours})"
-    return f"{row['status']}. {value}{against}, n = {row['n_seeds']}"
+def _measured(rows: Sequence[dict[str, str]]) -> str:
+    """What was measured on one data set, each baseline beside it with the status that follows."""
+    ours = rows[0]["experiment"].partition("; baseline: ")[0]
+    against = []
+    for row in rows:
+        base = row["experiment"].partition("; baseline: ")[2] or "baseline"
+        value = f"against {_value(row, 'baseline')} ({base}): " if row["baseline_mean"] else ""
+        against.append(f"{value}**{row['status']}**")
+    head = f"{rows[0]['dataset']}, {rows[0]['metric']}: {_value(rows[0], 'ours')} ({ours}), n = {rows[0]['n_seeds']}"
+    return f"{head}, {'; '.join(against)}"
+
+
+def claim_rows(rows: Sequence[dict[str, str]], claims: str) -> list[list[dict[str, str]]]:
+    """The measured rows of `claims` (ids) and of the same comparisons on the folder's other data sets, so that a claim
+    that fails on one of them is not hidden; those that measure the same thing against several baselines together."""
+    named = [row for name in claims.split() for row in rows if row["id"] == name]
+    found: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for claim in named:
+        for row in rows:
+            if row["ours_mean"] and all(row[k] == claim[k] for k in ("experiment", "metric", "tier")):
+                ours = row["experiment"].partition("; baseline: ")[0]
+                key = (row["dataset"], row["metric"], ours, row["ours_mean"], row["n_seeds"])
+                found.setdefault(key, []).append(row)
+    return list(found.values())
 
 
 def render_front(all_rows: dict[str, Sequence[dict[str, str]]]) -> str:
-    """The table of the ten papers. What was measured: a folder's first row with a baseline, else its first
-    measured, on each of its data sets."""
+    """The table of the ten papers: what each reports, and what its acceptance rule is about as measured here."""
     body = []
     for paper in PAPERS:
         rows = all_rows.get(paper.folder)
@@ -211,21 +237,18 @@ def render_front(all_rows: dict[str, Sequence[dict[str, str]]]) -> str:
         if rows is not None:
             counts = Counter("not run" if NOT_RUN.fullmatch(row["status"]) else row["status"] for row in rows)
             state = ", ".join(f"{counts[name]} {name}" for name in (*MEASURED, UNKNOWN, "not run") if counts[name])
-            published = "could not be read"
+            published = "not known: its tables could not be read"
             if paper.published != "-":
                 published = _published(next(row for row in rows if row["id"] == paper.published))
-            measured = [row for row in rows if row["ours_mean"]]
-            first = next((row for row in measured if row["baseline_mean"]), measured[0] if measured else None)
-            if first is not None:
-                # The same comparison on every set, so that a claim that fails on one of them is not hidden.
-                same = [row for row in measured if all(row[k] == first[k] for k in ("experiment", "metric", "tier"))]
-                sets = {row["dataset"]: row for row in reversed(same)}
-                headline = "; ".join(_measured(row) for row in reversed(sets.values()))
+            groups = claim_rows(rows, paper.claims)
+            headline = "<br>".join(cell(_measured(group)) for group in groups)
+            if groups:
+                first = groups[0][0]
                 made = f"{first['commit'][:7]}, {first['minutes']} min a seed, {first['hardware']}"
         folder = f"[{paper.folder}]({paper.folder}/README.md)" if rows is not None else paper.folder
         title = f"{cell(paper.title)} (arXiv {paper.arxiv})"
-        texts = (paper.idea, paper.release, published, headline, state or "no rows", made)
-        body.append([folder, title, *map(cell, texts)])
+        said = map(cell, (paper.idea, paper.release, published))
+        body.append([folder, title, *said, headline, *map(cell, (state or "no rows", made))])
     head = (
         "folder",
         "paper",
@@ -265,9 +288,14 @@ def main(argv: list[str] | None = None) -> int:
             continue
         all_rows[folder.name], problems = read(folder)
         wrong += problems
-        published = next(paper.published for paper in PAPERS if paper.folder == folder.name)
-        if published != "-" and not any(row["id"] == published and row["paper_value"] for row in all_rows[folder.name]):
-            wrong.append(f"{folder.name}/results.csv: no row {published} with the paper's number (PAPERS names it)")
+        paper = next(paper for paper in PAPERS if paper.folder == folder.name)
+        with_number = {row["id"] for row in all_rows[folder.name] if row["paper_value"]}
+        if paper.published not in {"-", *with_number}:
+            wrong.append(
+                f"{folder.name}/results.csv: no row {paper.published} with the paper's number (PAPERS names it)"
+            )
+        for name in sorted(set(paper.claims.split()) - {"-", *(row["id"] for row in all_rows[folder.name])}):
+            wrong.append(f"{folder.name}/results.csv: no row {name}, which PAPERS names as the claim")
         bodies[folder / "README.md"] = render_paper(all_rows[folder.name], folder)
     if wrong:
         print("\n".join(f"error: {line}" for line in wrong), file=sys.stderr)

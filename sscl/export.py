@@ -6,7 +6,7 @@ file of tensors alone. Both heads stay behind.
 
 import argparse
 
-from shared_utils.export import add_export_flags, check, resnet_lines, write_backbone
+from shared_utils.export import INPUT, add_export_flags, check, resnet_lines, write_backbone
 from shared_utils.flags import Parser
 from shared_utils.run import cli
 from sscl.weights import add_network_flags, load_encoder
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     check(args.pretrained, args.out, args.format)
     encoder, report = load_encoder(args, None, args.copy)
     print(report)
-    name = f"{args.arch}, width {args.width}, stem {args.stem}"
+    name = f"{args.arch}, width {args.width}, stem {args.stem}, {INPUT}"
     lines = resnet_lines(args.arch, args.width, args.stem, "sscl.arch.build")
     print(write_backbone(args, encoder.backbone.state_dict(), "sscl", name, lines))
     return 0

@@ -51,5 +51,4 @@ if [ -z "${CHECKPOINT:-}" ]; then
 fi
 
 "${launch[@]}" -m sscl.finetune --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"
-where=${RUNS:+RUNS=$RUNS }${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${LABELS:+LABELS=$LABELS }${PERCENT:+PERCENT=$PERCENT }
-echo "next, the method itself: ${where}bash sscl/run_train.sh $tier"
+next_job sscl/run_train.sh "$tier" # the method itself

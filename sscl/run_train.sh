@@ -57,5 +57,4 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m sscl.main --output-dir "$out" "${flags[@]}" "$@"
-where=${RUNS:+RUNS=$RUNS }${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${LABELS:+LABELS=$LABELS }${PERCENT:+PERCENT=$PERCENT }
-echo "next: ${where}bash sscl/run_eval.sh $tier"
+next_job sscl/run_eval.sh "$tier"

@@ -50,8 +50,8 @@ def test_arms_of_the_paper_tier_have_the_papers_protocol(script):
         ("bingo/run_pretrain.sh", "bingo/run_lincls.sh"),
     ],
 )
-def test_the_next_line_names_the_data(name, then, script):
-    said = script(name, "small", DATA_ROOT="/data", SET="tiny_imagenet50")[0]
-    assert said == f"next: DATA_ROOT=/data SET=tiny_imagenet50 bash {then} small\n"
-    clean = {"DATA_ROOT": ""}
+def test_the_next_line_repeats_what_was_set(name, then, script):
+    said = script(name, "small", RUNS="/my runs", DATA_ROOT="/data", SET="tiny_imagenet50", GPUS="2")[0]
+    assert said == f"next: RUNS=/my\\ runs DATA_ROOT=/data SET=tiny_imagenet50 GPUS=2 bash {then} small\n"
+    clean = {"RUNS": "", "DATA_ROOT": ""}
     assert script(name, "mini", **clean)[0] == f"next: bash {then} mini\n"

@@ -129,6 +129,20 @@ def test_export_to_torchvision_loads_there(tmp_path: Path) -> None:
     assert set(exported) == {key for key in network.state_dict() if not key.startswith("fc.")}
 
 
+def test_export_to_detectron2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = torchvision.models.resnet18().state_dict()
+    state = {f"encoder_q.backbone.{key}": value for key, value in own.items() if not key.startswith("fc.")}
+    checkpoint.save(tmp_path / "c.pth", {"state_dict": state, "args": {"arch": "resnet18"}})
+    argv = [str(tmp_path / "c.pth"), "--out", str(tmp_path / "o.pth"), "--format", "detectron2"]
+    assert export_mmseg.main(argv) == 0 and "MODEL.RESNETS.DEPTH 18" in capsys.readouterr().out
+    exported = checkpoint.load(tmp_path / "o.pth")["model"]
+    assert len(exported) == len(state)
+    assert torch.equal(exported["res3.0.shortcut.weight"], own["layer2.0.downsample.0.weight"])
+    pretraining(tmp_path / "narrow.pth")
+    with pytest.raises(UserError, match="detectron2 has no"):
+        export_mmseg.main([str(tmp_path / "narrow.pth"), *argv[1:]])
+
+
 def test_export_refuses_foreign_and_truncated_files(tmp_path: Path) -> None:
     foreign, broken = tmp_path / "foreign.pth", tmp_path / "broken.pth"
     checkpoint.save(foreign, {"state_dict": {"layer1.weight": torch.zeros(2)}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib
 import time
 from pathlib import Path
@@ -50,6 +51,13 @@ NOT_RUN = {
 }
 
 
+@pytest.fixture
+def claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MEASURED is the claim of its folder."""
+    papers = [dataclasses.replace(paper, claims=MEASURED["id"]) for paper in results.PAPERS]
+    monkeypatch.setattr(results, "PAPERS", papers)
+
+
 def make(root: Path, *rows: dict[str, str], columns: list[str] = COLUMNS) -> Path:
     (root / "mdp" / "logs").mkdir(parents=True)
     (root / "mdp" / "logs" / "a.jsonl").write_text("{}\n")
@@ -65,6 +73,7 @@ def test_this_tree_is_fresh(capsys: pytest.CaptureFixture[str]) -> None:
     assert results.main(["--check"]) == 0, capsys.readouterr()
 
 
+@pytest.mark.usefixtures("claim")
 def test_rendered_then_fresh_then_stale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make(tmp_path, MEASURED, NOT_RUN)
     assert results.main(["--root", str(root), "--check"]) == 1
@@ -77,7 +86,10 @@ def test_rendered_then_fresh_then_stale(tmp_path: Path, capsys: pytest.CaptureFi
         assert text in paper
     assert "71.9 (recalled, unverified)" in paper and "`bash mdp/run_arms.sh small`" in paper
     assert "1 effect shown at small scale, 1 not run" in front and "71.9 mIoU, CamVid: MDP (table 1)" in front
-    assert "40.5 ± 0.4 (MDP) against 38.0 ± 0.5 (baseline), n = 3 |" in front and "| 0123456, 12.5 min" in front
+    measured = (
+        "| CamVid, mIoU: 40.5 ± 0.4 (MDP), n = 3, against 38.0 ± 0.5 (baseline): **effect shown at small scale** |"
+    )
+    assert measured in front and "| 0123456, 12.5 min" in front
     assert sum(f"| {name.folder} |" in front for name in results.PAPERS) == 9 and "[mdp](mdp/README.md)" in front
     (root / "mdp" / "README.md").write_text(paper.replace("40.5", "45.0"))
     capsys.readouterr()
@@ -85,6 +97,33 @@ def test_rendered_then_fresh_then_stale(tmp_path: Path, capsys: pytest.CaptureFi
     assert "mdp/README.md" in capsys.readouterr().out
 
 
+def test_the_front_page_shows_every_baseline_and_every_set_of_the_claim() -> None:
+    def row(name: str, dataset: str, base: str, ours: str, status: str, metric: str = "mIoU") -> dict[str, str]:
+        told = {"id": name, "dataset": dataset, "experiment": f"MDP; baseline: {base}", "ours_mean": ours}
+        return {**MEASURED, **told, "status": status, "metric": metric}
+
+    rows = [
+        row("diagnostic", "a", "before", "9.9", "contradicted"),
+        row("b-long", "b", "longer", "42.0", "contradicted"),
+        row("claim", "a", "short", "40.5", "effect shown at small scale"),
+        row("other", "a", "short", "1.0", "contradicted", metric="loss"),
+        row("long", "a", "longer", "40.5", "no effect at small scale"),
+        row("b", "b", "short", "42.0", "contradicted"),
+        {**row("c", "c", "short", "", "not run (needs time)"), "ours_mean": ""},
+    ]
+    found = results.claim_rows(rows, "claim long")
+    assert [[row["id"] for row in group] for group in found] == [["claim", "long"], ["b", "b-long"]]
+    papers = [dataclasses.replace(paper, claims="claim long") for paper in results.PAPERS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "PAPERS", papers)
+        front = results.render_front({"mdp": [*rows, MEASURED]})
+    assert (
+        "| a, mIoU: 40.5 ± 0.4 (MDP), n = 3, against 38.0 ± 0.5 (short): **effect shown at small scale**; "
+        "against 38.0 ± 0.5 (longer): **no effect at small scale**<br>b, mIoU: 42.0 ± 0.4 (MDP), n = 3, "
+    ) in front
+
+
+@pytest.mark.usefixtures("claim")
 @pytest.mark.parametrize(
     ("base", "change", "expected"),
     [
@@ -108,6 +147,7 @@ def test_rendered_then_fresh_then_stale(tmp_path: Path, capsys: pytest.CaptureFi
         (MEASURED, {"date": "22.11.2026"}, "date is not"),
         (MEASURED, {"tier": "huge"}, "unknown tier"),
         (MEASURED, {"id": "c"}, "no row t1-all-200-voc12aug with the paper's number"),
+        (MEASURED, {"id": "c"}, "no row t1-all-200-voc12aug, which PAPERS names as the claim"),
         (MEASURED, {"paper_value": "", "paper_source": ""}, "no row t1-all-200-voc12aug with the paper's number"),
         (NOT_RUN, {"paper_source": ""}, "needs a paper_source"),
         (NOT_RUN, {"status": "paper value unknown"}, "a status other than"),
@@ -128,6 +168,7 @@ def test_invalid_rows_are_named(
     assert BEGIN + "\n" + END in (root / "mdp" / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("claim")
 def test_invalid_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make(tmp_path / "columns", MEASURED, columns=[*COLUMNS[:-1], "logs"])
     assert results.main(["--root", str(root), "--check"]) == 1
@@ -146,6 +187,7 @@ def test_invalid_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
         results.main(["--root", str(root)])
 
 
+@pytest.mark.usefixtures("claim")
 def test_a_folder_copied_out_renders_alone(tmp_path: Path) -> None:
     root = make(tmp_path, MEASURED)
     (root / "README.md").unlink()

@@ -110,7 +110,10 @@ def test_a_number_that_claims_nothing_is_shown_where_every_seed_has_it(arms: Arm
 
 
 def test_recorded_rows_are_valid_and_replace_older_ones(arms: Arms, runs: Path) -> None:
-    assert [arms.record(runs) for _ in range(2)] == [6, 6]  # against two baselines; two arms have nothing to tell
+    assert arms.record(runs) == 6  # against two baselines; two arms have nothing to tell
+    replace_rows(arms.home / "results.csv", "later", [{"id": "later"}])
+    assert arms.record(runs) == 6 and results.read(arms.home)[0][-1]["id"] == "later"  # in their place, not at the end
+    replace_rows(arms.home / "results.csv", "later", [])
     rows, problems = results.read(arms.home)
     assert [text for text in problems if "small-other-row" not in text] == []
     claim, *_ = (row for row in rows if row["id"] == "small-cifar10-full-vs-base-knn")
@@ -199,6 +202,15 @@ def test_rows_of_the_tree_are_what_its_logs_say(folder: str) -> None:
     empty = dict.fromkeys(results.COLUMNS, "")
     for name in arms.sets:
         assert [row for row in rows if row["id"].startswith(f"small-{name}-")] == [empty | r for r in arms.rows(name)]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_front_page_shows_the_claim_of_the_arms(folder: str) -> None:
+    """The first row that PAPERS names is the arms' claim on the first of their sets, against the first baseline."""
+    arms: Arms = importlib.import_module(f"{folder}.arms").ARMS
+    (claims,) = (paper.claims.split() for paper in results.PAPERS if paper.folder == folder)
+    one, other = arms.pairs[0]
+    assert claims[0] == f"small-{next(iter(arms.sets))}-{one}-vs-{other}-{arms.claim}"
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -94,6 +94,9 @@ def test_other_layouts(dataset: str, frames: str, masks: str, first: int, tmp_pa
     (video,) = data.open_videos(dataset, tmp_path, "val")
     assert len(video.frames) == 4 and list(video.masks) == [0, 2]
     assert video.masks[2].name.endswith(f"{first + 2}.png")
+    video.masks[2].rename(video.masks[2].with_name(os.fsdecode(b"\xff\xe9.png")))
+    with pytest.raises(UserError, match="\udcff\udce9.png: an annotation of no frame"):  # not one annotation less
+        data.open_videos(dataset, tmp_path, "val")
 
 
 def remove(*folders: Path) -> None:

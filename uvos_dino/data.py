@@ -46,8 +46,11 @@ LAYOUTS = {
         mask=r".*\.(png|bmp|jpg)",
     ),
     "YTVIS": Layout("{split}/JPEGImages", ("{split}/Annotations",), "ImageSets/{split}.txt", False),
+    # Frames and annotations lie in one folder, with flow and depth: a name that is not UTF-8 tells none of them, and
+    # counts as an annotation, which then belongs to no frame.
     "MOVi": Layout(
-        "{split}", ("{split}",), "ImageSets/{split}.txt", False, r"rgba?_\d+\.(png|jpg)", r"seg\w*_\d+\.png"
+        "{split}", ("{split}",), "ImageSets/{split}.txt", False, r"rgba?_\d+\.(png|jpg)",
+        r"(seg\w*_\d+|.*[\udc80-\udcff].*)\.png",
     ),
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ it, vit-block.safetensors, under its own names; from a run of main_dino or a DIN
 import argparse
 
 from shared_utils import checkpoint
-from shared_utils.export import add_export_flags, check, vit_lines, write_safetensors
+from shared_utils.export import INPUT, add_export_flags, check, vit_lines, write_safetensors
 from shared_utils.flags import Parser
 from shared_utils.run import cli
 from uvos_dino.inference import load_model
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     print(report)
     side = encoder.patch_size * int((encoder.pos_embed.shape[1] - 1) ** 0.5)
     lines = vit_lines(side, encoder.patch_size, encoder.embed_dim, encoder.depth, encoder.num_heads)
-    name = f"encoder, patch {encoder.patch_size}, width {encoder.embed_dim}, depth {encoder.depth}, imagenet mean"
+    name = f"encoder, patch {encoder.patch_size}, width {encoder.embed_dim}, depth {encoder.depth}, {INPUT}"
     print(write_safetensors(encoder.state_dict(), args.out, "uvos_dino", name, lines, args.pretrained))
     if blocks is not None:
         heads = blocks[0].attn.num_heads  # type: ignore[union-attr]

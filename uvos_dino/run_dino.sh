@@ -44,4 +44,4 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m uvos_dino.main_dino --output-dir "$out" "${flags[@]}" "$@"
-echo "next: ${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${SET:+SET=$SET }bash uvos_dino/run_train.sh $tier"
+next_job uvos_dino/run_train.sh "$tier"

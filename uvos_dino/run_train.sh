@@ -53,4 +53,4 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m uvos_dino.train_RGB_cluster --dino_path "$dino" --output-dir "$out" "${flags[@]}" "$@"
-echo "next: ${DATA_ROOT:+DATA_ROOT=$DATA_ROOT }${SET:+SET=$SET }bash uvos_dino/run_eval.sh $tier"
+next_job uvos_dino/run_eval.sh "$tier"
