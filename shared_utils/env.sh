@@ -88,7 +88,7 @@ _env_install() {
   }
   [ "$what" = tests ] && _env_hash tests >"$venv/.state-tests"
   _env_hash run >"$venv/.state"
-  _env_say "ready after $((SECONDS - started)) s: $venv (delete this folder to undo)"
+  _env_say "ready after $((SECONDS - started)) s: $venv (delete this folder to undo; for python -m ...: source $venv/bin/activate)"
 }
 
 _env_hash() {
