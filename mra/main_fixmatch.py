@@ -130,7 +130,7 @@ class Both:
         return self
 
     def __iter__(self) -> Iterator[Any]:
-        return zip(self.labelled, self.unlabelled)
+        return zip(self.labelled, self.unlabelled, strict=True)
 
 
 class Ema:
