@@ -52,6 +52,7 @@ def add_training_flags(p: argparse.ArgumentParser) -> None:
 
 def check_training_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags out of range, before anything is loaded."""
+    nets.check_size(args.arch, args.input_size)
     if not 0 <= args.momentum < 1:
         raise UserError(f"--momentum {args.momentum}: must lie in 0..1 (1 excluded)")
     if not args.lr > 0 or not args.mix_alpha > 0 or not args.head_lr_mult > 0:

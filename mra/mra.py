@@ -19,6 +19,7 @@ from mra import models_mae
 from mra.models_mae import MAE, mask_from_scores, patchify, unpatchify
 from shared_utils import UserError
 from shared_utils.augment import MEAN, STD
+from shared_utils.flags import ints
 
 STRATEGIES = ("attn", "attn_inverse", "random")
 SOURCES = ("out_dot", "last_attn")
@@ -216,9 +217,9 @@ def add_mra_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _two(text: str) -> list[int]:
-    values = [int(x) for x in text.split(",")]
-    if len(values) != 2:
-        raise argparse.ArgumentTypeError(f"{text}: two numbers such as 3,3")
+    values = ints(text)
+    if len(values) != 2 or min(values) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be two numbers such as 3,3")
     return values
 
 

@@ -214,6 +214,7 @@ def test_finetuning(run, data, tmp_path):
         (eval_features, "--protocols magic", "--protocols magic: unknown; choose from knn, linear"),
         (eval_features, "--shots one", "--shots one: must be whole numbers"),
         (eval_features, "--draws 0", "must be at least 1"),
+        (eval_features, "--l2 -1", "--l2 -1: must not be negative"),
         (finetune, "--drops x", "--drops x: must be epochs such as 30,40"),
         (finetune, "--epochs 0", "--epochs 0: must be at least 1"),
         (finetune, "--labels_per_class -1", "--labels_per_class -1: must not be negative"),
