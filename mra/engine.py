@@ -52,6 +52,7 @@ def add_training_flags(p: argparse.ArgumentParser) -> None:
 
 def check_training_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags out of range, before anything is loaded."""
+    nets.check_size(args.arch, args.input_size)
     if not 0 <= args.momentum < 1:
         raise UserError(f"--momentum {args.momentum}: must lie in 0..1 (1 excluded)")
     if not args.lr > 0 or not args.mix_alpha > 0 or not args.head_lr_mult > 0:
@@ -81,7 +82,8 @@ def optimizer_of(args: argparse.Namespace, network: nn.Module, nesterov: bool = 
     head = [q for name, q in network.named_parameters() if name.startswith("fc.")]
     body = [q for name, q in network.named_parameters() if not name.startswith("fc.")]
     groups = [{"params": body, "scale": 1.0}, {"params": head, "scale": args.head_lr_mult}]
-    return torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.wd, nesterov=nesterov)
+    fused = body[0].device.type == "cuda" or None
+    return torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.wd, nesterov=nesterov, fused=fused)
 
 
 def draws(run: Run, operator: MRA, count: int) -> tuple[Tensor, Tensor]:
@@ -97,13 +99,14 @@ def cutout(x: Tensor, size: int) -> Tensor:
 
     Drawn for all processes together, from generators that are in the same state on each of them.
     """
-    holes = []
+    holes: list[Tensor] = []
     mine = slice(distributed.rank() * len(x), (distributed.rank() + 1) * len(x))
     for side in x.shape[2:]:
         start = torch.randint(side, (len(x) * distributed.world(), 1))[mine] - size // 2
         place = torch.arange(side)
-        holes.append((place >= start) & (place < start + size))  # [B, side]
-    return x.masked_fill((holes[0][:, None, :, None] & holes[1][:, None, None, :]).to(x.device), 0)
+        hole = (place >= start) & (place < start + size)  # [B, side]
+        holes.append(hole.to(x.device, non_blocking=True))
+    return x.masked_fill(holes[0][:, None, :, None] & holes[1][:, None, None, :], 0)
 
 
 def mixed(args: argparse.Namespace, x: Tensor, y: Tensor, classes: int, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,7 @@ def get_parser() -> Parser:
 
 def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags out of range, before anything is loaded."""
+    nets.check_size(args.arch, args.input_size)
     if not 0 < args.momentum < 1:
         raise UserError(f"--momentum {args.momentum}: Nesterov's must lie between 0 and 1")
     if args.iterations % args.epoch_steps:
@@ -130,7 +131,7 @@ class Both:
         return self
 
     def __iter__(self) -> Iterator[Any]:
-        return zip(self.labelled, self.unlabelled)
+        return zip(self.labelled, self.unlabelled, strict=True)
 
 
 class Ema:

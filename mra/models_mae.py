@@ -47,11 +47,11 @@ def patchify(x: Tensor, p: int) -> Tensor:
 
 
 def unpatchify(t: Tensor, p: int) -> Tensor:
-    """The inverse of `patchify`: [B, L, p * p * 3] -> [B, 3, g * p, g * p]."""
+    """The inverse of `patchify`: [B, L, p * p * 3] -> [B, 3, g * p, g * p], channels last in memory too."""
     b, n, d = t.shape
     g = math.isqrt(n)
-    t = t.reshape(b, g, g, p, p, d // (p * p)).permute(0, 5, 1, 3, 2, 4)  # [B, 3, g, p_row, g, p_col]
-    return t.reshape(b, d // (p * p), g * p, g * p)
+    t = t.reshape(b, g, g, p, p, d // (p * p)).transpose(2, 3)  # [B, g, p_row, g, p_col, 3]
+    return t.reshape(b, g * p, g * p, d // (p * p)).permute(0, 3, 1, 2)
 
 
 def len_keep(patches: int, ratio: float) -> int:
@@ -72,7 +72,8 @@ def mask_from_scores(x: Tensor, scores: Tensor, ratio: float) -> tuple[Tensor, T
     b, n, d = x.shape
     keep = len_keep(n, ratio)
     ids_shuffle = torch.argsort(scores, dim=1, descending=True, stable=True)
-    ids_restore = torch.argsort(ids_shuffle, dim=1, stable=True)
+    places = torch.arange(n, device=x.device).expand(b, n)
+    ids_restore = torch.empty_like(ids_shuffle).scatter_(1, ids_shuffle, places)  # the inverse permutation
     visible = torch.gather(x, 1, ids_shuffle[:, :keep, None].expand(-1, -1, d))
     mask = (ids_restore >= keep).to(torch.float32)
     return visible, mask, ids_restore

@@ -5,6 +5,7 @@ token, keep the top k, reconstruct the erased ones from the kept ones, paste the
 """
 
 import argparse
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from mra import models_mae
 from mra.models_mae import MAE, mask_from_scores, patchify, unpatchify
 from shared_utils import UserError
 from shared_utils.augment import MEAN, STD
+from shared_utils.flags import ints
 
 STRATEGIES = ("attn", "attn_inverse", "random")
 SOURCES = ("out_dot", "last_attn")
@@ -56,7 +58,7 @@ def score_entropy(scores: Tensor, source: str, dim: int) -> Tensor:
 
 
 def pixel_mask(mask: Tensor, p: int) -> Tensor:
-    """[B, L] of patches -> [B, 1, H, H] of pixels."""
+    """[B, L] of patches -> [B, 1, H, H] of pixels, in any dtype."""
     g = math.isqrt(mask.shape[1])
     return mask.view(len(mask), 1, g, g).repeat_interleave(p, 2).repeat_interleave(p, 3)
 
@@ -74,7 +76,8 @@ class MRA:
     """x [B, 3, H, H] -> x_hat of the same shape and dtype, without gradient; labels and order stay.
 
     Not a module, so that its weights enter no optimiser, no wrapper and no checkpoint of the classifier. Randomness is
-    drawn apart (`draw`) and handed in: with `attn` and prob 1 there is none.
+    drawn apart (`draw`) and handed in: with `attn` and prob 1 there is none. Under autocast all of the autoencoder, its
+    residual stream too, is in autocast's dtype; scores and pixels are float32.
 
     Args:
         stats: mean and std that x was normalised with; the autoencoder was trained with ImageNet's.
@@ -110,6 +113,7 @@ class MRA:
         if true_stats and not mae.norm_pix_loss:
             raise UserError("--denorm_with_true_stats is for autoencoders with normalised targets; leave it away")
         self.mae = mae.requires_grad_(False).eval()
+        self.narrow: dict[torch.dtype, MAE] = {}
         self.mask_ratio, self.strategy, self.source, self.compose = mask_ratio, strategy, source, compose
         self.prob, self.clamp, self.true_stats = prob, clamp, true_stats
         device = mae.pos_embed.device
@@ -118,7 +122,7 @@ class MRA:
             return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
 
         self.mean, self.std, mean, std = channels(stats[0]), channels(stats[1]), channels(MEAN), channels(STD)
-        self.same_stats = bool(torch.equal(self.mean, mean) and torch.equal(self.std, std))
+        self.same_stats = (tuple(stats[0]), tuple(stats[1])) == (MEAN, STD)
         # between the statistics of x and those of the autoencoder: z = x * scale + shift
         self.scale, self.shift = self.std / std, (self.mean - mean) / std
         self.low, self.high = -self.mean / self.std, (1 - self.mean) / self.std
@@ -128,36 +132,51 @@ class MRA:
         noise = torch.rand(count, self.mae.patches, generator=generator)
         return noise, torch.rand(count, generator=generator) < self.prob
 
-    def scores(self, tokens: Tensor, noise: Tensor) -> Tensor:
+    def scores(self, mae: MAE, tokens: Tensor, noise: Tensor) -> Tensor:
         """[B, L]: the largest stay visible."""
         if self.strategy == "random":
-            return -noise.to(tokens.device)
-        a = attention_scores(self.mae, tokens, self.source)
+            return -noise.to(tokens.device, non_blocking=True)
+        a = attention_scores(mae, tokens, self.source)
         return -a if self.strategy == "attn_inverse" else a
+
+    def network(self, kind: str) -> MAE:
+        """The autoencoder for a kind of device; under autocast a copy in its dtype, made at the first call.
+
+        Autocast keeps its casts of weights that are trained and casts frozen ones anew at every layer of every call.
+        """
+        if not torch.is_autocast_enabled(kind):
+            return self.mae
+        dtype = torch.get_autocast_dtype(kind)
+        if dtype not in self.narrow:
+            self.narrow[dtype] = copy.deepcopy(self.mae).to(dtype)
+        return self.narrow[dtype]
 
     @torch.no_grad()
     def parts(self, x: Tensor, noise: Tensor) -> Parts:
         """All steps for every image of x [B, 3, H, H]; noise [B, L] is looked at by `random` alone."""
-        p = self.mae.p
-        z = wide(x) if self.same_stats else wide(x) * self.scale + self.shift
-        tokens = self.mae.embed(z)  # [B, L, De]
-        scores = self.scores(tokens, noise)
-        visible, mask, ids_restore = mask_from_scores(tokens, scores, self.mask_ratio)
-        if self.compose == "erase":
-            pixels = torch.zeros_like(z)
-        else:
-            y = wide(self.mae.decode(self.mae.encode(visible), ids_restore))  # [B, L, p * p * 3]
-            if self.true_stats:
-                t = patchify(z, p)
-                y = y * (t.var(2, keepdim=True) + 1e-6).sqrt() + t.mean(2, keepdim=True)
-            pixels = unpatchify(y, p)
-            if not self.same_stats:
-                pixels = (pixels - self.shift) / self.scale
-            if self.clamp:
-                pixels = torch.minimum(torch.maximum(pixels, self.low), self.high)
-        pixels = pixels.to(x.dtype)  # before the paste: kept pixels stay as they are, to the bit
-        out = pixels if self.compose == "full" else torch.where(pixel_mask(mask, p) > 0, pixels, x)
+        mae = self.network(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            z = wide(x) if self.same_stats else wide(x) * self.scale + self.shift
+            tokens = mae.embed(z.to(mae.pos_embed.dtype))  # [B, L, De]
+            scores = self.scores(mae, tokens, noise)
+            visible, mask, ids_restore = mask_from_scores(tokens, scores, self.mask_ratio)
+            if self.compose == "erase":
+                pixels = torch.zeros_like(z)
+            else:
+                pixels = self.pixels(mae.decode(mae.encode(visible), ids_restore), z)
+            pixels = pixels.to(x.dtype)  # before the paste: kept pixels stay as they are, to the bit
+            out = pixels if self.compose == "full" else torch.where(pixel_mask(mask > 0, mae.p), pixels, x)
         return Parts(scores, mask, pixels, out)
+
+    def pixels(self, y: Tensor, z: Tensor) -> Tensor:
+        """Predictions y [B, L, p * p * 3] as an image like x; z [B, 3, H, H]: what the autoencoder was shown."""
+        if self.true_stats:
+            t = patchify(z, self.mae.p)
+            y = wide(y) * (t.var(2, keepdim=True) + 1e-6).sqrt() + t.mean(2, keepdim=True)
+        pixels = wide(unpatchify(y, self.mae.p))
+        if not self.same_stats:
+            pixels = (pixels - self.shift) / self.scale
+        return pixels.clamp(self.low, self.high) if self.clamp else pixels
 
     @torch.no_grad()
     def __call__(self, x: Tensor, noise: Tensor, use: Tensor) -> Tensor:
@@ -167,8 +186,8 @@ class MRA:
         chosen = use.nonzero().flatten()
         if not len(chosen):
             return x
-        out = x.clone()
-        out[chosen.to(x.device)] = self.parts(x[chosen.to(x.device)], noise[chosen]).out
+        out, rows = x.clone(), chosen.to(x.device, non_blocking=True)
+        out[rows] = self.parts(x[rows], noise[chosen]).out
         return out
 
 
@@ -198,9 +217,9 @@ def add_mra_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _two(text: str) -> list[int]:
-    values = [int(x) for x in text.split(",")]
-    if len(values) != 2:
-        raise argparse.ArgumentTypeError(f"{text}: two numbers such as 3,3")
+    values = ints(text)
+    if len(values) != 2 or min(values) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be two numbers such as 3,3")
     return values
 
 

@@ -103,6 +103,12 @@ class Residual(nn.Module):
         return F.max_pool2d(x, 2) if self.pool else x
 
 
+def check_size(arch: str, size: int) -> None:
+    """UserError: images of `size` pixels are too small for the network."""
+    if arch == "resnet12" and size < 16:
+        raise UserError(f"--input_size {size}: {arch} halves an image four times; give at least 16, or another --arch")
+
+
 def build(arch: str, classes: int, width: int = 0, stem: str = "imagenet") -> Any:
     """A classifier; `width`: channels of the first stage (0: 16; 64 for ResNet-12), of all but torchvision's."""
     if arch in IMAGENET:

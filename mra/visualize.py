@@ -17,6 +17,8 @@ from shared_utils.data import flat_folder
 from shared_utils.flags import Parser, add_machine_flags, natural, positive
 from shared_utils.run import cli, set_threads
 
+LARGEST = 2**28  # pixels of the picture
+
 
 def get_parser() -> Parser:
     p = Parser(prog="mra.visualize", description=(__doc__ or "").splitlines()[0])
@@ -52,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     else:
         images = data.open_unlabelled(args)
     count = min(args.count, len(images))
+    if 5 * count * (args.input_size * args.zoom) ** 2 > LARGEST:
+        raise UserError(f"--count {count} --zoom {args.zoom}: a picture that large; give smaller numbers")
     images.transform = data.test_transform(args.input_size)
     x = torch.stack([images[i * len(images) // count][0] for i in range(count)]).to(device)
     operator, about = build(args, args.input_size, device)

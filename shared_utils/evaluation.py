@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from shared_utils import UserError, checkpoint, distributed, mini
-from shared_utils.data import ImageList, image_folder, list_file, mix_key, per_class
+from shared_utils.data import ImageList, image_folder, list_file, mix_key, per_class, read_text
 from shared_utils.flags import natural, positive
 from shared_utils.run import plain_errors, worker_init
 
@@ -144,7 +144,8 @@ def labelled_indices(train: ImageList, file: Path | None, fraction: float, root:
         return sorted(chosen)
     if not file.is_file():
         raise UserError(f"{file}: no such list file")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = read_text(file, "a list of images, `name.JPEG` or `CLASS/image.jpg` a line")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if lines and not any("/" in line or " " in line for line in lines):  # names alone, unique in ImageNet
         by_name = {path.name: i for i, (path, _) in enumerate(train.samples)}
         absent = next(((n, name) for n, name in enumerate(lines, 1) if name not in by_name), None)

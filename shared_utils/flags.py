@@ -22,13 +22,18 @@ def runs_root() -> Path:
     return Path(os.environ.get("RUNS", "runs"))
 
 
-def at_least(least: int, kind: type = int) -> Callable[[str], Any]:
-    """Type of a flag that is a number of `kind`, `least` or more; a whole number may be written as 6e4."""
+def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
+    """Type of a flag that is a number of `kind`, `least` or more; a whole number may be written as 6e4.
+
+    Neither nan nor infinity; whole numbers fit into 64 bits, as the generators' seeds must.
+    """
 
     def number(text: str) -> Any:
         value: float = math.nan
         with contextlib.suppress(ValueError, OverflowError):
             value = kind(float(text)) if re.fullmatch(r"\d+e\d+", text) else kind(text)
+        if kind is int and abs(value) >= 2**63:
+            raise argparse.ArgumentTypeError(f"{text}: must be below 2^63")
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text}: must be a {'whole ' * (kind is int)}number")
         if value < least:
@@ -42,10 +47,12 @@ def at_least(least: int, kind: type = int) -> Callable[[str], Any]:
 def several(kind: type) -> Callable[[str], list[Any]]:
     """Type of a flag that is numbers of `kind` with commas between."""
 
+    number = at_least(-math.inf, kind)
+
     def numbers(text: str) -> list[Any]:
         try:
-            return [kind(part) for part in text.split(",")]
-        except ValueError:
+            return [number(part) for part in text.split(",")]
+        except argparse.ArgumentTypeError:
             raise argparse.ArgumentTypeError(f"{text}: must be {'whole ' * (kind is int)}numbers with commas") from None
 
     return numbers
@@ -59,6 +66,7 @@ def boolean(text: str) -> bool:
 
 
 positive, natural, not_negative = at_least(1), at_least(0), at_least(0, float)
+finite = at_least(-math.inf, float)
 ints, floats = several(int), several(float)
 
 
@@ -75,23 +83,24 @@ def with_default(text: str | None, default: Any) -> str | None:
     return f"{text} (default: %(default)s)" if text else "default: %(default)s"
 
 
+def _add(add: Callable[..., argparse.Action], names: Iterable[str], more: dict[str, Any]) -> argparse.Action:
+    more |= {"type": finite} if more.get("type") is float else {}
+    return add(*spellings(names), **{**more, "help": with_default(more.get("help"), more.get("default"))})
+
+
 class Parser(argparse.ArgumentParser):
     """Flags are understood with underscores, as the original releases have them, and with dashes; --help tells their
-    defaults; a mistake is a UserError, one line without the usage.
+    defaults; a mistake is a UserError, one line without the usage. A float is neither nan, which no comparison finds,
+    nor infinity.
     """
 
     def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
-        kwargs["help"] = with_default(kwargs.get("help"), kwargs.get("default"))
-        return super().add_argument(*spellings(names), **kwargs)
+        return _add(super().add_argument, names, kwargs)
 
     def add_argument_group(self, *args: Any, **kwargs: Any) -> Any:
         group = super().add_argument_group(*args, **kwargs)
         add = group.add_argument
-
-        def add_argument(*names: str, **more: Any) -> argparse.Action:
-            return add(*spellings(names), **{**more, "help": with_default(more.get("help"), more.get("default"))})
-
-        group.add_argument = add_argument  # type: ignore[method-assign]
+        group.add_argument = lambda *names, **more: _add(add, names, more)  # type: ignore[method-assign]
         return group
 
     def error(self, message: str) -> NoReturn:

@@ -82,9 +82,9 @@ class Alignment(nn.Module):
         """Take in a batch: p [N, C], and log_q [N, C] where there is one."""
         mean = distributed.all_sum(p.mean(0)) / distributed.world()
         if self.kind == "window":
-            self.recent[int(self.count) % len(self.recent)] = mean
+            self.recent[self.count % len(self.recent)] = mean
             self.count += 1
-            self.pbar.copy_(self.recent.sum(0) / min(int(self.count), len(self.recent)))
+            self.pbar.copy_(self.recent.sum(0) / self.count.clamp_max(len(self.recent)))
         elif self.kind == "ema":
             self.pbar.lerp_(mean, 1 - self.m)
         if log_q is not None:

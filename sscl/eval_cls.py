@@ -18,6 +18,7 @@ from shared_utils.augment import plain
 from shared_utils.data import ImageList
 from shared_utils.evaluation import (
     add_data_flags,
+    check_cache,
     collect,
     freeze,
     gather_rows,
@@ -99,6 +100,27 @@ class Predictor:
         return [gather_rows(rows, len(images), self.device) for rows in mine], images.labels
 
 
+def unlabelled_images(args: argparse.Namespace, flags: Mapping[str, Any]) -> tuple[ImageList, Tensor]:
+    """The training images of the run with these flags, below --data_dir, and which it had no label of [N] bool.
+
+    UserError: its flags choose other labelled images here than in training; all images are labelled.
+    """
+    own = argparse.Namespace(**{**flags, "data": Path(args.data_dir)})
+    own.split_file = Path(own.split_file) if own.split_file else None
+    images = training_images(own.data, own.per_class, args.cache, own.imbalance)
+    labelled = torch.tensor(labelled_images(own, images), dtype=torch.long)
+    if own.split_sha256 != flags["split_sha256"]:
+        raise UserError(
+            f"--data_dir {args.data_dir}: the run's flags choose other labelled images here (sha256 "
+            f"{own.split_sha256}) than in training ({flags['split_sha256']}); give the images and list of the run"
+        )
+    rest = torch.ones(len(images), dtype=torch.bool)
+    rest[labelled] = False
+    if not bool(rest.any()):
+        raise UserError(f"--pseudo: all {len(images)} training images are labelled; leave it out")
+    return images, rest
+
+
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     device = distributed.init(args.device)
@@ -108,6 +130,14 @@ def main(argv: list[str] | None = None) -> int:
     classes = len(train.classes)
     networks = Predictor(args, classes, device)
     state = run_state(args.pretrained)
+    calibrates = int(state["proto_epoch"]) >= 0
+    if args.eval_calibrated and not calibrates:
+        raise UserError(f"--eval_calibrated: {args.pretrained} was trained without prototypes")
+    own = unlabelled_images(args, flags) if args.pseudo else None
+    wanted = {"give a smaller --val_dir": (len(val), 2 * classes + networks.query.dim)}
+    if own is not None:  # logits of both copies, the embedding, and each of the distributions
+        wanted["leave --pseudo out"] = (len(own[0]), 6 * classes + networks.query.dim)
+    check_cache(wanted)
     if distributed.rank() == 0:
         print(f"sscl/cls: {networks.report}; {len(val)} val images", flush=True)
     (logits, ema, z), truth = networks(val)
@@ -120,26 +150,11 @@ def main(argv: list[str] | None = None) -> int:
         log_q = log_similarity(z, state["prototypes"], how["tau_s"])
         return calibrate(p, log_q, kind, state["alignment.qbar"], how["calib_weight"])
 
-    calibrates = int(state["proto_epoch"]) >= 0
-    if args.eval_calibrated and not calibrates:
-        raise UserError(f"--eval_calibrated: {args.pretrained} was trained without prototypes")
     if args.eval_calibrated:
         result["calibrated_top1"] = accuracy(calibrated(logits.softmax(1), z), truth)[0]
-    if args.pseudo:
-        own = argparse.Namespace(**{**flags, "data": Path(args.data_dir)})
-        own.split_file = Path(own.split_file) if own.split_file else None
-        images = training_images(own.data, own.per_class, args.cache, own.imbalance)
-        labelled = torch.tensor(labelled_images(own, images), dtype=torch.long)
-        if own.split_sha256 != flags["split_sha256"]:
-            raise UserError(
-                f"--data_dir {args.data_dir}: the run's flags choose other labelled images here (sha256 "
-                f"{own.split_sha256}) than in training ({flags['split_sha256']}); give the images and list of the run"
-            )
+    if own is not None:
+        images, rest = own
         (logits, _, z), truth = networks(images)
-        rest = torch.ones(len(images), dtype=torch.bool)
-        rest[labelled] = False
-        if not bool(rest.any()):
-            raise UserError(f"--pseudo: all {len(images)} training images are labelled; leave it out")
         p, z, truth = logits.softmax(1)[rest], z[rest], truth[rest]
         alignment = Alignment(classes, flags["da"])
         alignment.pbar.copy_(state["alignment.pbar"])

@@ -17,7 +17,7 @@ from shared_utils import UserError, distributed, mini
 from shared_utils.augment import plain
 from shared_utils.data import ImageList, image_folder
 from shared_utils.evaluation import add_data_flags, check_cache, freeze, open_splits, write_result
-from shared_utils.flags import Parser, add_machine_flags, natural, positive
+from shared_utils.flags import Parser, add_machine_flags, natural, not_negative, positive
 from shared_utils.neighbours import features, knn_accuracy, neighbours, purity
 from shared_utils.run import cli, set_threads
 from sscl.fewshot import episodes, k_shot, logistic
@@ -37,7 +37,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--shots", default="1,2,5,10", help="labelled images of a class in fewshot")
     a("--draws", type=positive, default=5, help="random subsets of fewshot")
     a("--episodes", type=positive, default=600)
-    a("--l2", type=float, default=1e-4, help="weight decay of the linear probe's logistic regression")
+    a("--l2", type=not_negative, default=1e-4, help="weight decay of the linear probe's logistic regression")
     a("--batch_size", type=positive, default=256)
     add_machine_flags(p, amp="none", output_dir="sscl/features/default")
     a("--seed", type=natural, default=0, help="of the episodes")

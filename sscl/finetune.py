@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> int:
         {"params": list(encoder.backbone.parameters()), "peak": args.lr},
         {"params": list(head.parameters()), "peak": args.lr_head},
     ]
-    optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.wd)
+    fused = run.device.type == "cuda" or None
+    optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.wd, fused=fused)
     run.track(state_dict=network, optimizer=optimizer)
     run.preflight(
         {

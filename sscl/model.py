@@ -125,14 +125,14 @@ class SsCL(nn.Module):
         Call after the losses have seen the queue as it was. Everything of an entry moves together.
         """
         keys = distributed.gather(keys)  # [world * n, D]
-        places = (int(self.queue_ptr) + torch.arange(len(keys), device=keys.device)) % self.k
+        places = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.k  # no wait for the device
         self.queue[:, places] = keys.T
         self.queue_label[places] = distributed.gather(entries.label)
         self.queue_conf[places] = distributed.gather(entries.conf)
         self.queue_prob[places] = distributed.gather(entries.prob[:, : self.queue_prob.shape[1]])
         self.queue_index[places] = distributed.gather(entries.image)
         self.queue_labelled[places] = labelled
-        self.queue_ptr[0] = (int(self.queue_ptr) + len(keys)) % self.k
+        self.queue_ptr.add_(len(keys)).remainder_(self.k)
 
     @torch.no_grad()
     def share(self) -> None:

@@ -502,6 +502,10 @@ def test_two_processes_resume_to_the_bit(images: Path, mae: Path, tmp_path: Path
         ("supervised", "--dataset cars", r"cars_meta.mat: no such file"),
         ("supervised", "--dataset stl10", r"stl10 not found"),
         ("supervised", "--train_list {tmp}/a.txt", r"go together"),
+        ("supervised", "--mae_ckpt {mae} --mae_heads 3,x", r"--mae_heads 3,x: must be whole numbers"),
+        ("supervised", "--mae_ckpt {mae} --mae_heads 3", r"--mae_heads 3: must be two numbers such as 3,3"),
+        ("supervised", "--arch resnet12 --width 0 --input_size 8", r"--input_size 8: resnet12 halves an image four"),
+        ("fixmatch", "--arch resnet12 --input_size 8", r"--input_size 8: resnet12 halves an image four times"),
         ("fixmatch", "--iterations 7", r"--iterations 7 is no multiple of --epoch_steps 3"),
         ("fixmatch", "--ema 1", r"--ema in 0..1"),
         ("fixmatch", "--momentum 0", r"--momentum 0.0: Nesterov's must lie"),
@@ -615,6 +619,8 @@ def test_the_picture(images: Path, mae: Path, tmp_path: Path) -> None:
     assert np.abs(picture[2:18, 2:18].astype(int) - first).max() <= 1
     with pytest.raises(UserError, match="--mae_ckpt is missing"):
         visualize.main(["--data_path", str(images)])
+    with pytest.raises(UserError, match="--count 8 --zoom 4000: a picture that large"):
+        visualize.main([*argv, "--zoom", "4000"])
     with pytest.raises(UserError, match="cannot be written"):
         visualize.main([*argv, "--out", "/dev/null/x.png"])
 

@@ -73,6 +73,9 @@ def test_fraction_is_drawn_of_each_class_by_the_seed(tmp_path):
     assert drawn[0] == drawn[1] != drawn[2]
     assert torch.bincount(images.labels[drawn[0]]).tolist() == [4, 2, 1]
     assert evaluation.labelled_indices(images, None, 1.0, tmp_path, 0) == list(range(63))
+    (tmp_path / "list.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="list.txt: not UTF-8 text"):
+        evaluation.labelled_indices(images, tmp_path / "list.txt", 0.1, tmp_path, 0)
 
 
 @pytest.mark.parametrize("cached", [False, True])

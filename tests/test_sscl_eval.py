@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shared_utils import UserError, checkpoint
+from shared_utils import UserError, checkpoint, evaluation
 from sscl import eval_cls, eval_features, export, finetune
 from sscl.arch import Encoder, build
 from sscl.data import label_split, training_images
@@ -86,7 +86,13 @@ def test_a_prior_is_evaluated_as_one(data, tmp_path):
         assert result[name] == pytest.approx(100 / 3, rel=1e-4)  # all of them class 1
 
 
-def test_other_labelled_images_than_in_training_are_refused(run, data, tmp_path):
+def no_passes(monkeypatch) -> None:
+    """What is refused is refused before any image goes through the networks."""
+    monkeypatch.setattr(eval_cls.Predictor, "__call__", lambda *_: pytest.fail("images were evaluated"))
+
+
+def test_other_labelled_images_than_in_training_are_refused(run, data, tmp_path, monkeypatch):
+    no_passes(monkeypatch)
     saved = checkpoint.load(run)
     saved["args"]["split"] = 1
     checkpoint.save(tmp_path / "other.pth", saved)
@@ -95,11 +101,20 @@ def test_other_labelled_images_than_in_training_are_refused(run, data, tmp_path)
         evaluated(eval_cls, tmp_path / "cls", *flags)
 
 
-def test_a_run_without_labels_has_no_calibration(data, tmp_path):
+def test_logits_that_do_not_fit_into_memory_are_refused(run, data, tmp_path, monkeypatch):
+    no_passes(monkeypatch)
+    flags = ["--pretrained", str(run), "--data_dir", str(data), "--pseudo"]
+    monkeypatch.setattr(evaluation, "available_memory", lambda: 4 * 2 * (6 * 14 + 48 * 26) - 1)
+    with pytest.raises(UserError, match="features of 48 images, 26 values each, .*; leave --pseudo out"):
+        evaluated(eval_cls, tmp_path / "cls", *flags)
+
+
+def test_a_run_without_labels_has_no_calibration(data, tmp_path, monkeypatch):
     train(data, tmp_path / "moco", "--no_labels", "--lambda_u", "0", "--calib", "none", "--epochs", "1")
     flags = ["--pretrained", str(tmp_path / "moco/checkpoint.pth"), "--data_dir", str(data)]
     result = evaluated(eval_cls, tmp_path / "cls", *flags, "--pseudo")
     assert result["unlabelled"] == 48 and "raw@50" in result and "calib@50" not in result
+    no_passes(monkeypatch)
     with pytest.raises(UserError, match="--eval_calibrated: .* was trained without prototypes"):
         evaluated(eval_cls, tmp_path / "extra", *flags, "--eval_calibrated")
 
@@ -199,6 +214,7 @@ def test_finetuning(run, data, tmp_path):
         (eval_features, "--protocols magic", "--protocols magic: unknown; choose from knn, linear"),
         (eval_features, "--shots one", "--shots one: must be whole numbers"),
         (eval_features, "--draws 0", "must be at least 1"),
+        (eval_features, "--l2 -1", "--l2 -1: must not be negative"),
         (finetune, "--drops x", "--drops x: must be epochs such as 30,40"),
         (finetune, "--epochs 0", "--epochs 0: must be at least 1"),
         (finetune, "--labels_per_class -1", "--labels_per_class -1: must not be negative"),

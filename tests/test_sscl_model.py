@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared_utils import UserError, checkpoint
 from sscl import arch
@@ -82,6 +83,33 @@ def test_a_queue_without_probabilities_and_one_that_is_too_small() -> None:
     assert model.queue_prob.shape == (K, 0) and model.queue_label[:6].tolist() == [1] * 6
     with pytest.raises(UserError, match="--moco_k 20: a step enqueues 21 keys"):
         model.check_batch(21)
+
+
+class Reads(TorchDispatchMode):
+    """Counts numbers that are read from the device: on a GPU each is a wait for all that was launched before."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["ema", "window", "off"])
+def test_what_the_method_adds_to_a_step_reads_nothing_from_the_device(kind: str) -> None:
+    model, alignment = build(), Alignment(C, kind)
+    p, keys, who = torch.full((6, C), 1 / C), torch.randn(6, D), memory(6, 0, 1)
+    with Reads() as reads:
+        model.update_key_encoder()
+        log_q = log_similarity(keys, model.prototypes, 0.1)
+        alignment.update(p, log_q)
+        sharpen(calibrate(alignment(p), log_q, "product"), 0.5)
+        contrast(keys, keys, model.queue, choose(who, model.memory, 2), 0.2)
+        model.enqueue(keys, who, labelled=False)
+    assert reads.count == 0
+    with Reads() as reads:
+        int(model.queue_ptr)
+    assert reads.count == 1
 
 
 @pytest.mark.parametrize("m", [0.0, 0.9, 1.0])

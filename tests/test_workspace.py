@@ -477,6 +477,9 @@ def test_parsers_without_ranges_are_found() -> None:
         ("-b 2.0", "--batch_size 2.0: must be a whole number"),
         ("--wd -1", "--wd -1: must not be negative"),
         ("--wd nan", "--wd nan: must be a number"),
+        ("--tau nan", "--tau nan: must be a number"),
+        ("--share inf", "--share inf: must be a number"),
+        ("-b 9223372036854775808", "--batch_size 9223372036854775808: must be below 2.63"),
         ("--schedule 60;80", "--schedule 60;80: must be whole numbers with commas"),
         ("--flip maybe", "--flip maybe: must be true or false"),
         ("--mode c", "--mode: invalid choice: 'c' .choose from '?a'?, '?b'?."),
@@ -488,10 +491,13 @@ def test_a_mistaken_flag_is_one_line(words: str, said: str) -> None:
     parser.add_argument("-b", "--batch_size", type=positive)
     parser.add_argument("--wd", type=not_negative)
     parser.add_argument("--mode", choices=["a", "b"])
-    parser.add_argument_group("more").add_argument("--flip", type=boolean)
+    more = parser.add_argument_group("more")
+    more.add_argument("--flip", type=boolean)
+    more.add_argument("--share", type=float, default=0.5)
+    parser.add_argument("--tau", type=float, default="-1e-3")
     parser.add_argument("--schedule", type=ints, default="1,2")
     assert vars(parser.parse_args(["-b", "6e4", "--wd", "1"])) == {
-        "batch_size": 60000, "wd": 1.0, "mode": None, "flip": None, "schedule": [1, 2]
+        "batch_size": 60000, "wd": 1.0, "mode": None, "flip": None, "schedule": [1, 2], "share": 0.5, "tau": -1e-3
     }  # fmt: skip
     with pytest.raises(UserError, match=f"^{said}$"):
         parser.parse_args(words.split())
