@@ -79,7 +79,7 @@ def bag_scores(feats: Tensor, array: Tensor, own: Tensor | None) -> dict[str, fl
 def load_bags(path: Path, count: int, k: int) -> Tensor:
     """[N, at most k] row numbers, or [N] group numbers, for `count` images. UserError: anything else."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file of neighbours")
+        raise UserError(f"{path}: no such file of neighbours; give an .npy file with a row for each training image")
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:

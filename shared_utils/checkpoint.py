@@ -46,7 +46,7 @@ def load(path: str | os.PathLike) -> Any:
     """Read a file of tensors and plain containers. UserError: missing, truncated, or a pickle that would run code."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file")
+        raise UserError(f"{path}: no such checkpoint file; train it first (README, Run), or give another path")
     try:
         # argparse.Namespace is a plain record that the DINO and MAE releases store beside their weights.
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -143,7 +143,7 @@ def labelled_indices(train: ImageList, file: Path | None, fraction: float, root:
             chosen += rng.permutation(rows)[: max(1, round(fraction * len(rows)))].tolist()
         return sorted(chosen)
     if not file.is_file():
-        raise UserError(f"{file}: no such list file")
+        raise UserError(f"{file}: no such list file; give another path, or --fraction instead")
     text = read_text(file, "a list of images, `name.JPEG` or `CLASS/image.jpg` a line")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if lines and not any("/" in line or " " in line for line in lines):  # names alone, unique in ImageNet

@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = path.parent
         if folder.name not in {paper.folder for paper in PAPERS}:
             wrong.append(
-                f"{folder.name}/results.csv: {folder.name} is not one of PAPERS in shared_utils/results.py; add it there"
+                f"{folder.name}/results.csv: {folder.name} is not in PAPERS of shared_utils/results.py; add it there"
             )
             continue
         all_rows[folder.name], problems = read(folder)

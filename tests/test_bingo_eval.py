@@ -303,7 +303,7 @@ def test_command_line_error_is_one_line_and_exit_code_2(tmp_path):
     command = [sys.executable, "-m", "bingo.main_knn", "--pretrained", str(tmp_path / "no.pth"), "--synthetic"]
     done = subprocess.run([*command, *SMALL, "--device", "cpu"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip().splitlines() == [
-        f"error: {tmp_path}/no.pth: no such checkpoint file"
+        f"error: {tmp_path}/no.pth: no such checkpoint file; train it first (README, Run), or give another path"
     ]
 
 

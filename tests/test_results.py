@@ -180,7 +180,7 @@ def test_invalid_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     root = make(tmp_path / "name", MEASURED)
     (root / "mdp").rename(root / "mdp2")
     assert results.main(["--root", str(root), "--check"]) == 1
-    assert "mdp2 is not one of PAPERS" in capsys.readouterr().err
+    assert "mdp2 is not in PAPERS" in capsys.readouterr().err
     root = make(tmp_path / "markers", MEASURED)
     (root / "mdp" / "README.md").write_text(f"{END}\n{BEGIN}\n")
     with pytest.raises(UserError, match=r"mdp/README\.md: needs one line"):

@@ -299,7 +299,9 @@ def test_command_line_error_is_one_line_and_exit_code_2(tmp_path):
     command = [sys.executable, "-m", "sage.main_semi", *flags, "--output-dir", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines() == [f"error: {tmp_path}/no.pth: no such checkpoint file"]
+    assert done.stderr.strip().splitlines() == [
+        f"error: {tmp_path}/no.pth: no such checkpoint file; train it first (README, Run), or give another path"
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- export
