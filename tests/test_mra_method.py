@@ -341,9 +341,9 @@ def test_frozen_weights_are_cast_once_under_autocast() -> None:
 )
 def test_on_a_gpu(flags: dict) -> None:
     """No step of the operator waits for the GPU, and its masks and pixels are those of the CPU up to rounding."""
-    x, here, there = images(64), MRA(tiny(), **flags), MRA(tiny().cuda(), **flags)
+    x, here, there = images(64), MRA(tiny(), **flags), MRA(tiny().to("cuda"), **flags)
     noise, use = here.draw(64, torch.Generator().manual_seed(0))
-    on_gpu = x.cuda()
+    on_gpu = x.to("cuda")
     outs = []
     for amp in (False, True):
         with torch.autocast("cuda", torch.bfloat16, enabled=amp):
