@@ -65,6 +65,7 @@ ARMS = Arms(
     arms={
         "supervised": "supervised",
         "fixmatch": "FixMatch",
+        "fixmatch_da": "FixMatch with distribution alignment",
         "joint": "joint, without exchange",
         "neighbours": "joint + neighbours from the class branch",
         "calibration": "joint + calibration by the embedding",
@@ -87,8 +88,9 @@ ARMS = Arms(
     # The claim first; what each direction does alone; the other baselines; the controls.
     pairs=[
         ("full", "joint"), ("neighbours", "joint"), ("calibration", "joint"), ("full", "neighbours"),
-        ("full", "calibration"), ("full", "fixmatch"), ("joint", "fixmatch"), ("fixmatch", "supervised"),
-        ("full", "supervised"), ("full", "labelled"), ("full", "positive"),
+        ("full", "calibration"), ("full", "fixmatch"), ("joint", "fixmatch"), ("joint", "fixmatch_da"),
+        ("fixmatch_da", "fixmatch"), ("fixmatch", "supervised"), ("full", "supervised"), ("full", "labelled"),
+        ("full", "positive"),
     ],
     curve=(
         "step", "loss", "loss/x", "loss/u", "loss/c", "pl/coverage", "pl/acc_raw", "pl/acc_aligned", "pl/acc_calib",

@@ -60,6 +60,7 @@ run_one() { # arm seed [flags]
   case "$arm" in
     supervised) flags=(--lambda_u 0 --lambda_c 0) ;;
     fixmatch) flags=(--lambda_c 0 --calib none --da off --theta 0.7) ;;
+    fixmatch_da) flags=(--lambda_c 0 --calib none --theta 0.7) ;;
     joint) flags=(--calib none --neighbours off --theta 0.7) ;;
     neighbours) flags=(--calib none --theta 0.7) ;;
     calibration) flags=(--neighbours off) ;;
@@ -67,7 +68,8 @@ run_one() { # arm seed [flags]
     labelled) flags=(--proto labelled) ;;
     positive) flags=(--ctr per_positive) ;;
     *)
-      echo "error: unknown arm '$arm'; choose supervised fixmatch joint neighbours calibration full labelled positive" >&2
+      echo "error: unknown arm '$arm'; choose supervised fixmatch fixmatch_da joint neighbours calibration full labelled" \
+        "positive" >&2
       return 2
       ;;
   esac
