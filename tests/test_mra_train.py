@@ -238,6 +238,9 @@ def test_cutout_and_mixing() -> None:
 def test_shot_groups_and_schedules() -> None:
     table, counts = torch.tensor([[5.0, 2, 1], [10, 10, 10]]), torch.tensor([200, 100, 3])
     assert main_supervised.shot_groups(table, counts) == {"many": 50.0, "medium": 20.0, "few": 10.0}
+    info = engine.Info(["a"])
+    info.history = [{"top1": top1, "epoch": float(epoch)} for epoch, top1 in enumerate((1.0, 3.0, 3.0, 2.0))]
+    assert info.result("top1") == {"top1": 2.0, "epoch": 3.0, "top1_best": 3.0, "best_epoch": 1}
     args = main_supervised.get_parser().parse_args(["--preset", "cutmix", "--batch_size", "64"])
     main_supervised.resolve(args)
     assert (args.epochs, args.batch_size, args.lr, args.schedule, args.wd) == (300, 64, 0.1, [75, 150, 225], 1e-4)
@@ -350,7 +353,10 @@ def test_what_a_step_of_fixmatch_computes(images, mae, tmp_path, monkeypatch, ca
     for value, want in zip(ema.network.parameters(), expected, strict=True):
         torch.testing.assert_close(value, want)
     assert len(tested) == 2 and all(network is ema.network for network in tested)
-    assert {"top1", "top1_median20", "minutes"} <= set(result(tmp_path))
+    scores = [row["val/top1"] for row in log if "val/top1" in row]
+    found = result(tmp_path)
+    assert found["top1"] == pytest.approx(scores[1], rel=1e-4) and found["minutes"] >= 0
+    assert found["top1_median20"] == pytest.approx(sum(scores) / 2, rel=1e-4)
     saved = checkpoint.load(tmp_path / "checkpoint.pth")
     key = "body.0.weight"
     assert torch.equal(saved["ema"]["shadow"][key], ema.network.state_dict()[key])
