@@ -408,6 +408,9 @@ def test_erased_pixels_do_not_leak() -> None:  # property 9
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     a, b = pixels_of(tiny(norm_pix=True), images(), True)
     assert (a - b).abs().max() > 0.1  # true statistics do, by design
+    mae, x = tiny(norm_pix=True), images()
+    perfect = MRA(mae, clamp=False, true_stats=True).pixels(mae.target(x), x)
+    torch.testing.assert_close(perfect, x, rtol=0, atol=1e-5)
 
 
 def test_the_loss_looks_at_erased_patches_alone() -> None:  # property 10

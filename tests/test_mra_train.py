@@ -31,6 +31,7 @@ from mra.models_mae import MAE, Size
 from mra.mra import MRA
 from shared_utils import UserError, checkpoint
 from shared_utils.data import EpochSampler
+from shared_utils.evaluation import ArrayImages
 from shared_utils.run import Diverged, Run
 from tests.checkpoints import differing
 
@@ -101,7 +102,9 @@ def result(out: Path) -> dict:
 
 def test_pretraining_leaves_what_mae_leaves(images: Path, mae: Path) -> None:
     log = rows(mae.parent)
-    assert len(log) == 6 and log[0]["lr"] == 0 and log[0].keys() >= {"step", "epoch", "loss", "lr", "data_wait"}
+    assert len(log) == 6 and log[0].keys() >= {"step", "epoch", "loss", "lr", "data_wait"}
+    rates = [0, 1 / 3, 2 / 3, 1, (1 + np.cos(np.pi / 3)) / 2, (1 + np.cos(2 * np.pi / 3)) / 2]  # by step, not by epoch
+    assert [row["lr"] for row in log] == pytest.approx([0.003 * rate for rate in rates], rel=1e-4)
     assert result(mae.parent)["loss"] == pytest.approx(log[-1]["loss"], abs=1e-6)
     kept = checkpoint.load(mae.parent / "checkpoint-1.pth")
     assert set(kept) == {"model", "epoch", "args"} and kept["epoch"] == 1
@@ -148,7 +151,7 @@ def test_crops_on_the_device(images: Path, tmp_path: Path) -> None:
     "arm",
     [
         "", "--mra_prob 0.5", "--mask_strategy random", "--mask_strategy attn_inverse --attn_source last_attn",
-        "--compose erase --mix cutmix", "--compose full --mix mixup",
+        "--compose erase --mix cutmix --head_lr_mult 10", "--compose full --mix mixup",
         "--mean_std half --mix cutout --policy randaugment",
         "--amp bf16 --eval_every 0", "--imbalance 4 --preset longtail_cifar --batch_size 4",
     ],
@@ -164,6 +167,8 @@ def test_every_arm_trains(arm: str, images: Path, mae: Path, tmp_path: Path) -> 
     saved = checkpoint.load(tmp_path / "checkpoint.pth")
     assert not any("mae" in key or "decoder" in key for key in saved["state_dict"])
     assert len(saved["info"]["history"]) == (1 if "eval_every 0" in arm else 2)
+    body, head = (group["lr"] for group in saved["optimizer"]["param_groups"])
+    assert head == pytest.approx(body * (10 if "head_lr_mult" in arm else 1)) and body > 0
 
 
 def test_probability_0_is_the_baseline_to_the_bit(images: Path, mae: Path, tmp_path: Path) -> None:
@@ -233,6 +238,9 @@ def test_cutout_and_mixing() -> None:
 def test_shot_groups_and_schedules() -> None:
     table, counts = torch.tensor([[5.0, 2, 1], [10, 10, 10]]), torch.tensor([200, 100, 3])
     assert main_supervised.shot_groups(table, counts) == {"many": 50.0, "medium": 20.0, "few": 10.0}
+    info = engine.Info(["a"])
+    info.history = [{"top1": top1, "epoch": float(epoch)} for epoch, top1 in enumerate((1.0, 3.0, 3.0, 2.0))]
+    assert info.result("top1") == {"top1": 2.0, "epoch": 3.0, "top1_best": 3.0, "best_epoch": 1}
     args = main_supervised.get_parser().parse_args(["--preset", "cutmix", "--batch_size", "64"])
     main_supervised.resolve(args)
     assert (args.epochs, args.batch_size, args.lr, args.schedule, args.wd) == (300, 64, 0.1, [75, 150, 225], 1e-4)
@@ -266,44 +274,92 @@ def test_fixmatch_loss_by_hand() -> None:
     assert weak.grad is None and strong.grad is not None and strong.grad[1].abs().sum() == 0
 
 
-def test_fixmatch_uses_mra_on_the_strong_views_alone(images, mae, tmp_path, monkeypatch, capsys) -> None:  # trap 14
-    seen: list[torch.Tensor] = []
-    call = MRA.__call__
+def test_what_a_step_of_fixmatch_computes(images, mae, tmp_path, monkeypatch, capsys) -> None:  # trap 14
+    """Views, MRA and Cutout, the loss, the moving average, and whom the tests look at, step by step."""
+    painted: list[tuple[torch.Tensor, torch.Tensor]] = []
+    fed: list[tuple[torch.Tensor, torch.Tensor]] = []
+    batches: list = []
+    averages: list[main_fixmatch.Ema] = []
+    weights: list[list[torch.Tensor]] = []
+    tested: list[nn.Module] = []
+    call, forward, original, accuracy = MRA.__call__, nets.Classifier.forward, Run.batches, engine.accuracy
 
     def spy(self, x, noise, use):
-        seen.append(x)
-        return call(self, x, noise, use)
+        painted.append((x, call(self, x, noise, use)))
+        return painted[-1][1]
 
-    batches: list = []
-    original = Run.batches
+    def feed(self, x):
+        out = forward(self, x)
+        if self.training:
+            fed.append((x.clone(), out.detach()))
+        return out
 
     def watch(self, *args):
         for epoch, batch in original(self, *args):
             batches.append(batch)
             yield epoch, batch
 
+    class Watched(main_fixmatch.Ema):
+        def __init__(self, network, decay):
+            super().__init__(network, decay)
+            averages.append(self)
+            weights.append([q.detach().clone() for q in network.parameters()])
+
+        def update(self, network):
+            super().update(network)
+            weights.append([q.detach().clone() for q in network.parameters()])
+
+    def test(run, network, *more, **flags):
+        tested.append(network)
+        return accuracy(run, network, *more, **flags)
+
     monkeypatch.setattr(MRA, "__call__", spy)
+    monkeypatch.setattr(nets.Classifier, "forward", feed)
     monkeypatch.setattr(Run, "batches", watch)
+    monkeypatch.setattr(main_fixmatch, "Ema", Watched)
+    monkeypatch.setattr(engine, "accuracy", test)
     estimate = engine.estimate  # its own calls of MRA do not count
 
     def timed(*words):
         found = estimate(*words)
-        seen.clear()
+        painted.clear()
         return found
 
     monkeypatch.setattr(engine, "estimate", timed)
-    log = train("fixmatch", images, tmp_path, "--mae_ckpt", str(mae))
+    log = train("fixmatch", images, tmp_path, "--mae_ckpt", str(mae), "--lambda_u", "0.5")
     assert "estimated time: about 1 min for 6 steps" in capsys.readouterr().out
-    assert len(seen) == 6 and all(torch.equal(x, u[1]) for x, (_, u) in zip(seen, batches))
-    assert all(len(x) == 4 and len(u[0]) == len(u[1]) == 8 for (x, _, _), u in batches)
+    assert len(painted) == len(fed) == len(batches) == 6
+    confident = 0
+    for row, (x, out), (views, logits), ((own, y, _), (weak, strong)) in zip(log, painted, fed, batches, strict=True):
+        assert torch.equal(x, strong) and not torch.equal(x, out) and len(own) == 4 and len(weak) == len(strong) == 8
+        assert torch.equal(views[:4], own) and torch.equal(views[4:12], weak)
+        hidden = views[12:] != out  # Cutout's, after MRA
+        assert bool((views[12:][hidden] == 0).all()) and bool(hidden.flatten(1).any(1).all())
+        confidence, guess = logits[4:12].softmax(1).max(1)
+        sure = (confidence >= 0.3).float()
+        confident += int(sure.sum())
+        loss_u = (F.cross_entropy(logits[12:], guess, reduction="none") * sure).mean()
+        assert row["loss"] == pytest.approx(float(F.cross_entropy(logits[:4], y) + 0.5 * loss_u), rel=1e-4)
+        assert row["loss/unlabelled"] == pytest.approx(float(loss_u), rel=1e-4)
+    assert confident > 8
     assert [row["lr"] for row in log] == pytest.approx(
         [0.05 * np.cos(7 * np.pi * k / (16 * 6)) for k in range(6)], rel=1e-4
     )
+    (ema,) = averages
+    expected = weights[0]
+    for after in weights[1:]:
+        expected = [0.9 * mine + 0.1 * new for mine, new in zip(expected, after)]
+    assert len(weights) == 7
+    for value, want in zip(ema.network.parameters(), expected, strict=True):
+        torch.testing.assert_close(value, want)
+    assert len(tested) == 2 and all(network is ema.network for network in tested)
+    scores = [row["val/top1"] for row in log if "val/top1" in row]
     found = result(tmp_path)
-    assert {"top1", "top1_median20", "minutes"} <= set(found)
+    assert found["top1"] == pytest.approx(scores[1], rel=1e-4) and found["minutes"] >= 0
+    assert found["top1_median20"] == pytest.approx(sum(scores) / 2, rel=1e-4)
     saved = checkpoint.load(tmp_path / "checkpoint.pth")
     key = "body.0.weight"
-    assert not torch.equal(saved["ema"]["shadow"][key], saved["state_dict"][key])
+    assert torch.equal(saved["ema"]["shadow"][key], ema.network.state_dict()[key])
     network, _ = nets.load_run(tmp_path / "checkpoint.pth", torch.device("cpu"))
     assert torch.equal(network.state_dict()[key], saved["ema"]["shadow"][key])
 
@@ -551,6 +607,23 @@ def test_occlusion_of_known_cells() -> None:
     assert torch.equal(eval_occlusion.occlude(x, order, 0.0, 4), x)
     assert eval_occlusion.area([80.0] * 10) == pytest.approx(80)
     assert eval_occlusion.area([10.0, 20, 30]) == pytest.approx(20)
+
+
+def test_the_most_attended_cells_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attention is all on the first cell, and so is what a network looks at that is right while it sees it."""
+    seen = ArrayImages(np.full((3, 16, 16, 3), 255, np.uint8), [1, 1, 1], ["a", "b"])
+    seen.transform = data.test_transform(16)
+    monkeypatch.setattr(eval_occlusion, "attention_scores", lambda _, tokens, __: -torch.arange(16.0).expand(3, 16))
+    args = eval_occlusion.get_parser().parse_args("--checkpoint x --input_size 16 --cell 4".split())
+
+    class Looks(nn.Module):
+        def forward(self, x):
+            return F.one_hot((x[:, :, :4, :4] != 0).all((1, 2, 3)).long(), 2)
+
+    found = eval_occlusion.curves(Looks(), seen, MAE(16, Size(4, (16, 1, 2), (8, 1, 2))), args, torch.device("cpu"),
+                                  data.STATS["imagenet"])  # fmt: skip
+    assert found["salient"] == [100.0] + [0.0] * 9 and found["nonsalient"] == [100.0] * 10
+    assert found["random"][0] == 100 and found["random"][9] < 100
 
 
 def test_occlusion_and_diagnostics(images: Path, mae: Path, tmp_path: Path) -> None:

@@ -181,6 +181,102 @@ def test_a_step_in_its_order(data, tmp_path, monkeypatch):  # traps 2, 4, 6, 7
     assert positives > 10
 
 
+def calibrated(how: str, p: Tensor, q: Tensor, a: float) -> Tensor:
+    d = {"average": (1 - a) * p + a * q, "geomean": p ** (1 - a) * q**a, "product": p * q}[how]
+    return d / d.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "how", "a"),
+    [
+        (
+            "--lambda_u 0.5 --lambda_c 0.3 --ctr_start 1 --soft_targets --theta_on sharp --theta 0.6 --theta_ramp "
+            "--calib average --calib_weight 0.3 --sim embed --key_view strong --proto ema --proto_m 0.5 --balanced off",
+            "average",
+            0.3,
+        ),
+        ("--lambda_u 2 --lambda_c 0.5 --theta_on sharp --theta 0.5 --calib geomean --calib_weight 0.8", "geomean", 0.8),
+    ],
+)
+def test_every_flag_of_a_step(flags, how, a, data, tmp_path, monkeypatch, capsys):
+    """The loss that is logged, the threshold, the ranking, the key view and the prototypes, from what went in."""
+    spy, batches, embedded, ranked, entered, mus = Spy(monkeypatch), [], [], [], [], []
+    original, embed, choose, enqueue, similarity = (
+        Run.batches, SsCL.embed_keys, losses.choose, SsCL.enqueue, main.log_similarity,
+    )  # fmt: skip
+    contrast, each = losses.contrast, []
+
+    def watch(self, *args):
+        for epoch, batch in original(self, *args):
+            batches.append((epoch, batch))
+            yield epoch, batch
+
+    def keys_of(model, views, generator):
+        embedded.append(views[0])
+        return embed(model, views, generator)
+
+    def chosen(anchor, queue, num_pos, sim=None):
+        ranked.append(sim)
+        return choose(anchor, queue, num_pos, sim)
+
+    def enqueued(model, keys, entries, labelled):
+        entered.append((keys, entries, model.alignment.pbar.clone()))
+        enqueue(model, keys, entries, labelled)
+
+    def similar(z, mu, tau_s):
+        mus.append(mu.clone())
+        return similarity(z, mu, tau_s)
+
+    def contrasted(*args):
+        each.append(contrast(*args))
+        return each[-1]
+
+    monkeypatch.setattr(Run, "batches", watch)
+    monkeypatch.setattr(SsCL, "embed_keys", keys_of)
+    monkeypatch.setattr(losses, "choose", chosen)
+    monkeypatch.setattr(SsCL, "enqueue", enqueued)
+    monkeypatch.setattr(main, "log_similarity", similar)
+    monkeypatch.setattr(losses, "contrast", contrasted)
+    args = main.get_parser().parse_args([*SMALL, *flags.split()])
+    train(data, tmp_path, *flags.split(), "--pl_start", "2", "--epochs", "4")
+    assert len(batches) == len(each) == len(ranked) == 24
+    sure, moved, labels = 0, 0, []
+    for n, ((epoch, (views, _)), step) in enumerate(zip(batches, spy.steps)):
+        (keys, entries, pbar), (_, known, _) = entered[2 * n], entered[2 * n + 1]
+        assert torch.equal(embedded[n], views["key" if args.key_view == "strong" else "weak"])
+        _, key, queue, _ = step["contrast"][0]
+        assert ranked[n] is None if args.sim == "prob" else torch.equal(ranked[n], key @ queue)
+        aligned = step["p"] / pbar
+        q = (keys @ mus[n].T / 0.1).softmax(1)
+        guess = calibrated(how, aligned / aligned.sum(1, keepdim=True), q, a)
+        tilde = guess**2 / (guess**2).sum(1, keepdim=True)
+        theta = 0.5 + 0.1 * n / 24 if args.theta_ramp else 0.5
+        (x, _), (strong, _) = step["out"]
+        target = tilde if args.soft_targets else tilde.argmax(1)
+        loss_u = (F.cross_entropy(strong, target, reduction="none") * (tilde.max(1).values >= theta)).mean()
+        loss = F.cross_entropy(x, known.label) + args.lambda_u * (epoch >= 2) * loss_u
+        loss = loss + args.lambda_c * (epoch >= args.ctr_start) * each[n].mean()
+        torch.testing.assert_close(step["loss"], loss.detach(), rtol=1e-4, atol=1e-5)
+        sure += int(entries.conf.sum()) * (epoch >= 2)
+        labels += known.label.tolist()
+        if args.proto == "ema" and epoch >= 2 and n % 6 < 5:  # the next step's, in the same epoch
+            want = mus[n].clone()
+            for c in set(entries.label[entries.conf].tolist()):
+                mine = keys[entries.conf & (entries.label == c)].mean(0)
+                want[c] = F.normalize(0.5 * want[c] + 0.5 * mine, dim=0)
+            torch.testing.assert_close(mus[n + 1], want, rtol=0, atol=1e-5)
+            moved += not torch.equal(want, mus[n])
+    assert 12 < sure < 12 * 8 and (moved > 4) == (args.proto == "ema")
+    triples = [sorted(labels[i : i + 3]) == [0, 1, 2] for i in range(0, len(labels), 3)]
+    assert all(triples) == (args.balanced == "on")
+    out = capsys.readouterr().out
+    renewed = re.findall(r"epoch (\d): prototypes \((\w+)\) renewed", out)
+    if args.proto == "ema":  # set anew when it starts and when pseudo-labels do
+        assert renewed == [("0", "labelled"), ("2", "ema")]
+    else:  # mixtures need pseudo-labels
+        assert renewed == [("0", "labelled"), ("1", "labelled"), ("2", "mixture"), ("3", "mixture")]
+
+
 def test_labelled_anchors_take_neighbours_when_pseudo_labels_start(data, tmp_path, monkeypatch):
     spy = Spy(monkeypatch)
     train(data, tmp_path, "--labelled_anchors")
