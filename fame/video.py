@@ -75,12 +75,11 @@ def inspect(path: Path) -> Video:
         if not names:
             raise BadVideo(f"{path}: a folder without images ({', '.join(sorted(EXTENSIONS))})")
         return Video(path, len(names), names=sorted(names, key=natural))
-    import_error_first = _open(path)  # before av's names are used below
-    import av
-
     times: list[int | None] = []
     stored = 0
-    with import_error_first as container:
+    with _open(path) as container:
+        import av  # it is there: `_open` says so where it is not
+
         said = container.streams.video[0].frames  # 0: it does not say
         try:
             for packet in container.demux(video=0):

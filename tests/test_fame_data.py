@@ -205,7 +205,6 @@ def kinetics(tmp_path) -> Path:
 
 
 def test_bad_and_short_videos_stop_or_are_skipped(kinetics, capsys):
-    pytest.importorskip("av")
     with pytest.raises(UserError, match=r"2 of 4 videos cannot be used; the first is .*broken.mp4.*--bad_videos skip"):
         open_videos(flags(kinetics, "--dataset", "k400"), True)
     videos = open_videos(flags(kinetics, "--dataset", "k400", "--bad_videos", "skip"), True)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,8 +11,6 @@ from PIL import Image
 from fame import video
 from fame.video import BadVideo, inspect, natural, read, scan
 from shared_utils import UserError
-
-av = pytest.importorskip("av")
 
 
 def frames(count: int) -> np.ndarray:

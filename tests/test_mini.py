@@ -13,6 +13,8 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import av
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -45,7 +47,6 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def decode(path: Path) -> np.ndarray:
-    av = pytest.importorskip("av")
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
@@ -286,7 +287,6 @@ def test_clips_encode_the_same_twice(clips, root, tmp_path):
 
 
 def test_opencv_counts_the_same_frames(clips, root):
-    cv2 = pytest.importorskip("cv2")
     for row, frames in clips[::40]:
         reader, count = cv2.VideoCapture(str(root / "video/UCF-101" / row["path"])), 0
         while reader.read()[0]:

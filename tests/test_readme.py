@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -169,8 +168,6 @@ def test_a_command_with_an_unknown_flag_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_mini_commands(folder: str, tmp_path: Path) -> None:
     """They end well, in the order of the README, and leave what a run leaves: a falling loss among it."""
-    if folder == "mdp" and importlib.util.find_spec("mmseg") is None:
-        pytest.skip("mmsegmentation is not installed")
     commands = mini_commands((ROOT / folder / "README.md").read_text(encoding="utf-8"), folder)
     assert commands, f"{folder}/README.md names no mini command"
     environment = {**os.environ, "RUNS": str(tmp_path), "PYTHON": sys.executable, "SKIP_ENV": "1"}
