@@ -5,9 +5,9 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fame import augment, motion
-from fame.video import SUFFIXES, BadVideo, Video, read, scan
+from fame.video import BESIDE, SUFFIXES, BadVideo, Index, Video, foreign, read, scan
 from shared_utils import UserError, distributed, mini
 from shared_utils.data import need_folder, read_text, subfolders
 from shared_utils.flags import natural, positive, runs_root
@@ -45,8 +45,8 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
     a("--cache_side", type=natural, default=0, help="short side of cached frames, smaller than stored; 0: as stored")
     a("--bad_videos", choices=["error", "skip"], default="error", help="unreadable and too short videos: stop, or go "
       "on without them; both name and count them")  # fmt: skip
-    a("--index_cache", type=Path, default=runs_root() / "fame/video_index.pth", help="where the frame times of video "
-      "files are kept, so that the set is scanned once")  # fmt: skip
+    a("--index_cache", type=Path, default=runs_root() / "fame/video_index.pth", help="where pictures' checksums and "
+      "the key frames of video files are kept, so that each file is decoded once to find them")  # fmt: skip
 
 
 def check_data_flags(args: argparse.Namespace) -> None:
@@ -88,6 +88,35 @@ def _stored(path: Path) -> Path:
     return path.with_suffix("") if not path.exists() and path.with_suffix("").is_dir() else path
 
 
+def videos_of(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Videos of a class folder, sorted: files, and folders of frames; and what else lies there, hidden entries aside.
+
+    A folder beside the video file of its name holds that video's frames or flow, and is not a second video.
+    """
+    entries = sorted(entry for entry in folder.iterdir() if not foreign(entry.name))
+    files = {entry.stem for entry in entries if entry.suffix.lower() in SUFFIXES and not entry.is_dir()}
+    videos, others = [], []
+    for entry in entries:
+        if entry.is_dir():
+            taken = entry.name not in files and not BESIDE.fullmatch(entry.name)
+        else:
+            taken = entry.suffix.lower() in SUFFIXES
+        (videos if taken else others).append(entry)
+    return videos, others
+
+
+def _rows(file: Path, expected: str) -> Iterator[tuple[int, str, list[str]]]:
+    """Number, name and what follows it of each line of a list: the last word is a label if it is a number.
+
+    Names may hold blanks, and be written with a path before CLASS/NAME, absolute or not, or with backslashes.
+    """
+    for number, line in enumerate(read_text(file, expected).splitlines(), 1):
+        words = line.strip().rsplit(None, 1)
+        if words:
+            label = words[1:] if words[-1].isdecimal() else []
+            yield number, (words[0] if label else line.strip()).replace("\\", "/"), label
+
+
 def list_k400(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
     folder = _first(root, ("train",) if train else ("val", "test"), "k400")
     present = classes = subfolders(folder)
@@ -96,14 +125,20 @@ def list_k400(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
         if new := sorted(set(present) - set(classes)):
             raise UserError(f"{folder / new[0]}: {root / 'train'} has no such class")
     found: Listed = []
+    passed_over: list[Path] = []
     for name in present:
-        videos = sorted(e for e in (folder / name).iterdir() if e.suffix.lower() in SUFFIXES or e.is_dir())
+        videos, others = videos_of(folder / name)
+        passed_over += others
         if not videos:
             raise UserError(
                 f"{folder / name}: a class without videos ({', '.join(sorted(SUFFIXES))}, or folders); add "
                 "some, or remove it"
             )
         found += [(path, name, f"{name}/{path.name}") for path in videos]
+    if passed_over and distributed.rank() == 0:
+        kinds = Counter(path.suffix.lower() or "without suffix" for path in passed_over)
+        some = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        print(f"  {folder}: {len(passed_over)} entries are no videos ({some}), the first {passed_over[0]}", flush=True)
     return found, classes
 
 
@@ -111,16 +146,15 @@ def list_ucf101(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
     folder = _first(root, ("data", "UCF-101"), "ucf101")
     lists = _first(root, ("anno", "ucfTrainTestlist"), "ucf101")
     file = lists / f"{'train' if train else 'test'}list{fold:02d}.txt"
-    lines = read_text(file, f"{LAYOUTS['ucf101']}; give another --fold if there is no such list").splitlines()
     classes, found = subfolders(folder), []
-    for number, line in enumerate(lines, 1):
-        if words := line.split():
-            name = words[0].split("/")[0]
-            if name not in classes:
-                raise UserError(
-                    f"{file}, line {number}: {words[0]} is of no class folder of {folder}; add it, or restore the list"
-                )
-            found.append((_stored(folder / words[0]), name, words[0]))
+    for number, path, _ in _rows(file, f"{LAYOUTS['ucf101']}; give another --fold if there is no such list"):
+        key = "/".join(PurePosixPath(path).parts[-2:])
+        name = key.split("/")[0]
+        if name not in classes or name == key:
+            raise UserError(
+                f"{file}, line {number}: {path} is of no class folder of {folder}; add it, or restore the list"
+            )
+        found.append((_stored(folder / key), name, key))
     return found, classes
 
 
@@ -133,9 +167,12 @@ def list_hmdb51(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
         raise UserError(f"{lost[0]}: {folder} has no folder of this class; restore it, or remove the list")
     for name in classes:
         file = lists / f"{name}{end}"
-        for words in map(str.split, read_text(file, LAYOUTS["hmdb51"]).splitlines()):
-            if words and words[1:] == ["1" if train else "2"]:  # 0: in neither
-                found.append((_stored(folder / name / words[0]), name, f"{name}/{words[0]}"))
+        for number, path, label in _rows(file, LAYOUTS["hmdb51"]):
+            if label not in (["0"], ["1"], ["2"]):
+                raise UserError(f"{file}, line {number}: expected a video and 0, 1 or 2, found {path!r}; restore it")
+            if label == ["1" if train else "2"]:  # 0: in neither
+                video = PurePosixPath(path).name
+                found.append((_stored(folder / name / video), name, f"{name}/{video}"))
     return found, classes
 
 
@@ -152,6 +189,10 @@ def list_diving48(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]
     for name, label in entries:
         if not 0 <= label < 48:
             raise UserError(f"{file}: {name} has the label {label}; diving48 numbers its classes 0 to 47")
+    labels: dict[str, int] = {}
+    for name, label in entries:
+        if labels.setdefault(name, label) != label:
+            raise UserError(f"{file}: {name} has the labels {labels[name]} and {label}; restore it")
     classes = [f"{label:02d}" for label in range(48)]
     return [(_stored(folder / f"{name}.mp4"), classes[label], name) for name, label in entries], classes
 
@@ -165,7 +206,7 @@ def list_fight(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
     sources = sorted({int(row["source_video"]) for row in rows.values()} - {-1})
     tested = set(sources[fold - 1 :: 3])
     found = [
-        (root / row["class"] / key, row["class"], key)
+        (root / row["class"] / (row.get("path") or row["clip"]), row["class"], key)
         for key, row in rows.items()
         if int(row["source_video"]) >= 0 and (int(row["source_video"]) in tested) != train
     ]
@@ -180,11 +221,16 @@ READERS: dict[str, Callable[[Path, bool, int], tuple[Listed, list[str]]]] = {
 def _attributes(root: Path, dataset: str) -> dict[str, dict[str, str]]:
     """{path or clip: row} of the set's table."""
     file = _first(root, ("clips.csv", "attributes.csv"), dataset)
-    table = csv.DictReader(read_text(file, LAYOUTS[dataset]).splitlines())
-    rows = {row.get("path") or row.get("clip") or "": row for row in table}
-    if not rows or "" in rows:
+    reader = csv.DictReader(read_text(file, LAYOUTS[dataset]).splitlines())
+    table = [{name: (cell or "").strip() for name, cell in row.items() if name is not None} for row in reader]
+    keys = [row.get("path") or row.get("clip") or "" for row in table]
+    if not keys or "" in keys:
         raise UserError(f"{file}: a table with a column `path` or `clip` is expected, and a row for each video")
-    return rows
+    repeated = {key for key, count in Counter(keys).items() if count > 1}  # clips of one name in several classes
+    keys = [f"{row.get('class', '')}/{key}" if key in repeated else key for row, key in zip(table, keys)]
+    if twice := [key for key, count in Counter(keys).items() if count > 1]:
+        raise UserError(f"{file}: {twice[0]} has more than one row; remove all but one")
+    return dict(zip(keys, table))
 
 
 def listing(root: Path, dataset: str, train: bool, fold: int = 1, target: str = "class") -> tuple[Listed, list[str]]:
@@ -226,15 +272,23 @@ def listing(root: Path, dataset: str, train: bool, fold: int = 1, target: str = 
 # ---------------------------------------------------------------------------------------------------------------- clips
 @dataclass
 class VideoSet:
-    """Videos with integer labels, and where clips of `length` frames, `stride` apart, may start in them."""
+    """Videos with integer labels, and where clips of `length` frames, `stride` apart, may start in them.
 
-    videos: list[Video]
-    labels: list[int]
+    Both are kept in arrays (`Index`; labels int64 [N]), which the loader's processes share.
+    """
+
+    videos: Sequence[Video]
+    labels: Any
     classes: list[str]
     length: int
     stride: int
     step: int = 1
     frames: list[np.ndarray] = field(default_factory=list)  # decoded, if cached
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.videos, Index):
+            self.videos = Index(self.videos)
+        self.labels = np.asarray(self.labels, np.int64)
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -244,9 +298,14 @@ class VideoSet:
         videos, labels = [self.videos[i] for i in indices], [self.labels[i] for i in indices]
         return replace(self, videos=videos, labels=labels, frames=[self.frames[i] for i in indices if self.frames])
 
+    def count(self, index: int) -> int:
+        """Frames of video `index`."""
+        assert isinstance(self.videos, Index)  # for the type checker
+        return int(self.videos.counts[index])
+
     def windows(self, index: int) -> int:
         """How many starts video `index` has."""
-        return windows(self.videos[index].count, self.length * self.stride, self.step)
+        return windows(self.count(index), self.length * self.stride, self.step)
 
     def clip(self, index: int, window: int) -> np.ndarray:
         """Frames [T, H, W, 3] uint8 of the clip that starts at `window` * step."""
@@ -276,6 +335,8 @@ def open_videos(args: argparse.Namespace, train: bool, target: str | None = None
     found = scan([path for path, _, _ in listed], args.index_cache, keep=distributed.rank() == 0)
     span = args.frame_per_clip * args.stride
     bad, videos, labels = [], [], []
+    number = {name: y for y, name in enumerate(classes)}
+    beside: Counter[str] = Counter()
     for (path, name, _), video in zip(listed, found):
         if isinstance(video, BadVideo):
             bad.append(str(video))
@@ -283,13 +344,17 @@ def open_videos(args: argparse.Namespace, train: bool, target: str | None = None
             bad.append(f"{path}: {video.count} frames, a clip spans {span}")
         else:
             videos.append(video)
-            labels.append(classes.index(name))
+            labels.append(number[name])
+            beside.update(video.beside)
     if bad:
         what = f"{len(bad)} of {len(listed)} videos cannot be used; the first is {bad[0]}"
         if args.bad_videos == "error" or not videos:
             raise UserError(f"{what}; --bad_videos skip goes on without them")
         if distributed.rank() == 0:
             print("\n  skipped: ".join([f"  {what}", *bad]), flush=True)
+    if beside and distributed.rank() == 0:
+        some = ", ".join(f"{kind} ({n})" for kind, n in sorted(beside.items(), key=lambda row: (-row[1], row[0]))[:6])
+        print(f"  {args.data}: pictures beside the frames are left out: {some}", flush=True)
     out = VideoSet(videos, labels, classes, args.frame_per_clip, args.stride, args.step_between_clips)
     if args.cache:
         for video in videos:
@@ -332,7 +397,7 @@ class OneClip(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         start = int(torch.randint(self.videos.windows(index), ()))
         clip = augment.training_clip(self.videos.clip(index, start), self.size, self.min_scale, self.flip)
-        return {"clip": clip, "colours": torch.rand(augment.DRAWS), "label": self.videos.labels[index]}
+        return {"clip": clip, "colours": torch.rand(augment.DRAWS), "label": int(self.videos.labels[index])}
 
 
 class TestClips(Dataset):
@@ -349,4 +414,4 @@ class TestClips(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         starts = torch.linspace(0, self.videos.windows(index) - 1, self.clips).floor().long().tolist()
         clips = [augment.testing_clip(self.videos.clip(index, start), self.size, self.side) for start in starts]
-        return {"clips": torch.stack(clips), "label": self.videos.labels[index]}
+        return {"clips": torch.stack(clips), "label": int(self.videos.labels[index])}

@@ -225,7 +225,7 @@ def keyed(*keys: int) -> torch.Generator:
 def facts(run: Run, videos: VideoSet, clips: TwoClips, model: MoCo, steps: int) -> dict[str, str]:
     """What the preflight prints."""
     args = run.args
-    counts = sorted(video.count for video in videos.videos)
+    counts = sorted(videos.count(i) for i in range(len(videos)))
     chance = math.log(args.moco_k) + 1 / (2 * args.moco_dim * args.moco_t**2)
     out = {
         "data": f"{args.data} ({args.dataset}): {len(videos)} videos of {len(videos.classes)} classes, {counts[0]} to "

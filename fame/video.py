@@ -11,7 +11,6 @@ import os
 import re
 import sys
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -257,18 +256,14 @@ def _said(error: Exception) -> str:
     return " ".join(str(error).split())[:80]
 
 
-def _decode(packet: Any, begun: bool) -> list[Any]:
-    """The pictures that a packet gives. A file that begins inside a group of pictures has packets before its first
-    picture that the decoder refuses: errors count once it has `begun`.
-    """
+def _decode(packet: Any) -> list[Any] | None:
+    """The pictures that a packet gives; None where the decoder refuses it."""
     import av
 
     try:
         return packet.decode()
     except av.error.InvalidDataError:
-        if begun:
-            raise
-        return []
+        return None
 
 
 def _mark(frame: Any) -> int:
@@ -282,7 +277,8 @@ def _mark(frame: Any) -> int:
 def inspect(path: Path) -> Video:
     """Decode one video and note its pictures. BadVideo: unreadable, damaged, without pictures, with pictures of
     several sizes, or shorter by a tenth than its header says, as an .avi is that was cut (a header may count a few
-    frames too many). Of a folder the frames are listed (`frames_of`).
+    frames too many). Packets that cannot be decoded are no damage before the first picture, where a file begins inside
+    a group of pictures, and at its end, where it stops inside one. Of a folder the frames are listed (`frames_of`).
     """
     if path.is_dir():
         names, beside = frames_of(path)
@@ -293,6 +289,7 @@ def inspect(path: Path) -> Video:
     times: list[tuple[int, list[int]]] = []  # key frames: packet and its times
     entered: list[tuple[int, int]] = []  # of `times` and of the picture there
     stored, slots = 0, 0.0
+    refused, damaged = False, False  # a packet after the first picture; and one after it was not
     with _open(path) as container:
         import av  # it is there: `_open` says so where it is not
 
@@ -311,7 +308,10 @@ def inspect(path: Path) -> Video:
                     stored += 1
                     if packet.dts is not None:  # an .avi says nothing of pictures that are shown twice, but counts them
                         slots = max(slots, (packet.dts - (stream.start_time or 0)) * tick + 1)
-                for picture in _decode(packet, bool(marks)):
+                pictures = _decode(packet)
+                damaged |= refused and pictures is not None and packet.size > 0
+                refused |= pictures is None and bool(marks)
+                for picture in pictures or []:
                     if picture.key_frame and isinstance(picture.opaque, int):
                         here = [k for k, (number, _) in enumerate(times) if number <= picture.opaque]
                         if here and (not entered or here[-1] != entered[-1][0]):
@@ -324,6 +324,8 @@ def inspect(path: Path) -> Video:
         raise BadVideo(f"{path}: holds no frames")
     if max(stored, slots) < 0.9 * said:
         raise BadVideo(f"{path}: ends after {stored} of the {said} frames that its header names; copy it again")
+    if damaged:
+        raise BadVideo(f"{path}: damaged (pictures in the middle cannot be decoded); copy it again, or encode it anew")
     if len(sizes) > 1:
         different = ", ".join(f"{w}x{h}" for w, h in list(sizes)[:3])
         raise BadVideo(f"{path}: its pictures differ in size ({different}); encode it anew")
@@ -376,15 +378,14 @@ def frames_of(folder: Path) -> tuple[list[str], dict[str, int]]:
         raise BadVideo(f"{folder}: a folder without images ({', '.join(sorted(EXTENSIONS))})")
     frames = {kind: names for kind, names in kinds.items() if not BESIDE.fullmatch(kind)} or kinds
     numbered = {kind: names for kind, names in frames.items() if "#" in kind}
-    if len(numbered) > 1 or (len(frames) > 1 and frames is kinds and not numbered):
-        some = ", ".join(f"{kind} ({len(names)})" for kind, names in sorted(frames.items())[:4])
-        raise BadVideo(f"{folder}: {len(frames)} kinds of pictures, {some}; leave the frames alone in it")
+    if len(numbered) > 1:
+        some = ", ".join(f"{kind} ({len(names)})" for kind, names in sorted(numbered.items())[:4])
+        raise BadVideo(f"{folder}: {len(numbered)} kinds of numbered pictures, {some}; leave the frames alone in it")
     frames = numbered or frames
-    names = sorted((name for kind in frames.values() for name in kind), key=lambda name: (natural(name), name))
-    for kind in numbered:
-        numbers = [[int(part) for part in re.findall(r"\d+", os.path.splitext(name)[0])] for name in names]
-        if twice := [k for k in range(1, len(names)) if numbers[k] == numbers[k - 1]]:
-            raise BadVideo(f"{folder}: {names[twice[0] - 1]} and {names[twice[0]]} have the same number; remove one")
+    order = sorted((natural(os.path.splitext(name)[0].lower()), name) for found in frames.values() for name in found)
+    names = [name for _, name in order]
+    if twice := [k for k in range(1, len(order)) if numbered and order[k][0] == order[k - 1][0]]:
+        raise BadVideo(f"{folder}: {names[twice[0] - 1]} and {names[twice[0]]} have the same number; remove one")
     return names, {kind: len(found) for kind, found in kinds.items() if kind not in frames}
 
 
@@ -419,16 +420,15 @@ def _nearest(video: Video, first: int) -> Iterator[tuple[int, int] | None]:
     """Where to enter for frame `first`: the two key frames at or before it, then the start (None)."""
     if video.keys is not None and video.marks is not None:
         last = int(np.searchsorted(video.keys[:, 1], first, "right"))
-        for time, number in video.keys[max(0, last - 2) : last][::-1].tolist():
-            yield time, number
+        yield from video.keys[max(0, last - 2) : last][::-1].tolist()
     yield None
 
 
 def _pictures(video: Video, wanted: list[int], entry: tuple[int, int] | None) -> dict[int, np.ndarray]:
     """The pictures `wanted` (rising), counted from the start, or from a place of entry (time, number there).
 
-    After a seek nothing at all is returned where one of them is not the picture that was counted; from the start those
-    that are there.
+    After a seek, or a packet that cannot be decoded, nothing at all is returned where one of them is not the picture
+    that was counted; else those that are there.
     """
     left, images = set(wanted), {}
     number = 0 if entry is None else -1  # of the next picture; -1: not known yet
@@ -441,9 +441,11 @@ def _pictures(video: Video, wanted: list[int], entry: tuple[int, int] | None) ->
         try:
             if entry is not None:
                 container.seek(entry[0], stream=stream, backward=True, any_frame=False)
-            seen = 0
+            seen, refused = 0, False
             for packet in container.demux(stream):
-                for picture in _decode(packet, seen > 0):
+                pictures = _decode(packet)
+                refused |= pictures is None
+                for picture in pictures or []:
                     seen += 1
                     if number < 0:
                         assert entry is not None  # for the type checker
@@ -453,7 +455,8 @@ def _pictures(video: Video, wanted: list[int], entry: tuple[int, int] | None) ->
                         if number < 0:
                             continue
                     if number in left:
-                        if entry is not None and _mark(picture) != video.marks[number]:  # type: ignore[index]
+                        unsure = video.marks is not None and (entry is not None or refused)
+                        if unsure and _mark(picture) != video.marks[number]:  # type: ignore[index]
                             return {}
                         images[number] = _rgb(picture, convert)
                         left.remove(number)

@@ -1,7 +1,9 @@
 """Layouts of the video sets, their splits, and the clips that training and testing take."""
 
 import csv
+import gc
 import json
+import types
 from argparse import Namespace
 from pathlib import Path
 
@@ -69,10 +71,51 @@ def test_kinetics_numbers_test_videos_by_the_training_classes(tmp_path):
     for name in ("train/a/v", "train/b/v", "train/c/v", "val/a/v", "val/c/v"):
         folder(tmp_path / name, 4)
     videos = open_videos(flags(tmp_path, "--dataset", "k400"), False)
-    assert videos.classes == ["a", "b", "c"] and videos.labels == [0, 2]
+    assert videos.classes == ["a", "b", "c"] and videos.labels.tolist() == [0, 2]
     folder(tmp_path / "val/d/v")
     with pytest.raises(UserError, match="val/d: .*train has no such class"):
         listing(tmp_path, "k400", False)
+
+
+def test_a_class_folder_as_other_tools_leave_it(tmp_path, capsys):
+    """Every common ending is taken, what is not is named, and a video that lies there twice is one video."""
+    run = tmp_path / "train/run"
+    folder(run / "frames")
+    for name in ("a.wmv", "b.FLV", "c.ts", "d.mts", "e.3gp", "f.ogv", "g.vob", "h.mp4"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).touch()
+    folder(run / "h")  # frames of h.mp4
+    for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX", "thumbs", "flow"):
+        folder(run / name)
+    for name in ("notes.txt", "i.mp4.part", "j.zip", ".k.mp4", "._a.wmv", "Thumbs.db"):
+        (run / name).touch()
+    found, _ = listing(tmp_path, "k400", True)
+    assert [path.name for path, _, _ in found] == "a.wmv b.FLV c.ts d.mts e.3gp f.ogv frames g.vob h.mp4".split()
+    said = capsys.readouterr().out
+    assert (
+        "6 entries are no videos (3 without suffix, 1 .part, 1 .zip, 1 .txt), the first" in said and "run/flow" in said
+    )
+
+
+def test_names_in_lists_as_other_tools_write_them(tmp_path):
+    """Absolute, with a folder before it, with backslashes, blanks in names and at the end; one name in two classes."""
+    for name in ("B b/v 1", "A/v 1", "A/v2"):
+        folder(tmp_path / "data" / name)
+    (tmp_path / "anno").mkdir()
+    lines = ["/home/else/UCF-101/A/v 1.avi 1", "UCF-101/B b/v 1.avi 2 ", ".\\A\\v2.avi\t1", "  B b/v 1.avi  "]
+    (tmp_path / "anno/trainlist01.txt").write_text("\r\n".join(lines) + " \r\n")
+    found, _ = listing(tmp_path, "ucf101", True)
+    rows = [("A", "A/v 1.avi"), ("B b", "B b/v 1.avi"), ("A", "A/v2.avi"), ("B b", "B b/v 1.avi")]
+    assert [(label, key) for _, label, key in found] == rows and all(path.is_dir() for path, _, _ in found)
+    (tmp_path / "anno/testlist01.txt").write_text("v2.avi 1\n")
+    with pytest.raises(UserError, match=r"testlist01.txt, line 1: v2.avi is of no class folder of"):
+        listing(tmp_path, "ucf101", False)
+    for name in ("A", "B b"):
+        (tmp_path / f"anno/{name}_test_split1.txt").write_text("/else/v 1.avi 1 \nv2.avi 2\n")
+    assert [key for _, _, key in listing(tmp_path, "hmdb51", True)[0]] == ["A/v 1.avi", "B b/v 1.avi"]
+    (tmp_path / "anno/A_test_split1.txt").write_text("v2.avi 1\nv 1.avi 3\n")
+    with pytest.raises(UserError, match="A_test_split1.txt, line 2: expected a video and 0, 1 or 2, found 'v 1.avi'"):
+        listing(tmp_path, "hmdb51", True)
 
 
 @pytest.mark.parametrize(("data", "lists"), [("data", "anno"), ("UCF-101", "ucfTrainTestlist")])
@@ -117,6 +160,9 @@ def test_diving48(tmp_path):
         (tmp_path / "Diving48_V2_test.json").write_text(json.dumps([{"vid_name": "x_00001", "label": label}]))
         with pytest.raises(UserError, match=f"x_00001 has the label {label}"):
             listing(tmp_path, "diving48", False)
+    (tmp_path / "Diving48_V2_test.json").write_text(json.dumps([{"vid_name": "x", "label": n} for n in (1, 1, 2)]))
+    with pytest.raises(UserError, match="Diving48_V2_test.json: x has the labels 1 and 2"):
+        listing(tmp_path, "diving48", False)
     (tmp_path / "Diving48_V2_test.json").write_text("[]")
     with pytest.raises(UserError, match="the test part of diving48 is empty"):
         listing(tmp_path, "diving48", False)
@@ -148,6 +194,22 @@ def test_fight_clips_are_split_by_source(tmp_path):
     assert not {key for _, _, key in train[0]} & {key for _, _, key in test[0]}
     with pytest.raises(UserError, match="--target colour: no such column .* it has clip, class, source_video"):
         listing(root, "fight", True, 1, "colour")
+
+
+def test_clips_of_one_name_in_two_classes(tmp_path):
+    rows = [f"c{n}, {name} ,{n} " for n in range(3) for name in ("fight", "noFight")]
+    (tmp_path / "clips.csv").write_text("\n".join(["clip,class,source_video", *rows]))
+    found, _ = listing(tmp_path, "fight", True)
+    assert [str(path.relative_to(tmp_path)) for path, _, _ in found] == [
+        "fight/c1",
+        "noFight/c1",
+        "fight/c2",
+        "noFight/c2",
+    ]
+    assert [label for _, label, _ in found] == ["fight", "noFight"] * 2
+    (tmp_path / "clips.csv").write_text("\n".join(["clip,class,source_video", *rows, rows[0]]))
+    with pytest.raises(UserError, match="clips.csv: fight/c0 has more than one row"):
+        listing(tmp_path, "fight", True)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +270,7 @@ def test_bad_and_short_videos_stop_or_are_skipped(kinetics, capsys):
     with pytest.raises(UserError, match=r"2 of 4 videos cannot be used; the first is .*broken.mp4.*--bad_videos skip"):
         open_videos(flags(kinetics, "--dataset", "k400"), True)
     videos = open_videos(flags(kinetics, "--dataset", "k400", "--bad_videos", "skip"), True)
-    assert [v.path.name for v in videos.videos] == ["exact", "long"] and videos.labels == [0, 1]
+    assert [v.path.name for v in videos.videos] == ["exact", "long"] and videos.labels.tolist() == [0, 1]
     said = capsys.readouterr().out
     assert "broken.mp4" in said and "short: 3 frames, a clip spans 4" in said
     (kinetics / "train/jump/broken.mp4").unlink()
@@ -218,6 +280,53 @@ def test_bad_and_short_videos_stop_or_are_skipped(kinetics, capsys):
         flags(kinetics, *"--dataset k400 --bad_videos skip --cache --cache_side 32 --per_class 1".split()), True
     )
     assert small.clip(1, 0).shape == (2, 32, 36, 3) and len(small) == 2
+
+
+def test_optical_flow_beside_the_frames_is_left_out_and_counted(tmp_path, capsys):
+    for name in ("a", "b"):
+        video = folder(tmp_path / "train/run" / name, 5)
+        for kind in ("flow_x", "flow_y"):
+            for n in range(1, 5):
+                Image.new("L", (40, 36)).save(video / f"{kind}_{n:05d}.jpg")
+        Image.new("RGB", (9, 9)).save(video / "thumbnail.jpg")
+        Image.new("RGB", (9, 9)).save(video / ".hidden_1.jpg")
+        folder(video / ".ipynb_checkpoints")
+    videos = open_videos(flags(tmp_path, "--dataset", "k400"), True)
+    assert [videos.count(i) for i in (0, 1)] == [5, 5] and videos.clip(0, 1)[:, 0, 0, 0].tolist() == [5, 15]
+    assert "beside the frames are left out: flow_x_# (8), flow_y_# (8), thumbnail (2)" in capsys.readouterr().out
+
+
+def reachable(thing: object) -> int:
+    """Python objects that hang on this one, without what modules and classes hold."""
+    seen: dict[int, object] = {}
+    todo = [thing]
+    while todo:
+        one = todo.pop()
+        if id(one) not in seen and not isinstance(one, (type, types.ModuleType, types.FunctionType)):
+            seen[id(one)] = one
+            todo += gc.get_referents(one)
+    return len(seen)
+
+
+def test_a_set_of_videos_is_a_few_arrays():
+    """A process that reads objects writes their counters, and so copies the page each of them lies on."""
+    rng = np.random.default_rng(0)
+
+    def many(count: int) -> VideoSet:
+        some = [
+            Video(Path(f"/data/class ä/{n}.mp4"), 5, rng.integers(0, 9, 5).astype(np.int32), np.array([[n, 4]]))
+            for n in range(count)
+        ]
+        folders = [Video(Path(f"/data/{n}"), 3, names=[f"img_{k}.jpg" for k in range(3)]) for n in range(count)]
+        return VideoSet([*some, *folders], [n % 3 for n in range(2 * count)], ["a", "b", "c"], 2, 1)
+
+    small, large = many(2), many(400)
+    assert reachable(large) == reachable(small) < 100
+    video, frames = large.videos[399], large.videos[401]
+    assert video.path == Path("/data/class ä/399.mp4") and video.count == len(video.marks) == 5
+    assert video.keys.tolist() == [[399, 4]] and frames.names == ["img_0.jpg", "img_1.jpg", "img_2.jpg"]
+    assert frames.marks is None and frames.keys is None and large.videos[-1].path == Path("/data/399")
+    assert [v.path.name for v in large.subset([3, 400]).videos] == ["3.mp4", "0"]
 
 
 # --- clips -----------------------------------------------------------------------------------------------------------

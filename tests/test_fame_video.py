@@ -43,32 +43,11 @@ def mp4(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("mp4") / "a.mp4", 30, "libx264", bf="2")
 
 
-class Counted:
-    """A container whose decoded frames are counted."""
-
-    def __init__(self, container: Any, counts: list[int]):
-        self.container, self.counts = container, counts
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.container, name)
-
-    def __enter__(self) -> "Counted":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.container.close()
-
-    def decode(self, stream: Any) -> Any:
-        for frame in self.container.decode(stream):
-            self.counts.append(1)
-            yield frame
-
-
 @pytest.mark.parametrize("name", ["avi", "mp4"])
 @pytest.mark.parametrize("wanted", [[0, 1, 2], [20, 22, 24], [29], [25, 3, 3, 14]])
 def test_frames_by_number(name, wanted, request, monkeypatch):
     found = inspect(request.getfixturevalue(name))
-    assert found.count == 30 and found.times is not None
+    assert found.count == 30 and found.marks is not None and found.keys is not None
     images = read(found, wanted)
     assert images.dtype == np.uint8 and images.shape == (len(wanted), 48, 64, 3) and numbers(images) == wanted
     assert numbers(read(video.Video(found.path, 30, None), wanted)) == wanted  # counted from the start
@@ -77,8 +56,14 @@ def test_frames_by_number(name, wanted, request, monkeypatch):
 @pytest.mark.parametrize("name", ["avi", "mp4"])
 def test_only_what_a_clip_needs_is_decoded(name, request, monkeypatch):
     found, counts = inspect(request.getfixturevalue(name)), []
-    opened = video._open
-    monkeypatch.setattr(video, "_open", lambda path: Counted(opened(path), counts))
+    decoded = video._decode
+
+    def counted(packet: Any) -> list[Any] | None:
+        pictures = decoded(packet)
+        counts.extend(pictures or [])
+        return pictures
+
+    monkeypatch.setattr(video, "_decode", counted)
     assert numbers(read(found, [21, 23])) == [21, 23]
     assert len(counts) <= 12  # a key frame every six, of thirty frames
     counts.clear()
@@ -86,8 +71,17 @@ def test_only_what_a_clip_needs_is_decoded(name, request, monkeypatch):
     assert len(counts) <= 4
 
 
-def test_times_that_do_not_fit_fall_back_to_counting(avi):
-    assert numbers(read(video.Video(avi, 30, 1000 + 7 * np.arange(30)), [7, 9])) == [7, 9]
+@pytest.mark.parametrize("name", ["avi", "mp4"])
+def test_a_place_of_entry_that_leads_elsewhere_is_noticed(name, request):
+    found = inspect(request.getfixturevalue(name))
+    for keys in ([[10**9, 0]], [[0, 5]], found.keys[:-1] * [1, 0] + [0, 6], found.keys * [0, 1], found.keys * [1, -1]):
+        wrong = video.Video(found.path, 30, found.marks, np.array(keys, np.int64))
+        assert numbers(read(wrong, [7, 9, 28])) == [7, 9, 28]
+
+
+def test_pictures_that_are_not_those_of_the_scan_are_counted_from_the_start(avi):
+    found = inspect(avi)
+    assert numbers(read(video.Video(avi, 30, found.marks + 1, found.keys), [7, 29])) == [7, 29]
 
 
 def test_frames_that_an_edit_list_cuts_off_do_not_count(mp4, tmp_path):
@@ -116,6 +110,33 @@ def test_folders_of_frames(tmp_path):
     Image.new("RGB", (9, 8)).save(tmp_path / "img_11.png")
     with pytest.raises(BadVideo, match="differ in size"):
         read(inspect(tmp_path), [0, 3])
+
+
+@pytest.mark.parametrize(
+    ("files", "frames", "beside"),
+    [
+        ("flow_x_1 flow_y_1 img_1 img_2", "img_1 img_2", "flow_x_# flow_y_#"),
+        ("2 10 1 cover", "1 2 10", "cover"),
+        ("f9 f10 f11 f_thumb preview", "f9 f10 f11", "f_thumb preview"),
+        ("v3_s1_2 v3_s1_10 v3_s2_1 title", "v3_s1_2 v3_s1_10 v3_s2_1", "title"),
+        ("IMG_2 img_1 img_3 ._img_1 .img_4", "img_1 IMG_2 img_3", ""),
+        ("b a thumb", "a b", "thumb"),
+        ("thumb_1 thumb_2", "thumb_1 thumb_2", ""),  # nothing else: the frames have this name
+        ("left_1 right_1 left_2", "kinds of numbered pictures, left_# .2., right_# .1.; leave the frames alone", None),
+        ("flow_x_1 flow_y_1", "2 kinds of numbered pictures", None),
+        ("f_1 f_01 f_2", "f_01.png and f_1.png have the same number; remove one", None),
+    ],
+)
+def test_which_pictures_of_a_folder_are_frames(files, frames, beside, tmp_path):
+    for name in files.split():
+        (tmp_path / f"{name}.png").touch()
+    if beside is None:
+        with pytest.raises(BadVideo, match=frames):
+            inspect(tmp_path)
+    else:
+        found = inspect(tmp_path)
+        assert found.names == [f"{name}.png" for name in frames.split()]
+        assert sorted(found.beside) == beside.split()
 
 
 def test_bad_videos_are_named(tmp_path, avi):
@@ -149,13 +170,23 @@ def test_a_scan_is_kept_and_renewed_where_a_file_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(video, "inspect", counted)
     (second,) = scan([path], cache)
     assert isinstance(first, video.Video) and isinstance(second, video.Video) and not calls
-    assert second.count == 12 and str(first.times) == str(second.times) and numbers(read(second, [7])) == [7]
+    assert second.count == 12 and np.array_equal(first.marks, second.marks) and np.array_equal(first.keys, second.keys)
+    assert numbers(read(second, [7])) == [7]
     (other,) = scan([write(tmp_path / "b.avi", 9)], cache, keep=False)  # reads the file and leaves it as it is
-    assert isinstance(other, video.Video) and len(calls) == 1 and len(video.checkpoint.load(cache)) == 1
+    assert isinstance(other, video.Video) and len(calls) == 1 and len(video.checkpoint.load(cache)["stamps"]) == 1
     calls.clear()
     write(path, 20)
     (third,) = scan([path], cache)
     assert isinstance(third, video.Video) and third.count == 20 and calls == [path]
+    calls.clear()
+    for what, value in (("INDEX_VERSION", 3), ("_decoder", lambda: "another version")):
+        with monkeypatch.context() as other_index:
+            other_index.setattr(video, what, value)
+            scan([path], cache, keep=False)
+    assert calls == [path, path]
+    video.checkpoint.save(cache, {str(path): {"stamp": [3, 0, 0], "count": 12, "times": None}})  # the index before
+    assert scan([path], cache)[0].count == 20 and len(calls) == 3
+    assert scan([path], cache)[0].count == 20 and len(calls) == 3
 
 
 def test_a_folder_that_may_not_be_read_is_a_bad_video(tmp_path, monkeypatch):
@@ -187,3 +218,8 @@ def test_a_file_that_was_cut_is_named(tmp_path, avi):
     cut.write_bytes(avi.read_bytes()[: avi.stat().st_size * 3 // 4])
     with pytest.raises(video.BadVideo, match=r"cut.avi: ends after \d+ of the 30 frames that its header names; copy"):
         inspect(cut)
+    whole = inspect(avi)
+    cut.write_bytes(avi.read_bytes()[: avi.read_bytes().rindex(b"00dc", 0, avi.read_bytes().rindex(b"idx1")) + 20])
+    found = inspect(cut)  # a little is missing: the last picture
+    assert found.count == 29 and numbers(read(found, range(29))) == list(range(29))
+    assert np.array_equal(read(found, [20, 28]), read(whole, [20, 28]))
