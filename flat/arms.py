@@ -71,6 +71,7 @@ ARMS = Arms(
     },
     sets={
         "cifarfs5": "CIFAR-FS, 5 base classes (others for each seed), 600 training images, 32 px",
+        "cifarfs5fit": "CIFAR-FS, 5 over-fitted base classes (others for each seed), 150 training images, 32 px",
         "cifarfs": "CIFAR-FS, 64 base classes, 7,680 training images, 32 px",
     },
     claim="one_shot",
