@@ -50,6 +50,7 @@ ARMS = Arms(
         "flat": "FLAT, aet, lambda 1",
         "shuffled": "FLAT with shuffled targets (control)",
         "aug": "transformed copies classified too (augmentation control)",
+        "noaug": "baseline without augmentation (positive control)",
         "rotation": "FLAT with quarter turns alone",
         "avt": "FLAT, avt, lambda 1/8",
         "lambda0.1": "FLAT, aet, lambda 0.1",
@@ -78,7 +79,7 @@ ARMS = Arms(
     baseline="base",
     pairs=[
         ("flat", "base"), ("flat", "shuffled"), ("shuffled", "base"), ("flat", "aug"), ("aug", "base"),
-        ("flat", "rotation"), ("rotation", "base"), ("avt", "base"),
+        ("base", "noaug"), ("flat", "rotation"), ("rotation", "base"), ("avt", "base"),
         ("lambda0.1", "base"), ("lambda0.3", "base"), ("lambda3", "base"),
     ],
     curve=("step", "loss", "loss/cls", "loss/at", "at/abde", "at/cf", "at/gh", "acc/rotation", "acc/base_train",

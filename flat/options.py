@@ -63,7 +63,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--train_n_way", type=positive, default=5, help="classes of a training episode (protonet)")
     a("--test_n_way", type=positive, default=5, help="classes of a validation episode, and what n_query is scaled by")
     a("--n_shot", type=positive, default=5, help="support images of a class in an episode")
-    a("--train_aug", action="store_true", help="random crop, colour jitter, flip")
+    a("--train_aug", action=argparse.BooleanOptionalAction, default=False, help="random crop, colour jitter, flip")
     a("--crop", choices=["resized", "padded"], default="resized", help="random crop of --train_aug")
     a("--aet", choices=["aet", "avt", "none"], default="aet", help="L_AT: squared error, variational, or none")
     a(
