@@ -97,7 +97,8 @@ def get_parser() -> argparse.ArgumentParser:
     a("--recipe", choices=list(RECIPES), default="closerlook")
     a("--batch_size", type=natural, default=0, help="images a step, all processes together; 0: the recipe's")
     a("--lr", type=float, default=0.0, help="0: the recipe's")
-    a("--stop_epoch", "--epochs", type=at_least(-1), default=-1, help="epochs; -1: by recipe, data set and method")
+    a("--stop_epoch", "--epochs", type=at_least(-1), default=-1, help="epochs; -1: by recipe, data set and "
+      "method; 0: none, the network as it was initialised is stored")  # fmt: skip
     a(
         "--epoch_steps",
         type=at_least(-1),
@@ -153,8 +154,6 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags that contradict each other, before anything is loaded."""
     if args.method not in METHODS:
         raise UserError(f"--method {args.method}: unknown; choose from {', '.join(METHODS)}")
-    if not args.stop_epoch:
-        raise UserError("--stop_epoch 0: must be at least 1, or -1")
     if not 0 < args.shrink <= args.enlarge:
         raise UserError(f"--shrink {args.shrink} --enlarge {args.enlarge}: must be above 0 and in this order")
     if 4 * args.aet_shift >= args.image_size:

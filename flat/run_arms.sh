@@ -55,11 +55,12 @@ run_one() { # arm seed [flags]
     shuffled) flags=(--aet_targets shuffled) ;;
     aug) flags=(--aet none --cls_on_transformed 1) ;;
     noaug) flags=(--aet none --no-train_aug) ;;
+    untrained) flags=(--aet none --stop_epoch 0) ;;
     rotation) flags=(--aet_shift 0 --shrink 1 --enlarge 1) ;;
     avt) flags=(--aet avt --aet_lambda 0.125) ;;
     lambda0.1 | lambda0.3 | lambda3) flags=(--aet_lambda "${arm#lambda}") ;;
     *)
-      echo "error: unknown arm '$arm'; choose base flat shuffled aug noaug rotation avt lambda0.1 lambda0.3 lambda3" >&2
+      echo "error: unknown arm '$arm'; choose base flat shuffled aug noaug untrained rotation avt lambda0.1 lambda0.3 lambda3" >&2
       return 2
       ;;
   esac
