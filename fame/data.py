@@ -95,7 +95,8 @@ def videos_of(folder: Path) -> tuple[list[Path], list[Path]]:
     """
     entries = sorted(entry for entry in folder.iterdir() if not foreign(entry.name))
     files = {entry.stem for entry in entries if entry.suffix.lower() in SUFFIXES and not entry.is_dir()}
-    videos, others = [], []
+    videos: list[Path] = []
+    others: list[Path] = []
     for entry in entries:
         if entry.is_dir():
             taken = entry.name not in files and not BESIDE.fullmatch(entry.name)

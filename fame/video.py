@@ -271,7 +271,7 @@ def _mark(frame: Any) -> int:
     plane = frame.planes[0]
     width = min(plane.line_size, plane.width * -(-frame.format.components[0].bits // 8))  # the rest is padding
     rows = np.frombuffer(plane, np.uint8)[: plane.height * plane.line_size].reshape(plane.height, plane.line_size)
-    return zlib.crc32(np.ascontiguousarray(rows[:, :width])) & 0x7FFFFFFF
+    return zlib.crc32(np.ascontiguousarray(rows[:, :width]).data) & 0x7FFFFFFF
 
 
 def inspect(path: Path) -> Video:

@@ -323,7 +323,7 @@ def test_a_set_of_videos_is_a_few_arrays():
     small, large = many(2), many(400)
     assert reachable(large) == reachable(small) < 100
     video, frames = large.videos[399], large.videos[401]
-    assert video.path == Path("/data/class ä/399.mp4") and video.count == len(video.marks) == 5
+    assert video.path == Path("/data/class ä/399.mp4") and video.count == 5 and video.marks.shape == (5,)
     assert video.keys.tolist() == [[399, 4]] and frames.names == ["img_0.jpg", "img_1.jpg", "img_2.jpg"]
     assert frames.marks is None and frames.keys is None and large.videos[-1].path == Path("/data/399")
     assert [v.path.name for v in large.subset([3, 400]).videos] == ["3.mp4", "0"]

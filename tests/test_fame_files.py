@@ -7,6 +7,7 @@ for all kinds but two: packed B-frames and VP8's hidden frames are made from pla
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -18,7 +19,6 @@ from shared_utils import UserError
 
 COUNT, GOP = 40, 12
 ON, OFF = np.array([230, 200, 60]), np.array([20, 40, 120])
-CLOSED = 0x80000000  # AV_CODEC_FLAG_CLOSED_GOP
 BITEXACT = 0x800000  # no name of the encoder in the stream
 
 
@@ -36,8 +36,8 @@ def numbers(images: np.ndarray) -> list[int]:
     return np.where(fits, blocks[:, :6] @ (1 << np.arange(6)), -1).tolist()
 
 
-def encode(path: Path, codec: str, pix: str = "yuv420p", flags: int = 0, **options) -> Path:
-    """`muxer`, `times` and `numbers` are for the container, the rest are the encoder's own."""
+def encode(path: Path, codec: str, pix: str = "yuv420p", flags: int = 0, **options: Any) -> Path:
+    """`form`, `muxer` and `times` are for the container, the rest are the encoder's own."""
     muxer, times = options.pop("muxer", {}), options.pop("times", range(COUNT))
     with av.open(str(path), "w", format=options.pop("form", None), options=muxer) as container:
         stream = container.add_stream(codec, rate=25, options={"g": str(GOP), **options})
@@ -113,8 +113,10 @@ def hidden(path: Path) -> Path:
     return path
 
 
-X265 = f"keyint={GOP}:min-keyint={GOP}:bframes=3:log-level=none"
-OPEN = f"open-gop=1:keyint={GOP}:min-keyint={GOP}:bframes=3:b-adapt=0"
+X265: dict[str, Any] = {"x265-params": f"keyint={GOP}:min-keyint={GOP}:bframes=3:log-level=none"}
+OPEN: dict[str, Any] = {"x264-params": f"open-gop=1:keyint={GOP}:min-keyint={GOP}:bframes=3:b-adapt=0"}
+REFRESH: dict[str, Any] = {"x264-params": f"intra-refresh=1:keyint={GOP}:bframes=0"}
+VP9: dict[str, Any] = {"auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "good"}
 ALL = list(range(COUNT))
 Maker = Callable[[Path], Path]
 KINDS: dict[str, Maker] = {
@@ -133,14 +135,14 @@ KINDS: dict[str, Maker] = {
     "mpeg2.mpg": lambda p: encode(p, "mpeg2video", form="vob", bf="2"),
     "mpeg2.ts": lambda p: encode(p, "mpeg2video", bf="2"),
     "mpeg2.mkv": lambda p: encode(p, "mpeg2video", bf="2"),
-    "open.mp4": lambda p: encode(p, "libx264", **{"x264-params": OPEN}),
-    "open.ts": lambda p: encode(p, "libx264", **{"x264-params": OPEN}),
+    "open.mp4": lambda p: encode(p, "libx264", **OPEN),
+    "open.ts": lambda p: encode(p, "libx264", **OPEN),
     "fragments.mp4": lambda p: encode(p, "libx264", bf="2", muxer={"movflags": "frag_keyframe+empty_moov"}),
-    "x265.mp4": lambda p: encode(p, "libx265", **{"x265-params": X265}),
-    "x265.mkv": lambda p: encode(p, "libx265", **{"x265-params": X265}),
-    "deep.mp4": lambda p: encode(p, "libx265", "yuv420p10le", **{"x265-params": X265}),
-    "refresh.mp4": lambda p: encode(p, "libx264", **{"x264-params": f"intra-refresh=1:keyint={GOP}:bframes=0"}),
-    "vp9.webm": lambda p: encode(p, "libvpx-vp9", **{"auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "good"}),
+    "x265.mp4": lambda p: encode(p, "libx265", **X265),
+    "x265.mkv": lambda p: encode(p, "libx265", **X265),
+    "deep.mp4": lambda p: encode(p, "libx265", "yuv420p10le", **X265),
+    "refresh.mp4": lambda p: encode(p, "libx264", **REFRESH),
+    "vp9.webm": lambda p: encode(p, "libvpx-vp9", **VP9),
     "every.avi": lambda p: encode(p, "mjpeg", "yuvj420p"),
     # other endings
     "plain.mp4": lambda p: encode(p, "libx264", bf="2"),

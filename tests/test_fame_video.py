@@ -81,7 +81,8 @@ def test_a_place_of_entry_that_leads_elsewhere_is_noticed(name, request):
 
 def test_pictures_that_are_not_those_of_the_scan_are_counted_from_the_start(avi):
     found = inspect(avi)
-    assert numbers(read(video.Video(avi, 30, found.marks + 1, found.keys), [7, 29])) == [7, 29]
+    assert found.marks is not None
+    assert numbers(read(video.Video(avi, 30, np.bitwise_xor(found.marks, 1), found.keys), [7, 29])) == [7, 29]
 
 
 def test_frames_that_an_edit_list_cuts_off_do_not_count(mp4, tmp_path):
@@ -170,7 +171,11 @@ def test_a_scan_is_kept_and_renewed_where_a_file_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(video, "inspect", counted)
     (second,) = scan([path], cache)
     assert isinstance(first, video.Video) and isinstance(second, video.Video) and not calls
-    assert second.count == 12 and np.array_equal(first.marks, second.marks) and np.array_equal(first.keys, second.keys)
+    assert (
+        second.count == 12
+        and first.marks.tolist() == second.marks.tolist()
+        and first.keys.tolist() == second.keys.tolist()
+    )
     assert numbers(read(second, [7])) == [7]
     (other,) = scan([write(tmp_path / "b.avi", 9)], cache, keep=False)  # reads the file and leaves it as it is
     assert isinstance(other, video.Video) and len(calls) == 1 and len(video.checkpoint.load(cache)["stamps"]) == 1
