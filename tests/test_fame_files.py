@@ -125,6 +125,7 @@ KINDS: dict[str, Maker] = {
     "bframes.avi": lambda p: encode(p, "mpeg4", bf="2"),
     "h264.avi": lambda p: encode(p, "libx264", bf="2"),
     "mpeg1.mpg": lambda p: encode(p, "mpeg1video", bf="2"),
+    "forward.mpg": lambda p: encode(p, "mpeg1video"),
     "h264.flv": lambda p: encode(p, "libx264", bf="2"),
     "stream.h264": lambda p: encode(p, "libx264", bf="2"),
     # packets that are no pictures, places without one
