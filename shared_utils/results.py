@@ -328,6 +328,13 @@ def main(argv: list[str] | None = None) -> int:
             stale.append(label)
             if not args.check:
                 path.write_text(fresh, encoding="utf-8")
+    if (root / "README.md").is_file():
+        from shared_utils import plots
+
+        if plots.stale(root / "docs" / "claims.png", plots.claims(root)):
+            stale.append("docs/claims.png")
+            if not args.check:
+                plots.forest(root)
     verb = "stale (python -m shared_utils.results renders them)" if args.check else "rendered"
     print(
         f"{len(all_rows)} results.csv, {sum(map(len, all_rows.values()))} rows; {verb}: {', '.join(stale) or 'nothing'}"
