@@ -4,10 +4,11 @@ Local ids are uint8 with 255 = ignore: the largest set has 171 classes. Union id
 with VOC + ADE20K + COCO-Stuff (342 classes) union id 255 is a class; ignore is turned into -1 *before* the offset.
 
 A photo and its label map are both read as stored: no orientation tag turns one of them, also inside mmsegmentation,
-whose runs read through this module. Label conventions follow mmsegmentation 1.x. LabelMeFacade: `mdp/splits/labelmefacade_holdout.txt` holds the 200 of the
-845 official test images whose stems have the smallest sha256; `labelmefacade_pretrain.txt` holds the 100 official train
-images (by name), then the other 645 test images (by sha256). Class names and palettes: `mdp/classes/*.txt`, one
-`R G B name` a line in the order of the ids.
+whose runs read through this module. Label conventions follow mmsegmentation 1.x.
+
+LabelMeFacade: `mdp/splits/labelmefacade_holdout.txt` holds the 200 of the 845 official test images whose stems have the
+smallest sha256; `labelmefacade_pretrain.txt` holds the 100 official train images (by name), then the other 645 test
+images (by sha256). Class names and palettes: `mdp/classes/*.txt`, one `R G B name` a line in the order of the ids.
 """
 
 import os
