@@ -202,9 +202,13 @@ def test_how_often_fixmatch_changes_an_image() -> None:
     strong = FixMatchAugment()
     with pytest.MonkeyPatch.context() as patch, sample_rng(0):
         for name in POOL:
-            patch.setitem(
-                POOL, name, lambda x, level, sign, name=name: levels.update([level]) or seen.update([name]) or x
-            )
+
+            def applied(x: Image.Image, level: float, sign: int, name: str = name) -> Image.Image:
+                seen[name] += 1
+                levels[level] += 1
+                return x
+
+            patch.setitem(POOL, name, applied)
         patch.setattr(FixMatchAugment, "cutout", staticmethod(lambda x: x))
         counts = []
         for _ in range(3000):
