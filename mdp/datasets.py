@@ -34,7 +34,8 @@ HERE = Path(__file__).resolve().parent
 IGNORE = 255  # in local maps; -1 in the union space
 _INVALID = 254  # in lookup tables: a raw id the set does not define
 CHECKED = 8  # files of a split that are decoded and checked before a run starts
-FOREIGN = frozenset({"@eaDir", "__MACOSX", "lost+found"})  # folders that file servers and archivers leave behind
+# Folders that file servers, archivers and systems leave between the data, in lower case.
+FOREIGN = frozenset("@eadir @tmp @recycle #recycle #snapshot $recycle.bin __macosx lost+found".split())
 PNG = b"\x89PNG\r\n\x1a\n"
 COCO_HOLES = frozenset({11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90})  # raw ids 0..181 that no COCO-Stuff class has
 
@@ -65,7 +66,7 @@ def _found(folder: Path, pattern: str, endings: Sequence[str]) -> dict[str, Path
     found: dict[str, Path] = {}
     for path in sorted(folder.glob(pattern)):
         key = path.relative_to(folder).as_posix()
-        if any(part.startswith(".") or part in FOREIGN for part in key.split("/")):
+        if any(part.startswith(".") or part.lower() in FOREIGN for part in key.split("/")):
             continue
         for ending in endings:
             if key.lower().endswith(ending.lower()):

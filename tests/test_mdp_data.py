@@ -492,7 +492,7 @@ def test_hidden_and_foreign_files_are_none_of_the_set(name, tmp_path):
         (path.parent / ".DS_Store").write_bytes(b"\0")
         (path.parent / "Thumbs.db").write_bytes(b"\0")
         for base in (path.parent, path.parents[1]):  # at the depth of the images, and of Cityscapes' cities
-            for folder in ("@eaDir", ".ipynb_checkpoints", "__MACOSX"):
+            for folder in ("@eaDir", ".ipynb_checkpoints", "__MACOSX", "#recycle"):
                 (base / folder).mkdir(exist_ok=True)
                 (base / folder / path.name).write_bytes(path.read_bytes())
     assert open_set(name, tmp_path).pairs == before

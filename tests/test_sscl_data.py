@@ -12,6 +12,7 @@ from PIL import Image
 from shared_utils import UserError, augment
 from shared_utils.data import EpochSampler, Keyed, sample_rng
 from sscl import data as sscl_data
+from sscl import main
 from sscl.data import (
     POOL,
     STRONG,
@@ -75,6 +76,40 @@ def test_a_split_that_is_not_the_frozen_one_is_refused(tmp_path, monkeypatch) ->
     assert check_frozen([20] * 3, 2, 0, chosen)
     with pytest.raises(UserError, match="split 0 of 2 labels a class has the hash"):
         check_frozen([20] * 3, 2, 0, chosen[1:] + [59])
+
+
+@pytest.mark.parametrize(
+    "form", ["{name}", "{name} ", "{name}\r", "{folder}/{name}", "{folder}/{name} {label}", "\ufeff{name}\n"]
+)
+def test_forms_of_a_list_of_labelled_images(form, root, tmp_path) -> None:
+    """SimCLR's names, paths, paths with labels; blanks and line ends of other systems; the order is of no account."""
+    places = [40, 3, 20, 3]  # one is named twice
+    named = [(f"{i // 16 * 18 + i % 16:02d}.png", f"class{i // 16}", i // 16) for i in places]
+    lines = [form.format(name=name, folder=folder, label=label) for name, folder, label in named]
+    mark = "\ufeff" if "\ufeff" in form else ""
+    (tmp_path / "list.txt").write_text(mark + "\n".join(lines).replace("\ufeff", "") + "\n\n")
+    args = main.get_parser().parse_args(["--data", str(root), "--split_file", str(tmp_path / "list.txt")])
+    assert main.labelled_images(args, training_images(root)) == [3, 20, 40]
+    assert args.split_sha256 == split_hash([3, 20, 40])
+
+
+def test_lists_of_labelled_images_that_are_refused(root, tmp_path) -> None:
+    """A class without any, an image that is not there or beyond --per_class, and no list at all: never all images."""
+    file = tmp_path / "list.txt"
+    argv = ["--data", str(root), "--split_file", str(file)]
+
+    def refused(*lines: str, count: int = 0) -> str:
+        file.write_text("\n".join(lines))
+        with pytest.raises(UserError) as raised:
+            main.labelled_images(main.get_parser().parse_args(argv), training_images(root, count))
+        return str(raised.value)
+
+    assert "class class2 has no labelled image" in refused("00.png", "18.png")
+    assert "line 2" in refused("00.png", "nowhere.png") and str(file) in refused("nowhere.png")
+    assert "line 3" in refused("00.png", "18.png", "39.png", count=2)
+    file.unlink()
+    with pytest.raises(UserError, match="no such list file"):
+        main.labelled_images(main.get_parser().parse_args(argv), training_images(root))
 
 
 def test_imbalanced_images(root) -> None:
