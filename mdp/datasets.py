@@ -360,7 +360,7 @@ def stored_ids(path: str | Path) -> tuple[np.ndarray, str]:
     if image.mode == "L":
         with open(path, "rb") as handle:
             depth = handle.read(25)[24]  # bits of a pixel, of the header
-        return stored // {2: 85, 4: 17}.get(depth, 1), image.mode
+        return (stored // {2: 85, 4: 17}[depth] if depth in (2, 4) else stored), image.mode
     if image.mode != "P":
         return stored, image.mode
     table = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
@@ -408,7 +408,9 @@ class SegSet:
         if mode not in ("1", "L", "I;16", "I", *(["P"] if reader.palette else [])):
             expected = "grey ids" + (" or a palette" if reader.palette else "")
             raise UserError(f"{path}: PNG mode {mode!r}, but {self.name} maps hold {expected}; convert the label map")
-        local = np.where(raw < 256, self.table[np.minimum(raw, 255)], np.uint8(_INVALID))
+        local = self.table[raw.astype(np.uint8, copy=False)]
+        if raw.dtype != np.uint8:
+            local[raw > 255] = _INVALID
         if (local == _INVALID).any():
             unknown = np.unique(raw[local == _INVALID]).tolist()
             hint = "check that the map follows the set's own convention"
