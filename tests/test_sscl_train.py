@@ -489,6 +489,18 @@ def test_terminated_and_resumed_is_bit_identical(step, data, whole, tmp_path, mo
     assert [[r[k] for k in keys] for r in log] == [[r[k] for k in keys] for r in rows(whole)]
 
 
+def test_fixmatch_terminated_and_resumed_is_bit_identical(data, tmp_path, monkeypatch):
+    """Also the operations drawn for the strong views, whatever the number of workers."""
+    flags = [*PUBLISHED.split(), "--pl_start", "0"]
+    train(data, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        stop_at(8, patch)
+        with pytest.raises(SystemExit):
+            train(data, tmp_path / "cut", *flags)
+    train(data, tmp_path / "cut", *flags, "--workers", "1")
+    assert differing(tmp_path / "whole", tmp_path / "cut") == []
+
+
 def test_a_crash_between_checkpoints_and_the_same_command_again_is_bit_identical(data, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         log = Run.log
@@ -541,8 +553,9 @@ def test_a_diverged_run_stops(data, tmp_path):
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_equal_one_with_two_splits(data, tmp_path):  # trap 15
-    flags = ["--epochs", "2", "--log-every", "1", "--labelled_anchors"]
+@pytest.mark.parametrize("arm", ["--labelled_anchors", PUBLISHED])
+def test_two_processes_equal_one_with_two_splits(arm, data, tmp_path):  # trap 15
+    flags = ["--epochs", "2", "--log-every", "1", *arm.split()]
     log = train(data, tmp_path / "one", *flags)
     flags += ["--bn_splits", "1"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
