@@ -3,22 +3,27 @@
 Local ids are uint8 with 255 = ignore: the largest set has 171 classes. Union ids are int64 with -1 = ignore, because
 with VOC + ADE20K + COCO-Stuff (342 classes) union id 255 is a class; ignore is turned into -1 *before* the offset.
 
-Label conventions follow mmsegmentation 1.x. LabelMeFacade: `mdp/splits/labelmefacade_holdout.txt` holds the 200 of the
-845 official test images whose stems have the smallest sha256; `labelmefacade_pretrain.txt` holds the 100 official train
-images (by name), then the other 645 test images (by sha256). Class names and palettes: `mdp/classes/*.txt`, one
-`R G B name` a line in the order of the ids.
+A photo and its label map are both read as stored: no orientation tag turns one of them, also inside mmsegmentation,
+whose runs read through this module. Label conventions follow mmsegmentation 1.x.
+
+LabelMeFacade: `mdp/splits/labelmefacade_holdout.txt` holds the 200 of the 845 official test images whose stems have the
+smallest sha256; `labelmefacade_pretrain.txt` holds the 100 official train images (by name), then the other 645 test
+images (by sha256). Class names and palettes: `mdp/classes/*.txt`, one `R G B name` a line in the order of the ids.
 """
 
+import os
+import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -29,6 +34,9 @@ HERE = Path(__file__).resolve().parent
 IGNORE = 255  # in local maps; -1 in the union space
 _INVALID = 254  # in lookup tables: a raw id the set does not define
 CHECKED = 8  # files of a split that are decoded and checked before a run starts
+# Folders that file servers, archivers and systems leave between the data, in lower case.
+FOREIGN = frozenset("@eadir @tmp @recycle #recycle #snapshot $recycle.bin __macosx lost+found".split())
+PNG = b"\x89PNG\r\n\x1a\n"
 COCO_HOLES = frozenset({11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90})  # raw ids 0..181 that no COCO-Stuff class has
 
 Pair = tuple[Path, Path]
@@ -50,13 +58,22 @@ RAW_COCO = lookup(i for i in range(182) if i not in COCO_HOLES)
 
 
 def _found(folder: Path, pattern: str, endings: Sequence[str]) -> dict[str, Path]:
-    """{path below `folder` without its ending: path}, sorted; one directory listing instead of a stat per file."""
-    found = {}
+    """{path below `folder` without its ending: path}, sorted; one directory listing instead of a stat per file.
+
+    Endings in any case; hidden files and folders, and those of `FOREIGN`, are none of the set's. UserError: two files
+    that differ in their ending alone.
+    """
+    found: dict[str, Path] = {}
     for path in sorted(folder.glob(pattern)):
         key = path.relative_to(folder).as_posix()
+        if any(part.startswith(".") or part.lower() in FOREIGN for part in key.split("/")):
+            continue
         for ending in endings:
-            if key.endswith(ending):
-                found[key[: -len(ending)]] = path
+            if key.lower().endswith(ending.lower()):
+                stem = key[: -len(ending)]
+                if stem in found:
+                    raise UserError(f"{path}: {found[stem].name} beside it has the same name; keep one of the two")
+                found[stem] = path
                 break
     return found
 
@@ -69,11 +86,20 @@ def _matched(
         if key not in labels:
             raise UserError(
                 f"{name}: image {path} has no label; expected {label_at(key)} (add it, or remove the image)"
+                + _lossy(label_at(key))
             )
     for key, path in labels.items():
         if key not in images:
             raise UserError(f"{name}: label {path} has no image beside it; add the image or remove the label")
     return [(images[key], labels[key]) for key in images]
+
+
+def _lossy(expected: Path) -> str:
+    """A hint where the label map that is missing lies there as a JPEG."""
+    for ending in (".jpg", ".jpeg", ".JPG", ".JPEG"):
+        if (file := expected.with_suffix(ending)).is_file():
+            return f"; {file.name} is no label map: JPEG changes the numbers, export it as PNG"
+    return ""
 
 
 def _folders(
@@ -103,9 +129,28 @@ def _folders(
 
 
 def _stems(file: Path, name: str) -> list[str]:
+    """The images of a list, in its order: stems, file names, or paths, also DeepLab's `PHOTO LABEL` a line.
+
+    UserError: the list is missing, an image stands in it twice, or a second column that is no label map (the lists of
+    VOC's single classes hold 1 or -1 there, and every image of the set).
+    """
     if not file.is_file():
         raise UserError(f"{name}: split list {file} is missing; restore it from the set's archive")
-    return [line.strip() for line in read_text(file, f"the set's own list of {name}").splitlines() if line.strip()]
+    stems = []
+    for number, line in enumerate(read_text(file, f"the set's own list of {name}").splitlines(), 1):
+        if not (words := line.split()):
+            continue
+        stem, *more = (re.sub(r"\.(jpe?g|png)$", "", os.path.basename(word), flags=re.IGNORECASE) for word in words)
+        if more and more != [stem]:
+            raise UserError(
+                f"{name}: {file}, line {number}: expected an image, or an image and its label map, found"
+                f" {line.strip()!r}; take the set's list of a whole split"
+            )
+        stems.append(stem)
+    stem, times = Counter(stems).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{name}: {file} names {stem} {times} times; each image once")
+    return stems
 
 
 def _lists(tree: Path, split: str, *, name: str, lists: str, labels: Sequence[str]) -> list[Pair]:
@@ -121,8 +166,10 @@ def _lists(tree: Path, split: str, *, name: str, lists: str, labels: Sequence[st
             )
         label = next((found[stem] for found in maps if stem in found), None)
         if label is None:
-            where = " or ".join(str(tree / folder / stem) + ".png" for folder in labels)
-            raise UserError(f"{name}: image {images[stem]} has no label; expected {where}")
+            expected = [tree / folder / f"{stem}.png" for folder in labels]
+            hint = next(filter(None, map(_lossy, expected)), "")
+            where = " or ".join(map(str, expected))
+            raise UserError(f"{name}: image {images[stem]} has no label; expected {where}{hint}")
         pairs.append((images[stem], label))
     return pairs
 
@@ -158,6 +205,7 @@ class Reader:
     raw: range  # raw ids of the classes, in order
     ignore: tuple[int, ...] = ()  # besides 255
     palette: bool = False  # maps may be palette PNG
+    reduced: bool = False  # other tools store the maps shifted by one, 0 as 255, which the set's own maps never hold
 
 
 TRAIN_VAL = {"train": "train", "val": "val"}
@@ -196,6 +244,7 @@ READERS: dict[str, Reader] = {
         classes="ade",
         raw=range(1, 151),
         ignore=(0,),  # 0 is "other"; the classes are 1..150
+        reduced=True,
     ),
     "coco": Reader(
         tree="coco_stuff164k",
@@ -237,6 +286,7 @@ READERS: dict[str, Reader] = {
         raw=range(1, 60),
         ignore=(0,),  # the background is no class
         palette=True,
+        reduced=True,
     ),
     "camvid": Reader(
         tree="camvid11",
@@ -277,6 +327,63 @@ def class_table(name: str) -> tuple[tuple[str, ...], tuple[tuple[int, int, int],
     return tuple(row[3] for row in rows), tuple((int(r), int(g), int(b)) for r, g, b, _ in rows)
 
 
+@cache
+def _voc_colours() -> dict[tuple[int, int, int], int]:
+    """{RGB: id} of the palette in VOC's maps: bit 3 j + k of an id is bit 7 - j of colour k."""
+    ids, place = np.arange(256)[:, None], np.arange(8)
+    channels = [(((ids >> (3 * place + k)) & 1) << (7 - place)).sum(1).tolist() for k in range(3)]
+    return {colour: i for i, colour in enumerate(zip(*channels))}
+
+
+def stored_ids(path: str | Path) -> tuple[np.ndarray, str]:
+    """The numbers that a PNG stores, [H, W] uint8 or uint16, and its PIL mode: 1, 2, 4, 8 or 16 bits of grey, or the
+    index of a palette, which is mode L where the palette is that of the greys.
+
+    Decoders stretch 2 and 4 bits to 0..255. A palette that holds VOC's colours at other places than VOC's was
+    re-ordered by an optimiser, and counts by its colours. Other modes are returned as they are. UserError: unreadable,
+    or another format, JPEG above all.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; check the data root and the list that names it") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a readable image ({reason}); replace or remove the file") from None
+    if image.format != "PNG":
+        why = ", which changes the numbers" if image.format in ("JPEG", "MPO", "JPEG2000") else ""
+        raise UserError(f"{path}: a label map must be a PNG, this is {image.format}{why}; export it as PNG")
+    stored = np.asarray(image)
+    if image.mode in ("1", "I;16", "I"):
+        return stored.astype(np.uint16 if image.mode[0] == "I" else np.uint8), image.mode
+    if image.mode == "L":
+        with open(path, "rb") as handle:
+            depth = handle.read(25)[24]  # bits of a pixel, of the header
+        return (stored // {2: 85, 4: 17}[depth] if depth in (2, 4) else stored), image.mode
+    if image.mode != "P":
+        return stored, image.mode
+    table = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    used = np.unique(stored)
+    if used[-1] >= len(table):
+        raise UserError(f"{path}: index {used[-1]} is outside its palette of {len(table)} colours; export it anew")
+    shown = [tuple(colour) for colour in table[used].tolist()]
+    if all(colour == (i, i, i) for i, colour in zip(used.tolist(), shown)):
+        return stored, "L"
+    ids = _voc_colours()
+    if all(colour in ids for colour in shown):
+        order = np.zeros(256, np.uint8)
+        order[used] = [ids[colour] for colour in shown]
+        return order[stored], image.mode
+    return stored, image.mode
+
+
+def _turned(path: Path) -> bool:
+    """Whether an orientation tag of the photo turns it by 90 degrees."""
+    with Image.open(path) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+
+
 @dataclass(frozen=True, eq=False)
 class SegSet:
     """One split of one set. Local ids 0..len(classes)-1, 255 = ignore."""
@@ -286,40 +393,65 @@ class SegSet:
     palette: tuple[tuple[int, int, int], ...]
     pairs: list[Pair]
     table: np.ndarray = field(repr=False)  # uint8 [256]: raw id -> local id
-    modes: tuple[str, ...] = ("L",)  # PIL modes that the set's maps may have
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def label(self, i: int) -> np.ndarray:
         """uint8 [H, W] local ids. UserError names an unreadable map, a wrong PNG mode, an unknown id."""
-        path = self.pairs[i][1]
-        stored = load_image(path, mode=None)
-        if stored.mode not in self.modes:
-            expected = "8-bit grey ids" + (" or a palette" if "P" in self.modes else "")
-            raise UserError(
-                f"{path}: PNG mode {stored.mode!r}, but {self.name} maps hold {expected}; convert the label map"
-            )
-        raw = np.asarray(stored)
-        local = self.table[raw]
+        return self.read_map(self.pairs[i][1])
+
+    def read_map(self, path: str | Path) -> np.ndarray:
+        """As `label`, of any map of the set."""
+        reader = READERS[self.name]
+        raw, mode = stored_ids(path)
+        if mode not in ("1", "L", "I;16", "I", *(["P"] if reader.palette else [])):
+            expected = "grey ids" + (" or a palette" if reader.palette else "")
+            raise UserError(f"{path}: PNG mode {mode!r}, but {self.name} maps hold {expected}; convert the label map")
+        local = self.table[raw.astype(np.uint8, copy=False)]
+        if raw.dtype != np.uint8:
+            local[raw > 255] = _INVALID
         if (local == _INVALID).any():
             unknown = np.unique(raw[local == _INVALID]).tolist()
+            hint = "check that the map follows the set's own convention"
+            if reader.reduced and unknown == [IGNORE]:
+                hint = (
+                    f"the set's own maps hold 0..{reader.raw[-1]}: this one looks reduced already (classes from 0,"
+                    " ignored pixels 255), give the set's own"
+                )
             raise UserError(
                 f"{path}: label id {', '.join(map(str, unknown[:5]))} out of range, {self.name} defines"
-                f" {len(self.classes)} classes; check that the map follows the set's own convention"
+                f" {len(self.classes)} classes; {hint}"
             )
         return local
 
     def load(self, i: int) -> tuple[Image.Image, np.ndarray]:
-        """RGB image [H, W] and its local ids, uint8 [H, W]. UserError also when their sizes differ."""
+        """RGB image [H, W] and its local ids, uint8 [H, W], both as stored. UserError also when their sizes differ."""
         image, label = load_image(self.pairs[i][0]), self.label(i)
         if image.size != label.shape[::-1]:
             size = f"{label.shape[1]}x{label.shape[0]}"
+            hint = "they must have one size"
+            if image.size == label.shape and _turned(self.pairs[i][0]):
+                hint = "the label is of the photo as its orientation tag turns it: turn the photo itself, without a tag"
             raise UserError(
                 f"{self.pairs[i][1]}: label is {size}, but its image {self.pairs[i][0]} is"
-                f" {image.width}x{image.height}; they must have one size"
+                f" {image.width}x{image.height}; {hint}"
             )
         return image, label
+
+
+def described(name: str, pairs: Sequence[Pair] = (), voc_background: str = "class") -> SegSet:
+    """The classes and the label convention of a set, with these pairs."""
+    reader = READERS[name]
+    classes, palette = class_table(name)
+    table = lookup(reader.raw, reader.ignore)
+    if reader.reduced:
+        table[IGNORE] = _INVALID
+    if name == "coco" and pairs and not pairs[0][1].name.lower().endswith("_labeltrainids.png"):
+        table = RAW_COCO
+    if name == "voc" and voc_background == "ignore":
+        classes, palette, table = classes[1:], palette[1:], lookup(reader.raw[1:], (0,))
+    return SegSet(name, classes, palette, list(pairs), table)
 
 
 def open_set(name: str, data_root: str | Path, split: str = "train", voc_background: str = "class") -> SegSet:
@@ -345,13 +477,7 @@ def open_set(name: str, data_root: str | Path, split: str = "train", voc_backgro
     if not pairs:
         raise UserError(f"{name}: split {split!r} is empty, no image found; {expected}")
 
-    classes, palette = class_table(name)
-    table = lookup(reader.raw, reader.ignore)
-    if name == "coco" and not pairs[0][1].name.endswith("_labelTrainIds.png"):
-        table = RAW_COCO
-    if name == "voc" and voc_background == "ignore":
-        classes, palette, table = classes[1:], palette[1:], lookup(reader.raw[1:], (0,))
-    opened = SegSet(name, classes, palette, pairs, table, ("L", "P") if reader.palette else ("L",))
+    opened = described(name, pairs, voc_background)
     for i in sorted({round(j * (len(pairs) - 1) / (CHECKED - 1)) for j in range(CHECKED)}):
         opened.load(i)
     return opened

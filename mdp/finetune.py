@@ -34,6 +34,8 @@ from shared_utils.run import RUNTIME_FLAGS, cli, plain, provenance, set_threads
 
 CONFIGS = Path(__file__).parent / "mmseg_configs"
 MODEL_FLAGS = ("arch", "head", "base_channels", "head_channels", "dilations")
+# mmsegmentation's readers and ours.
+OWN_READERS = {"LoadImageFromFile": "LoadPhoto", "LoadAnnotations": "LoadLabels"}
 # What a run leaves in its folder.
 RUN_FILES = ("config.json", "result.json", "validations.json", "log.jsonl", "model.pth", "mmengine", "events.*")
 # New in fine-tuning, whatever the weights: the classifier.
@@ -107,7 +109,7 @@ def int_list(value: Any) -> list[int]:
 
 def resolve(args: argparse.Namespace, implied: dict[str, Any]) -> Any:
     """The mmengine Config with all flags applied. UserError where a flag contradicts the checkpoint."""
-    from mmengine.config import Config
+    from mmengine.config import Config, ConfigDict
 
     path = find_config(args.config)
     cfg = Config.fromfile(str(path))
@@ -143,9 +145,18 @@ def resolve(args: argparse.Namespace, implied: dict[str, Any]) -> Any:
             raise UserError(f"--crop-size {args.crop_size}: give one number or height and width, 16 or more")
         cfg.crop_size = cfg.model.data_preprocessor.size = crop
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
-        data = cfg[name].dataset
-        data.data_root = str(args.data_root / Path(data.data_root).relative_to("data"))
+        data, role = cfg[name].dataset, name.removesuffix("_dataloader")
+        # Copies of older configs name mmsegmentation's readers, which turn a photo by its tag and leave its label map.
+        split = cfg.data.get(role, cfg.data.val)
+        shared = {"name": cfg.data.name, "split": split, "data_root": str(args.data_root)}
+        data = cfg[name].dataset = ConfigDict(
+            type="MDPDataset", **shared, pipeline=data.pipeline, indices=data.get("indices")
+        )
         for step in data.pipeline:
+            if step.type in OWN_READERS:
+                own = OWN_READERS[step.type]
+                step.clear()
+                step.type = own
             if step.type == "RandomCrop":
                 step.crop_size = cfg.crop_size
             if step.type in ("Resize", "RandomResize") and args.short_side:

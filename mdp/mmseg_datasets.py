@@ -1,62 +1,62 @@
-"""Datasets that mmsegmentation lacks; importing this module registers them with it.
+"""The folder's sets inside mmsegmentation: importing this module registers one data set class and two transforms.
 
-CamVid, LabelMeFacade and Clothing Co-Parsing hold photos ``*.jpg`` and 8-bit id maps ``*.png`` of the same stem.
-ADE20K, Cityscapes and COCO-Stuff come from mmsegmentation itself, and so does VOC, but for the place of a label map.
+Files, pairs, photos and label maps come from `mdp.datasets`, so that pretraining, fine-tuning and evaluation read the
+same numbers. mmsegmentation's own transforms turn a photo by its orientation tag and leave its label map, and stretch
+label maps of 2 and 4 bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from mmseg.datasets import BaseSegDataset, PascalVOCDataset
-from mmseg.registry import DATASETS
+import numpy as np
+from mmcv.transforms import BaseTransform
+from mmseg.datasets import BaseSegDataset
+from mmseg.registry import DATASETS, TRANSFORMS
 
-from mdp.datasets import class_table
-
-
-def _meta(name: str) -> dict[str, Any]:
-    classes, palette = class_table(name)
-    return {"classes": classes, "palette": [list(colour) for colour in palette]}
+from mdp.datasets import SegSet, described, open_set
+from shared_utils.data import load_image
 
 
 @DATASETS.register_module()
-class CamVidDataset(BaseSegDataset):
-    """11 classes; id 11 is "unlabelled" in the files and ignored here."""
+class MDPDataset(BaseSegDataset):
+    """A split of one of the sets of `mdp.datasets`, below `data_root`. UserError as `open_set`."""
 
-    METAINFO = _meta("camvid")
-
-    @classmethod
-    def get_label_map(cls, new_classes: Sequence | None = None) -> dict[int, int]:
-        return {11: 255}
-
-
-@DATASETS.register_module()
-class LabelMeFacadeDataset(BaseSegDataset):
-    """8 classes; 255 is "various" and ignored."""
-
-    METAINFO = _meta("labelmefacade")
-
-
-@DATASETS.register_module()
-class ClothingCoParsingDataset(BaseSegDataset):
-    """59 classes; 0 is the background."""
-
-    METAINFO = _meta("ccp")
-
-
-@DATASETS.register_module()
-class PascalVOCAugDataset(PascalVOCDataset):
-    """VOC 2012 with SBD: the map of ``SegmentationClass`` where there is one, else that of ``SegmentationClassAug``.
-
-    mmsegmentation reaches the same by concatenating two datasets; this one reads the single list ``trainaug.txt``.
-    """
+    def __init__(self, name: str, split: str, data_root: str, **more: Any) -> None:
+        self.name, self.split = name, split
+        known = described(name)
+        meta = {"classes": known.classes, "palette": [list(colour) for colour in known.palette]}
+        super().__init__(data_root=data_root, metainfo=meta, **more)
 
     def load_data_list(self) -> list[dict]:
-        infos = super().load_data_list()
-        for info in infos:
-            path = Path(info["seg_map_path"])
-            if not path.is_file():
-                info["seg_map_path"] = str(path.parents[1] / "SegmentationClassAug" / path.name)
-        return infos
+        common = {"set": self.name, "label_map": None, "reduce_zero_label": False}
+        return [
+            {"img_path": str(photo), "seg_map_path": str(label), "seg_fields": [], **common}
+            for photo, label in open_set(self.name, str(self.data_root), self.split).pairs
+        ]
+
+
+@TRANSFORMS.register_module()
+class LoadPhoto(BaseTransform):
+    """The photo as stored, uint8 [H, W, 3] in BGR, as mmsegmentation's networks expect it."""
+
+    def transform(self, results: dict) -> dict:
+        photo = np.asarray(load_image(results["img_path"]))
+        results["img"] = np.ascontiguousarray(photo[..., ::-1])
+        results["img_shape"] = results["ori_shape"] = photo.shape[:2]
+        return results
+
+
+@TRANSFORMS.register_module()
+class LoadLabels(BaseTransform):
+    """The label map as stored, in local ids, uint8 [H, W], 255 = ignore."""
+
+    def __init__(self) -> None:
+        self.sets: dict[str, SegSet] = {}
+
+    def transform(self, results: dict) -> dict:
+        name = results["set"]
+        known = self.sets.setdefault(name, self.sets.get(name) or described(name))
+        results["gt_seg_map"] = known.read_map(results["seg_map_path"])
+        results["seg_fields"].append("gt_seg_map")
+        return results

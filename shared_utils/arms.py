@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared_utils import UserError, checkpoint, rule
+from shared_utils import UserError, checkpoint, plots, rule
 from shared_utils.flags import Parser
 
 Seeds = dict[int, dict[str, Any]]  # seed: what its log holds, {"metrics", "facts", "curve"}
@@ -316,11 +316,33 @@ class Arms:
         }
 
     def write(self) -> int:
-        """Write the rows of every set anew from the logs (Holm's correction is over all of them); how many they are."""
+        """Write the rows of every set anew from the logs (Holm's correction is over all of them), and draw the plots.
+
+        Returns how many rows there are.
+        """
+        parts = self.family or [self]
+        for place, part in enumerate(parts):
+            part.draw(f"-{next(iter(part.sets))}" if place else "")
         return sum(
-            replace_rows(arms.home / "results.csv", f"small-{name}-", arms.rows(name))
-            for arms in self.family or [self]
-            for name in arms.sets
+            replace_rows(part.home / "results.csv", f"small-{name}-", part.rows(name))
+            for part in parts
+            for name in part.sets
+        )
+
+    def draw(self, suffix: str = "") -> None:
+        """`arms.png` and `curves.png`: the claim's metric of every seed, and the training losses."""
+        found = {name: self.logs(name) for name in self.sets}
+        values = {
+            name: {arm: self.values(seeds, self.claim) for arm, seeds in of.items()} for name, of in found.items()
+        }
+        titles = {arm: title if len(title) < 48 else f"{title[:45]}..." for arm, title in self.arms.items()}
+        plots.arms(self.home / f"arms{suffix}.png", values, titles, self.metrics[self.claim], self.floor)
+        plots.curves(
+            self.home / f"curves{suffix}.png",
+            {
+                name: {titles[arm]: {seed: run["curve"] for seed, run in seeds.items()} for arm, seeds in of.items()}
+                for name, of in found.items()
+            },
         )
 
     def record(self, root: Path) -> int:

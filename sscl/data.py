@@ -3,12 +3,14 @@
 import functools
 import hashlib
 import json
+import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
@@ -18,6 +20,7 @@ from shared_utils.data import EpochSampler, ImageList, image_folder, mix_key, pe
 
 SPLITS = Path(__file__).resolve().parent / "splits.json"
 VIEWS = ("weak", "strong", "key")
+STRONG = ("moco", "randaug", "fixmatch")
 
 
 # ------------------------------------------------------------------------------------------------------ labelled images
@@ -75,11 +78,60 @@ def check_frozen(counts: Sequence[int], labels_per_class: int, split: int, chose
 
 
 # ---------------------------------------------------------------------------------------------------------------- views
+def _affine(image: Image.Image, *matrix: float) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix)  # nearest pixel, black outside
+
+
+# Image, level in 0..1, sign -> image; the pool of the FixMatch release, whose `m` of 10 is the level.
+POOL: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
+    "identity": lambda x, level, sign: x,
+    "autocontrast": lambda x, level, sign: ImageOps.autocontrast(x),
+    "equalize": lambda x, level, sign: ImageOps.equalize(x),
+    "brightness": lambda x, level, sign: ImageEnhance.Brightness(x).enhance(0.05 + 0.9 * level),
+    "color": lambda x, level, sign: ImageEnhance.Color(x).enhance(0.05 + 0.9 * level),
+    "contrast": lambda x, level, sign: ImageEnhance.Contrast(x).enhance(0.05 + 0.9 * level),
+    "sharpness": lambda x, level, sign: ImageEnhance.Sharpness(x).enhance(0.05 + 0.9 * level),
+    "posterize": lambda x, level, sign: ImageOps.posterize(x, 4 + int(4 * level)),
+    "solarize": lambda x, level, sign: ImageOps.solarize(x, 256 - int(256 * level)),
+    "rotate": lambda x, level, sign: x.rotate(sign * int(30 * level)),
+    "shear_x": lambda x, level, sign: _affine(x, 1, sign * 0.3 * level, 0, 0, 1, 0),
+    "shear_y": lambda x, level, sign: _affine(x, 1, 0, 0, sign * 0.3 * level, 1, 0),
+    "translate_x": lambda x, level, sign: _affine(x, 1, 0, int(sign * 0.3 * level * x.width), 0, 1, 0),
+    "translate_y": lambda x, level, sign: _affine(x, 1, 0, 0, 0, 1, int(sign * 0.3 * level * x.height)),
+}
+
+
+class FixMatchAugment:
+    """RandAugment as FixMatch has it, and Cutout: `n` operations of POOL with repetition, each with probability 1/2 and
+    at a magnitude drawn from 1..m-1 of 10; then always a grey box of half the side (release of FixMatch, `RA`)."""
+
+    def __init__(self, n: int = 2, m: int = 10):
+        self.n, self.m = n, m
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        for name in random.choices(list(POOL), k=self.n):
+            level, sign = random.randrange(1, self.m) / 10, random.choice((-1, 1))
+            if random.random() < 0.5:
+                image = POOL[name](image, level, sign)
+        return self.cutout(image)
+
+    @staticmethod
+    def cutout(image: Image.Image) -> Image.Image:
+        """A box around a pixel drawn anywhere; what lies left of or above the image is not cut off, but moved in."""
+        side = image.width // 2
+        low = [int(max(0.0, random.uniform(0, extent) - side / 2)) for extent in image.size]
+        high = [min(extent - 1, at + side - 1) for at, extent in zip(low, image.size)]
+        image = image.copy()
+        ImageDraw.Draw(image).rectangle((*low, *high), (127, 127, 127))
+        return image
+
+
 def augmentations(size: int, weak: str, strong: str, flip: bool = True, min_scale: float = 0.2) -> dict[str, Callable]:
     """{"weak", "strong"} of a PIL image.
 
     weak: `rrc` random resized crop and flip, `shift` translation by up to an eighth and flip (small images).
-    strong: `moco` MoCo v2's, `randaug` the weak one with RandAugment(2, 10).
+    strong: `moco` MoCo v2's, `randaug` the weak one with torchvision's RandAugment(2, 10), always and at that
+    magnitude, `fixmatch` the weak one with `FixMatchAugment`.
     """
     mirror = [T.RandomHorizontalFlip()] if flip else []
     crops: dict[str, list[Any]] = {
@@ -90,7 +142,11 @@ def augmentations(size: int, weak: str, strong: str, flip: bool = True, min_scal
     moco = list(augment.moco_v2(size, min_scale).transforms)
     if not flip:
         moco = [step for step in moco if not isinstance(step, T.RandomHorizontalFlip)]
-    recipes = {"moco": moco, "randaug": [*crops[weak], *mirror, T.RandAugment(2, 10), *tensor]}
+    recipes = {
+        "moco": moco,
+        "randaug": [*crops[weak], *mirror, T.RandAugment(2, 10), *tensor],
+        "fixmatch": [*crops[weak], *mirror, FixMatchAugment(), *tensor],
+    }
     return {"weak": T.Compose([*crops[weak], *mirror, *tensor]), "strong": T.Compose(recipes[strong])}
 
 

@@ -42,6 +42,7 @@ def get_parser() -> argparse.ArgumentParser:
     add_network_flags(p.add_argument)
     add_data_flags(p)
     a = p.add_argument
+    a("--split_file", type=Path, help="--pseudo: the run's list of labelled images, where it lies elsewhere now")
     a("--pseudo", action="store_true", help="also the pseudo-labels of the run's own unlabelled training images")
     a(
         "--eval_calibrated",
@@ -106,7 +107,14 @@ def unlabelled_images(args: argparse.Namespace, flags: Mapping[str, Any]) -> tup
     UserError: its flags choose other labelled images here than in training; all images are labelled.
     """
     own = argparse.Namespace(**{**flags, "data": Path(args.data_dir)})
-    own.split_file = Path(own.split_file) if own.split_file else None
+    if args.split_file and not own.split_file:
+        raise UserError("--split_file: the run had no list of labelled images; leave it out")
+    if own.split_file:
+        own.split_file = args.split_file or Path(own.split_file)
+        if not own.split_file.is_file():
+            raise UserError(
+                f"{own.split_file}: the run's list of labelled images is not there; give it as --split_file"
+            )
     images = training_images(own.data, own.per_class, args.cache, own.imbalance)
     labelled = torch.tensor(labelled_images(own, images), dtype=torch.long)
     if own.split_sha256 != flags["split_sha256"]:

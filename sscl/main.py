@@ -1,8 +1,9 @@
 """Training of SsCL (paper 2105.07387): python -m sscl.main --data IMAGENET --split_file 1percent.txt
 
 Also torchrun --nproc-per-node 8 -m sscl.main ...; the arms of the ablation and the baselines are flags:
-supervised `--lambda_u 0 --lambda_c 0`, FixMatch `--lambda_c 0 --calib none --da off`, joint without exchange
-`--calib none --neighbours off`, MoCo v2 `--no_labels --lambda_u 0 --calib none`.
+supervised `--lambda_u 0 --lambda_c 0`, FixMatch `--lambda_c 0 --calib none --da off --theta 0.95 --pl_start 0 --strong
+fixmatch --joint_views --bn_momentum 0.001`, joint without exchange `--calib none --neighbours off`, MoCo v2
+`--no_labels --lambda_u 0 --calib none`.
 """
 
 import argparse
@@ -119,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     model = SsCL(encoder, alignment, args.moco_k, args.moco_m, ranked, args.bn_splits)
     model.check_batch(args.batch_labelled * (args.mu + (labelled is not None)))
     distributed.convert_norm(model, "split" if args.bn_splits > 1 else "local", args.bn_splits)
+    set_norm_momentum(model, args.bn_momentum)
     model.to(device).to(memory_format=torch.channels_last).train()
     query: nn.Module = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
     trained = [parameter for parameter in model.encoder_q.parameters() if parameter.requires_grad]
@@ -152,8 +154,12 @@ def main(argv: list[str] | None = None) -> int:
         model.update_key_encoder(statistics=not keyed)
         keys: list[Tensor] = []
         log_q = p = aligned = None
+        outs: list[tuple[Tensor, Tensor]] = []
         with run.autocast():
-            if guessing:
+            if args.joint_views:  # with gradient for the others alone
+                outs = query([view for view in (x, u["weak"], u.get("strong")) if view is not None])
+                p = F.softmax(outs.pop(int(x is not None))[0].detach(), dim=1)  # [U, C]
+            elif guessing:
                 p = model.predict(u["weak"])  # [U, C]
             if keyed:
                 dealt = torch.Generator().manual_seed(mix_key(args.seed, run.step, 1))
@@ -177,8 +183,9 @@ def main(argv: list[str] | None = None) -> int:
         entries = losses.Memory(label, conf, tilde, index)
 
         # With gradient: h(f(w(x))), and f(s(u)) for both heads, in one pass; losses against the queue as it is.
-        with run.autocast():
-            outs = query([view for view in (x, u.get("strong")) if view is not None])
+        if not args.joint_views:
+            with run.autocast():
+                outs = query([view for view in (x, u.get("strong")) if view is not None])
         loss_x = loss_u = loss_c = torch.zeros((), device=device)
         known = None
         if y is not None and x_index is not None:
@@ -234,6 +241,13 @@ def main(argv: list[str] | None = None) -> int:
     again = f"--data_dir {quote(str(args.data))}" + (f" --per_class {args.per_class}" if args.per_class else "")
     run.finish(f"evaluate: python -m sscl.eval_cls --pretrained {quote(f'{run.dir}/checkpoint.pth')} {again}")
     return 0
+
+
+def set_norm_momentum(model: nn.Module, momentum: float) -> None:
+    """Of the running statistics of every batch norm."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = momentum
 
 
 def nearest(args: argparse.Namespace, model: SsCL, who: losses.Memory, key: Tensor) -> losses.Chosen:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from shared_utils import UserError
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
-from sscl import arch, calibration, losses, prototypes
+from sscl import arch, calibration, data, losses, prototypes
 from sscl.weights import default_width
 
 
@@ -38,9 +38,14 @@ def get_parser(doc: str) -> argparse.ArgumentParser:
     g("--init", default="scratch", help="scratch, or a file to start from (MoCo v2, torchvision, a run of ours)")
     g("--bn_splits", type=positive, default=1, help="batch norm over so many shares of a process's batch, as if each "
       "were a process; on one GPU take 8 for the paper's setting")  # fmt: skip
+    g("--bn_momentum", type=float, default=0.1, help="of the running statistics; the momentum copy of an arm without "
+      "key passes takes those of the query: FixMatch's releases have 0.001 for a copy with --moco_m 0.999")  # fmt: skip
+    g("--joint_views", action="store_true", help="weak views go through the network together with labelled and strong "
+      "ones, and share their batch-norm statistics (FixMatch)")  # fmt: skip
     g = p.add_argument_group("views").add_argument
     g("--weak", choices=["rrc", "shift"], default="rrc", help="random resized crop, or translation (small images)")
-    g("--strong", choices=["moco", "randaug"], default="moco", help="s(u): MoCo v2's, or RandAugment(2, 10)")
+    g("--strong", choices=data.STRONG, default="moco", help="s(u): MoCo v2's; RandAugment(2, 10) of torchvision; "
+      "FixMatch's RandAugment and Cutout")  # fmt: skip
     g("--key_view", choices=["strong", "weak"], default="strong", help="k(u), what the momentum copy sees")
     g("--no_flip", action="store_true", help="no mirror images (digits)")
     g("--min_scale", type=float, default=0.2, help="least area of a random resized crop")
@@ -111,6 +116,12 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
         raise UserError(f"--imbalance {args.imbalance}: must be at least 1")
     if not all(0 <= getattr(args, name) <= 1 for name in ("moco_m", "da_m", "proto_m", "calib_weight")):
         raise UserError("--moco_m, --da_m, --proto_m and --calib_weight must lie in 0..1")
+    if not 0 < args.bn_momentum <= 1:
+        raise UserError(f"--bn_momentum {args.bn_momentum}: must lie above 0 and up to 1")
+    if args.joint_views and (
+        args.no_labels or (args.lambda_u == 0 and (args.lambda_c == 0 or args.neighbours == "off"))
+    ):
+        raise UserError("--joint_views: this arm makes no predictions of weak views; leave it out")
     if not 0 < args.min_scale <= 1:
         raise UserError(f"--min_scale {args.min_scale}: must lie above 0 and up to 1")
     if args.batch_labelled % (world * args.bn_splits):

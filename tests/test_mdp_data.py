@@ -4,6 +4,8 @@ import hashlib
 import io
 import os
 import random
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
-from mdp.datasets import COCO_HOLES, NAMES, READERS, SegSet, UnionDataset, class_table, open_set, to_union
+from mdp.datasets import COCO_HOLES, NAMES, PNG, READERS, SegSet, UnionDataset, class_table, open_set, to_union
 from mdp.transforms import TwoViews
 from shared_utils import UserError
 from shared_utils.data import Keyed, sample_rng
@@ -311,9 +313,13 @@ def test_label_id_out_of_range(name, tmp_path):
 def test_png_modes(name, tmp_path):
     write_tree(name, tmp_path)
     label = open_set(name, tmp_path).pairs[0][1]
-    Image.fromarray(np.ones(SIZE[::-1], np.uint16)).save(label)  # 16 bit
-    message = refusal(name, tmp_path)
-    assert str(label) in message and "'I;16'" in message
+    first_bad = max(raw for raw in TREES[name][2] if raw < 255) + 1
+    for value in (first_bad, 256, 257, 65535):  # 257 is 1 where only the low byte is kept
+        Image.fromarray(np.full(SIZE[::-1], value, np.uint16)).save(label)
+        message = refusal(name, tmp_path)
+        assert str(label) in message and f"{value} out of range" in message
+    Image.fromarray(np.ones(SIZE[::-1], np.uint16)).save(label)  # stored numbers count, in 16 bits too
+    assert set(np.unique(open_set(name, tmp_path).label(0))) == {TREES[name][2].get(1, 1)}
     Image.new("RGB", SIZE).save(label)
     assert str(label) in refusal(name, tmp_path) and "'RGB'" in refusal(name, tmp_path)
     write_label(label, ids_map([1]), palette=True)
@@ -349,6 +355,186 @@ def test_one_set_twice(tmp_path):
     [ade] = tiny(tmp_path, "ade")
     with pytest.raises(UserError, match="ade, ade"):
         UnionDataset([ade, ade], TwoViews("moco", 8))
+
+
+# Other people's files ----------------------------------------------------------------------------------------------
+
+
+def grey_png(path: Path, ids: np.ndarray, depth: int) -> None:
+    """A grey PNG of `depth` bits a pixel that stores `ids` [H, W] as they are (PIL writes 1, 8 and 16 only)."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    bits = (ids[..., None].astype(int) >> np.arange(depth)[::-1]) & 1  # [H, W, depth]
+    rows = np.packbits(bits.reshape(len(ids), -1).astype(np.uint8), axis=1)
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    head = struct.pack(">IIBBBBB", ids.shape[1], ids.shape[0], depth, 0, 0, 0, 0)
+    path.write_bytes(PNG + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
+
+
+def facade(root: Path, ids: np.ndarray) -> Path:
+    """A train split of LabelMeFacade with one image, whose label map is returned."""
+    write_image(root / "labelmefacade8/images/train/a.jpg", ids.shape[::-1])
+    label = root / "labelmefacade8/labels/train/a.png"
+    write_label(label, ids)
+    return label
+
+
+@pytest.mark.parametrize(("depth", "ids"), [(1, [0, 1]), (2, [0, 1, 2, 3]), (4, [0, 7, 5]), (8, [0, 7, 255])])
+@pytest.mark.parametrize("size", [(8, 12), (5, 7)])
+def test_grey_maps_of_few_bits_give_the_stored_numbers(depth, ids, size, tmp_path):
+    """Decoders stretch 2 and 4 bits to 0..255 (0, 85, 170, 255 and 0, 17, 34, ...)."""
+    stored = np.resize(np.array(ids, np.uint8), size)
+    label = facade(tmp_path, stored)
+    grey_png(label, stored, depth)
+    np.testing.assert_array_equal(open_set("labelmefacade", tmp_path).label(0), stored)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_palette_maps_count_by_index(bits, tmp_path):
+    """VOC's maps: by index, at every depth and also with a palette of its own (here colours that no set has)."""
+    write_tree("voc", tmp_path)
+    label = open_set("voc", tmp_path).pairs[0][1]
+    ids = ids_map(list(range(min(2**bits, 21))))
+    image = Image.fromarray(ids)
+    image.putpalette([(11 * i + 5) % 256 for i in range(768)])
+    image.save(label, bits=bits)
+    np.testing.assert_array_equal(open_set("voc", tmp_path).label(0), ids)
+
+
+def test_a_palette_that_an_optimiser_ordered_anew_counts_by_its_colours(tmp_path):
+    """The same VOC map with its palette sorted by use, as lossless PNG tools leave it."""
+    write_tree("voc", tmp_path)
+    label = open_set("voc", tmp_path).pairs[0][1]
+    colours = {0: (0, 0, 0), 1: (128, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128), 255: (224, 224, 192)}  # VOC's
+    ids = ids_map(list(colours))
+    for order in ([255, 15, 0, 1, 20], [0, 1, 15, 20, 255]):
+        image = Image.fromarray(np.vectorize(order.index)(ids).astype(np.uint8))
+        image.putpalette(sum((list(colours[i]) for i in order), []))
+        image.save(label)
+        np.testing.assert_array_equal(open_set("voc", tmp_path).label(0), ids)
+
+
+def test_a_palette_of_greys_is_grey(tmp_path):
+    """`convert("P")` of a grey map gives such a palette, in sets whose maps have none."""
+    label = facade(tmp_path, ids_map([0, 3, 7]))
+    Image.fromarray(ids_map([0, 3, 7])).convert("P").save(label)
+    with Image.open(label) as stored:
+        assert stored.mode == "P"
+    np.testing.assert_array_equal(open_set("labelmefacade", tmp_path).label(0), ids_map([0, 3, 7]))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "TIFF", "BMP"])
+def test_label_maps_of_another_format(kind, tmp_path):
+    label = facade(tmp_path, ids_map([0, 3, 7]))
+    Image.fromarray(ids_map([0, 3, 7])).save(label, format=kind)
+    message = refusal("labelmefacade", tmp_path)
+    assert str(label) in message and f"this is {kind}" in message and "export it as PNG" in message
+    assert ("changes the numbers" in message) == (kind == "JPEG")
+
+
+@pytest.mark.parametrize("name", ["labelmefacade", "voc"])
+def test_jpeg_maps_beside_the_photos(name, tmp_path):
+    write_tree(name, tmp_path)
+    label = open_set(name, tmp_path).pairs[0][1]
+    label.unlink()
+    for folder in {label.parent, label.parents[1] / "SegmentationClassAug"}:
+        (folder / label.name).unlink(missing_ok=True)
+    Image.fromarray(ids_map([0, 3])).save(label.with_suffix(".jpg"))
+    assert f"{label.stem}.jpg is no label map: JPEG changes the numbers" in refusal(name, tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "RGB"])
+def test_maps_with_colours_or_transparency(mode, tmp_path):
+    label = facade(tmp_path, ids_map([0, 3, 7]))
+    Image.fromarray(ids_map([0, 3, 7])).convert(mode).save(label)
+    assert f"PNG mode {mode!r}" in refusal("labelmefacade", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ade", "context59"])
+def test_maps_that_are_reduced_already(name, tmp_path):
+    """Classes from 0 and ignored pixels at 255: the sets' own maps never hold 255. VOC's and others' do."""
+    write_tree(name, tmp_path)
+    label = open_set(name, tmp_path).pairs[0][1]
+    write_label(label, ids_map([255, 0, 1, 40]))
+    message = refusal(name, tmp_path)
+    assert str(label) in message and "reduced already" in message and f"0..{READERS[name].raw[-1]}" in message
+    write_label(label, ids_map([0, 1, 40]))
+    np.testing.assert_array_equal(open_set(name, tmp_path).label(0), ids_map([255, 0, 39]))
+
+
+def test_the_orientation_tag_of_a_photo_moves_nothing(tmp_path):
+    """Both are read as stored; a map that was drawn on the turned photo is refused with its cure."""
+    label = facade(tmp_path, ids_map([0, 3, 7]))
+    photo = tmp_path / "labelmefacade8/images/train/a.jpg"
+    pixels = np.asarray(Image.open(photo))
+    for tag in range(1, 9):
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = tag
+        Image.fromarray(pixels).save(photo, exif=exif)
+        image, ids = open_set("labelmefacade", tmp_path).load(0)
+        assert image.size == SIZE
+        np.testing.assert_array_equal(ids, ids_map([0, 3, 7]))
+        write_label(label, ids_map([0, 3, 7]).T.copy())
+        message = refusal("labelmefacade", tmp_path)
+        assert ("as its orientation tag turns it" in message) == (tag >= 5)
+        write_label(label, ids_map([0, 3, 7]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hidden_and_foreign_files_are_none_of_the_set(name, tmp_path):
+    """What macOS, file servers and notebooks leave: resource forks, thumbnails, checkpoints, in every set."""
+    write_tree(name, tmp_path)
+    before = open_set(name, tmp_path).pairs
+    for path in {path for pair in before for path in pair}:
+        (path.parent / f"._{path.name}").write_bytes(b"\0\5\26\7")
+        (path.parent / ".DS_Store").write_bytes(b"\0")
+        (path.parent / "Thumbs.db").write_bytes(b"\0")
+        for base in (path.parent, path.parents[1]):  # at the depth of the images, and of Cityscapes' cities
+            for folder in ("@eaDir", ".ipynb_checkpoints", "__MACOSX", "#recycle"):
+                (base / folder).mkdir(exist_ok=True)
+                (base / folder / path.name).write_bytes(path.read_bytes())
+    assert open_set(name, tmp_path).pairs == before
+
+
+def test_one_name_twice(tmp_path):
+    write_tree("camvid", tmp_path)
+    photo = open_set("camvid", tmp_path).pairs[0][0]
+    write_image(photo.with_suffix(".png"))
+    message = refusal("camvid", tmp_path)
+    assert photo.with_suffix(".png").name in message and photo.name in message and "keep one" in message
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{}",
+        "{} ",
+        "{}.jpg",
+        "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png",  # DeepLab's train_aug.txt
+        "/data/VOC2012/JPEGImages/{}.jpg",
+        "{}\r",
+    ],
+)
+def test_forms_of_a_split_list(form, tmp_path):
+    write_tree("voc", tmp_path)
+    before = open_set("voc", tmp_path).pairs
+    text = "\n".join(form.format(photo.stem) for photo, _ in before) + "\n\n  \n"
+    (tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt").write_text("\ufeff" + text)
+    assert open_set("voc", tmp_path).pairs == before
+
+
+def test_lists_that_say_something_else(tmp_path):
+    """A class list of VOC (1: it is there, -1: it is not) names every image of the set; a list names an image twice."""
+    write_tree("voc", tmp_path)
+    file = tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation/trainaug.txt"
+    write_list(file, ["2007_000032  1", "2008_000002 -1"])
+    assert f"{file}, line 1: expected an image" in refusal("voc", tmp_path)
+    write_list(file, ["2007_000032", "2008_000002", "2007_000032"])
+    assert f"{file} names 2007_000032 2 times" in refusal("voc", tmp_path)
+    file.unlink()
+    assert "trainaug.txt is missing" in refusal("voc", tmp_path)  # never every image of the folder
 
 
 # Union label space -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """mdp inside mmsegmentation: equal networks, complete exports, configs, IoU, fine-tuning and evaluation end to end."""
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from mdp import eval_seg, export_mmseg, finetune
+from mdp.datasets import NAMES, open_set
 from mdp.models import ASPPHead, Encoder, ResNet, SepASPPHead
 from shared_utils import UserError, checkpoint
+from tests.test_mdp_data import write_tree
 from tests.test_mdp_models import NARROW, pretraining, randomise_norms
 
+OWN = ["LoadPhoto", "LoadLabels"]
 CONFIGS = sorted(p.stem for p in finetune.CONFIGS.glob("[a-z]*.py"))
 
 
@@ -108,8 +112,9 @@ def test_configs_build(engine: Any, name: str) -> None:
     narrow = ["--base-channels", "4", "--head-channels", "8"]
     cfg = finetune.resolve(finetune.get_parser().parse_args(["--config", name, *narrow]), {})
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
-        meta = DATASETS.get(loader.dataset.type).METAINFO
+        meta = DATASETS.build({**loader.dataset, "pipeline": [], "lazy_init": True}).metainfo
         assert len(meta["classes"]) == len(meta["palette"]) == cfg.model.decode_head.num_classes
+        assert [step.type for step in loader.dataset.pipeline if step.type.startswith("Load")] == OWN
         for step in loader.dataset.pipeline:
             TRANSFORMS.build(step)
     assert "auxiliary_head" not in cfg.model and cfg.model.backbone.type == "ResNet"
@@ -144,34 +149,123 @@ def test_paper_schedules(name: str, iters: int, early: int, batch: int, crop: tu
     assert head.dropout_ratio == 0.1 and head.loss_decode.type == "CrossEntropyLoss" and not head.align_corners
 
 
-def test_registered_sets_ignore_their_void(engine: Any, tmp_path: Path) -> None:
-    """CamVid's void id 11 becomes 255; VOC falls back to SBD's map where VOC has none."""
+# One rule for all readers -------------------------------------------------------------------------------------------
+
+
+def inside(name: str, root: Path, split: str) -> Any:
+    """A split as a fine-tuning run loads it."""
     from mmseg.registry import DATASETS
 
-    for folder, name in (("images", "a.jpg"), ("labels", "a.png")):
-        (tmp_path / folder).mkdir()
-        grey = np.array([[0, 10, 11, 3]] * 4, np.uint8)
-        Image.fromarray(grey if folder == "labels" else np.stack([grey] * 3, 2)).save(tmp_path / folder / name)
-    load = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}]
-    prefix = {"img_path": "images", "seg_map_path": "labels"}
-    camvid = DATASETS.build(
-        {"type": "CamVidDataset", "data_root": str(tmp_path), "data_prefix": prefix, "pipeline": load}
+    pipeline = [{"type": name} for name in OWN]
+    return DATASETS.build(
+        {"type": "MDPDataset", "name": name, "split": split, "data_root": str(root), "pipeline": pipeline}
     )
-    assert camvid[0]["gt_seg_map"][0].tolist() == [0, 10, 255, 3]
 
-    voc = tmp_path / "voc"
-    for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug"):
-        (voc / folder).mkdir(parents=True)
-    for stem, folder, value in (("one", "SegmentationClass", 1), ("two", "SegmentationClassAug", 2)):
-        Image.new("RGB", (4, 4)).save(voc / "JPEGImages" / f"{stem}.jpg")
-        Image.new("L", (4, 4), value).save(voc / folder / f"{stem}.png")
-    (voc / "list.txt").write_text("one\ntwo\n")
-    prefix = {"img_path": "JPEGImages", "seg_map_path": "SegmentationClass"}
-    both = DATASETS.build(
-        {"type": "PascalVOCAugDataset", "data_root": str(voc), "data_prefix": prefix, "ann_file": "list.txt",
-         "pipeline": load}
-    )  # fmt: skip
-    assert [int(both[i]["gt_seg_map"].max()) for i in range(2)] == [1, 2]
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mmsegmentation_reads_what_pretraining_reads(engine: Any, name: str, tmp_path: Path) -> None:
+    """Files, order, photos, local ids (void, SBD's maps where VOC has none, ADE's shift) are equal for every set."""
+    write_tree(name, tmp_path)
+    ours, theirs = open_set(name, tmp_path), inside(name, tmp_path, "train")
+    assert len(ours) == len(theirs) and list(theirs.metainfo["classes"]) == list(ours.classes)
+    for i in range(len(ours)):
+        photo, label = ours.load(i)
+        assert (theirs[i]["img_path"], theirs[i]["seg_map_path"]) == tuple(map(str, ours.pairs[i]))
+        np.testing.assert_array_equal(theirs[i]["img"][..., ::-1], np.asarray(photo))
+        np.testing.assert_array_equal(theirs[i]["gt_seg_map"], label)
+
+
+COLOURS = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220]])
+
+
+def turned_scene(root: Path, tag: int, ending: str = "jpg", size: tuple[int, int] = (48, 32)) -> np.ndarray:
+    """A CamVid split of one photo in the colours of its classes, with an orientation tag; returns its ids [H, W]."""
+    ids = np.zeros(size[::-1], np.uint8)
+    ids[: size[1] // 4] = 1
+    ids[:, size[0] // 2 + 8 :] = 2
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = tag
+    for kind in ("images", "labels"):
+        (root / "camvid11" / kind / "val").mkdir(parents=True, exist_ok=True)
+    photo = Image.fromarray(COLOURS[ids].astype(np.uint8))
+    photo.save(root / f"camvid11/images/val/a.{ending}", exif=exif, quality=100, subsampling=0)
+    assert Image.open(root / f"camvid11/images/val/a.{ending}").getexif()[ExifTags.Base.Orientation] == tag
+    Image.fromarray(ids).save(root / "camvid11/labels/val/a.png")
+    return ids
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+@pytest.mark.parametrize("tag", [1, 2, 3, 6, 8])
+@pytest.mark.parametrize("size", [(48, 32), (40, 40)])
+def test_a_photo_stays_with_its_label_map(
+    engine: Any, tag: int, ending: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    """By both readers the pixels are equal, as stored, and who names every pixel by its colour has an mIoU of 100."""
+    ids = turned_scene(tmp_path, tag, ending, size)
+    photo, label = open_set("camvid", tmp_path, "val").load(0)
+    sample = inside("camvid", tmp_path, "val")[0]
+    np.testing.assert_array_equal(sample["img"][..., ::-1], np.asarray(photo))
+    np.testing.assert_array_equal(label, ids)
+    np.testing.assert_array_equal(sample["gt_seg_map"], ids)
+    metric = engine.ClassIoU(iou_metrics=["mIoU"])
+    metric.dataset_meta = {"classes": [str(i) for i in range(3)]}
+    for image, truth in ((np.asarray(photo), label), (sample["img"][..., ::-1], sample["gt_seg_map"])):
+        guess = np.abs(image[:, :, None].astype(int) - COLOURS).sum(-1).argmin(-1)  # [H, W]
+        pred, gold = torch.from_numpy(guess), torch.from_numpy(truth).long()
+        assert eval_seg.mean_iou(eval_seg.confusion(pred, gold, 3)) == 100
+        assert metric.compute_metrics([metric.intersect_and_union(pred, gold, 3, 255)])["mIoU"] == 100
+    if tag in (3, 6) and size == (40, 40):  # what mmsegmentation's own reader does to the same file
+        theirs = build_transform({"type": "LoadImageFromFile"})({"img_path": sample["img_path"]})["img"]
+        assert not np.array_equal(theirs, sample["img"])
+
+
+def build_transform(cfg: dict) -> Any:
+    from mmseg.registry import TRANSFORMS
+
+    return TRANSFORMS.build(cfg)
+
+
+def test_the_preprocessing_of_a_run_keeps_them_together(engine: Any, tmp_path: Path) -> None:
+    """The test pipeline of a config: the photo of a turned file has its stored shape, and so has its label map."""
+    from mmseg.registry import DATASETS
+
+    turned_scene(tmp_path, 6)
+    argv = ["--config", "camvid", "--data-root", str(tmp_path), "--short-side", "32"]
+    cfg = finetune.resolve(finetune.get_parser().parse_args(argv), {})
+    sample = DATASETS.build(cfg.val_dataloader.dataset)[0]
+    assert sample["inputs"].shape == (3, 32, 48)
+    assert sample["data_samples"].ori_shape == (32, 48) == tuple(sample["data_samples"].gt_sem_seg.shape)
+
+
+def test_camvid_photos_may_be_png(engine: Any, tmp_path: Path) -> None:
+    """.png, .JPG and .jpeg beside one another, in both readers."""
+    turned_scene(tmp_path, 1, "png")
+    folder = tmp_path / "camvid11"
+    for stem, ending in (("b", "JPG"), ("c", "jpeg")):
+        with Image.open(folder / "images/val/a.png") as photo:
+            photo.save(folder / f"images/val/{stem}.{ending}", format="JPEG")
+        (folder / f"labels/val/{stem}.png").write_bytes((folder / "labels/val/a.png").read_bytes())
+    loaded = inside("camvid", tmp_path, "val")
+    assert [Path(loaded[i]["img_path"]).name for i in range(len(loaded))] == ["a.png", "b.JPG", "c.jpeg"]
+    assert all(loaded[i]["img"].shape == (32, 48, 3) for i in range(3))
+
+
+def test_copies_of_older_configs_get_the_same_readers(engine: Any, tmp_path: Path) -> None:
+    text = (
+        finetune.find_config("camvid").read_text().replace("./_deeplabv3.py", str(finetune.CONFIGS / "_deeplabv3.py"))
+    )
+    text = text.replace('type="LoadPhoto"', 'type="LoadImageFromFile"').replace("LoadLabels", "LoadAnnotations")
+    old = 'dict(type="CamVidDataset", data_root="data/camvid11", '
+    old += 'data_prefix=dict(img_path="images/val", seg_map_path="labels/val"), '
+    text = re.sub(r'dict\(type="MDPDataset", name="camvid", split="\w+", data_root="data", ', old, text)
+    assert text.count("CamVidDataset") == 3
+    (tmp_path / "mine.py").write_text(text)
+    pair = [
+        finetune.resolve(finetune.get_parser().parse_args(["--config", config]), {})
+        for config in ("camvid", str(tmp_path / "mine.py"))
+    ]
+    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        assert pair[0][loader].dataset == pair[1][loader].dataset
 
 
 # End to end --------------------------------------------------------------------------------------------------------

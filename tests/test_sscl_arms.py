@@ -3,12 +3,14 @@
 import csv
 import dataclasses
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from shared_utils import checkpoint, results
-from sscl import arms
+from sscl import arms, main
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = {f"{name}@{share}": 10.0 for name in ("raw", "aligned", "calib") for share in (20, 50, 100)}
@@ -53,8 +55,8 @@ def test_a_run_counts_when_both_evaluations_are_there(tmp_path: Path) -> None:
 
 
 def test_an_arm_without_embeddings_claims_nothing_about_calibration(tmp_path: Path) -> None:
-    finish(tmp_path / "fixmatch" / "seed0", 0, calibrated=False)
-    metrics = arms.read(tmp_path / "fixmatch" / "seed0") or {}
+    finish(tmp_path / "pseudo" / "seed0", 0, calibrated=False)
+    metrics = arms.read(tmp_path / "pseudo" / "seed0") or {}
     assert metrics["top1"] == 40 and not [name for name in metrics if name.endswith("_calib")]
 
 
@@ -84,6 +86,56 @@ def test_rows_from_the_collected_files_alone(tmp_path: Path, monkeypatch) -> Non
     assert early["status"] == "descriptive" and early["p"] and float(early["ci_low"]) <= 5 <= float(early["ci_high"])
     table = arms.calibration_table(arms.ARMS.measured(root))
     assert "| SsCL, both exchanges | accuracy of pseudo-labels, half coverage, finished network | 3 |" in table
+
+
+def test_an_arm_below_its_supervised_floor_is_no_baseline(tmp_path: Path, capsys) -> None:
+    """Of the recorded arms that is training on pseudo-labels with 400 labels a class; the printed table says so."""
+    lines = {name: arms.below_floor(arms.ARMS.logs(name)) for name in arms.ARMS.sets}
+    assert [len(lines[name]) for name in ("cifar10-25", "cifar10-400")] == [0, 1]
+    assert lines["cifar10-400"][0].startswith(
+        "pseudo-labels on MoCo's views: 30.32 ± 2.43, below training on the labels"
+    )
+    for arm, low in (("supervised", 5), ("joint", 0), ("full", 9)):
+        for seed in range(3):
+            finish(tmp_path / "small" / arm / f"seed{seed}", low + seed / 10)
+    assert arms.main([str(tmp_path / "small")]) == 0
+    said = capsys.readouterr().out
+    assert "joint, without exchange: 40.10 ± 0.10, below training on the labels alone (45.10 ± 0.10)" in said
+    assert said.count("no baseline here") == 1
+    assert arms.below_floor({"joint": {}}) == []
+
+
+def flags_of(tier: str, arm: str, tmp_path: Path) -> list[str]:
+    """What run_arms.sh passes on to the training of an arm."""
+    seen = tmp_path / "seen"
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\necho "$@" >>{seen}\n')
+    fake.chmod(0o755)
+    env = {
+        **os.environ,
+        "PYTHON": str(fake),
+        "ARMS": arm,
+        "SEEDS": "1",
+        "RUNS": str(tmp_path / tier),
+        "GPUS": "1",
+        "SKIP_ENV": "1",
+    }
+    subprocess.run(["bash", str(ROOT / "sscl/run_arms.sh"), tier], env=env, check=True, capture_output=True)
+    return next(line for line in seen.read_text().splitlines() if "sscl.main" in line).split()
+
+
+@pytest.mark.parametrize("tier", ["mini", "small", "paper"])
+def test_the_arm_of_fixmatch_is_as_published(tier: str, tmp_path: Path) -> None:
+    """Threshold 0.95, RandAugment and Cutout, no alignment, no warm-up, an EMA and a batch-norm momentum that go
+    together; on ImageNet those of the releases."""
+    argv = flags_of(tier, "fixmatch", tmp_path)
+    args = main.get_parser().parse_args(argv[argv.index("sscl.main") + 1 :])
+    assert (args.theta, args.strong, args.da, args.calib, args.pl_start) == (0.95, "fixmatch", "off", "none", 0)
+    assert args.joint_views and args.lambda_c == 0 and not args.soft_targets
+    assert args.bn_momentum == pytest.approx(1 - args.moco_m)
+    assert tier != "paper" or args.bn_momentum == 0.001
+    other = main.get_parser().parse_args(argv[argv.index("sscl.main") + 1 : argv.index("--lambda_c")])
+    assert not other.joint_views and other.bn_momentum == 0.1  # what the tier gives to every arm
 
 
 def test_pseudo_rows_of_the_tree_are_what_its_logs_say() -> None:

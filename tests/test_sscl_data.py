@@ -4,13 +4,19 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from shared_utils import UserError, augment
-from shared_utils.data import EpochSampler, Keyed
+from shared_utils.data import EpochSampler, Keyed, sample_rng
 from sscl import data as sscl_data
+from sscl import main
 from sscl.data import (
+    POOL,
+    STRONG,
+    FixMatchAugment,
     HiddenLabels,
     Labelled,
     LabelledStream,
@@ -72,6 +78,40 @@ def test_a_split_that_is_not_the_frozen_one_is_refused(tmp_path, monkeypatch) ->
         check_frozen([20] * 3, 2, 0, chosen[1:] + [59])
 
 
+@pytest.mark.parametrize(
+    "form", ["{name}", "{name} ", "{name}\r", "{folder}/{name}", "{folder}/{name} {label}", "\ufeff{name}\n"]
+)
+def test_forms_of_a_list_of_labelled_images(form, root, tmp_path) -> None:
+    """SimCLR's names, paths, paths with labels; blanks and line ends of other systems; the order is of no account."""
+    places = [40, 3, 20, 3]  # one is named twice
+    named = [(f"{i // 16 * 18 + i % 16:02d}.png", f"class{i // 16}", i // 16) for i in places]
+    lines = [form.format(name=name, folder=folder, label=label) for name, folder, label in named]
+    mark = "\ufeff" if "\ufeff" in form else ""
+    (tmp_path / "list.txt").write_text(mark + "\n".join(lines).replace("\ufeff", "") + "\n\n")
+    args = main.get_parser().parse_args(["--data", str(root), "--split_file", str(tmp_path / "list.txt")])
+    assert main.labelled_images(args, training_images(root)) == [3, 20, 40]
+    assert args.split_sha256 == split_hash([3, 20, 40])
+
+
+def test_lists_of_labelled_images_that_are_refused(root, tmp_path) -> None:
+    """A class without any, an image that is not there or beyond --per_class, and no list at all: never all images."""
+    file = tmp_path / "list.txt"
+    argv = ["--data", str(root), "--split_file", str(file)]
+
+    def refused(*lines: str, count: int = 0) -> str:
+        file.write_text("\n".join(lines))
+        with pytest.raises(UserError) as raised:
+            main.labelled_images(main.get_parser().parse_args(argv), training_images(root, count))
+        return str(raised.value)
+
+    assert "class class2 has no labelled image" in refused("00.png", "18.png")
+    assert "line 2" in refused("00.png", "nowhere.png") and str(file) in refused("nowhere.png")
+    assert "line 3" in refused("00.png", "18.png", "39.png", count=2)
+    file.unlink()
+    with pytest.raises(UserError, match="no such list file"):
+        main.labelled_images(main.get_parser().parse_args(argv), training_images(root))
+
+
 def test_imbalanced_images(root) -> None:
     images = training_images(root, 8, imbalance=4)
     assert Counter(images.labels.tolist()) == {0: 8, 1: 4, 2: 2}
@@ -111,7 +151,7 @@ def test_views(root) -> None:
     idle.images.samples = [(root / "nowhere.png", -1)] * 48  # nothing is decoded for nothing
     assert idle[3] == {"index": 3}
     for weak in ("rrc", "shift"):
-        for strong in ("moco", "randaug"):
+        for strong in STRONG:
             for recipe in augmentations(16, weak, strong).values():
                 assert recipe(images.image(0)).shape == (3, 16, 16)
 
@@ -147,6 +187,86 @@ def test_labelled_items(root) -> None:
     labelled = Labelled(images, [3, 20, 40], augmentations(16, "shift", "moco")["weak"])
     x, y, number = labelled[1]
     assert x.shape == (3, 16, 16) and (y, number) == (1, 20) and labelled.labels.tolist() == [0, 1, 2]
+
+
+# --- FixMatch's strong view ------------------------------------------------------------------------------------------
+
+
+def photo(size: int = 32) -> Image.Image:
+    """Smooth colours with some texture, no pixel of Cutout's grey."""
+    y, x = np.mgrid[:size, :size]
+    pixels = np.stack([30 + 3 * x, 200 - 4 * y, 90 + 2 * ((x * y) % 13)], 2)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def test_the_pool_is_that_of_fixmatch() -> None:
+    """Each operation at the levels 0.1 and 0.9 by PIL's own definition; Rotate up to 30, posterize 4 to 8 bits, ..."""
+    image = photo()
+    pixels = np.asarray(image).astype(int)
+    assert len(POOL) == 14
+    got = {name: [np.asarray(POOL[name](image, level, 1)).astype(int) for level in (0.1, 0.9)] for name in POOL}
+    for level, at in ((0.1, 0), (0.9, 1)):
+        factor = 0.05 + 0.9 * level
+        assert np.abs(got["brightness"][at] - factor * pixels).max() <= 1
+        grey = pixels @ [0.299, 0.587, 0.114]
+        assert np.abs(got["color"][at] - (grey[..., None] + factor * (pixels - grey[..., None]))).max() <= 2
+        mean = round(float(np.asarray(image.convert("L")).mean()))
+        assert np.abs(got["contrast"][at] - (mean + factor * (pixels - mean))).max() <= 2
+        bits = {0.1: 4, 0.9: 7}[level]
+        np.testing.assert_array_equal(got["posterize"][at], pixels >> (8 - bits) << (8 - bits))
+        border = 256 - int(256 * level)
+        np.testing.assert_array_equal(got["solarize"][at], np.where(pixels < border, pixels, 255 - pixels))
+        shift = int(0.3 * level * 32)
+        np.testing.assert_array_equal(got["translate_x"][at][:, : 32 - shift], pixels[:, shift:])
+        np.testing.assert_array_equal(got["translate_y"][at][: 32 - shift], pixels[shift:])
+        np.testing.assert_array_equal(got["rotate"][at], np.asarray(image.rotate(int(30 * level))))
+    for name in ("shear_x", "shear_y"):
+        line = got[name][1] if name == "shear_x" else got[name][1].transpose(1, 0, 2)
+        whole = pixels if name == "shear_x" else pixels.transpose(1, 0, 2)
+        np.testing.assert_array_equal(line[10, : 32 - 3], whole[10, 3:])  # row 10 by 0.27 * 10.5 = 2.8 pixels
+    assert np.array_equal(got["identity"][0], pixels)
+    assert np.asarray(got["autocontrast"][0]).min() == 0 and got["autocontrast"][0].max() == 255
+    other = {name: np.asarray(POOL[name](image, 0.9, -1)) for name in POOL}
+    signed = {name for name in POOL if not np.array_equal(other[name], got[name][1])}
+    assert signed == {"rotate", "shear_x", "shear_y", "translate_x", "translate_y"}
+
+
+def test_how_often_fixmatch_changes_an_image() -> None:
+    """Each of two operations with probability 1/2 (identity and others leave some as they are); magnitudes 1 to 9."""
+    image, seen, levels = photo(), Counter(), Counter()
+    strong = FixMatchAugment()
+    with pytest.MonkeyPatch.context() as patch, sample_rng(0):
+        for name in POOL:
+
+            def applied(x: Image.Image, level: float, sign: int, name: str = name) -> Image.Image:
+                seen[name] += 1
+                levels[level] += 1
+                return x
+
+            patch.setitem(POOL, name, applied)
+        patch.setattr(FixMatchAugment, "cutout", staticmethod(lambda x: x))
+        counts = []
+        for _ in range(3000):
+            before = seen.total()
+            strong(image)
+            counts.append(seen.total() - before)
+    share = [counts.count(k) / 3000 for k in range(3)]
+    assert share == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
+    assert set(seen) == set(POOL) and min(seen.values()) > 3000 / 14 * 0.75
+    assert sorted(levels) == [i / 10 for i in range(1, 10)] and min(levels.values()) > 3000 / 9 * 0.75
+
+
+def test_cutout_is_a_grey_box_of_half_the_side() -> None:
+    image, places = photo(), []
+    with sample_rng(1):
+        for _ in range(300):
+            grey = (np.asarray(FixMatchAugment.cutout(image)) == 127).all(2)
+            rows, columns = (np.flatnonzero(grey.any(axis)) for axis in (1, 0))
+            assert grey.sum() == len(rows) * len(columns)  # a box
+            assert 8 <= len(rows) <= 16 and 8 <= len(columns) <= 16
+            places.append((rows[0], columns[0], len(rows) == len(columns) == 16))
+    assert not (np.asarray(image) == 127).all(2).any()
+    assert {0, 23} <= {row for row, _, _ in places} and sum(whole for _, _, whole in places) > 100
 
 
 # --- the labelled stream ---------------------------------------------------------------------------------------------

@@ -101,6 +101,31 @@ def test_other_labelled_images_than_in_training_are_refused(run, data, tmp_path,
         evaluated(eval_cls, tmp_path / "cls", *flags)
 
 
+def test_a_list_of_labelled_images_that_has_moved(data, tmp_path, monkeypatch):
+    """It is named, and may be given; another list is refused by its hash."""
+    names = [f"class{c}/{18 * c + i:02d}.png" for c in range(3) for i in (1, 5)]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    train(
+        data, tmp_path / "run", "--labels_per_class", "0", "--split_file", str(tmp_path / "list.txt"), "--epochs", "1"
+    )
+    (tmp_path / "list.txt").rename(tmp_path / "moved.txt")
+    flags = ["--pretrained", str(tmp_path / "run/checkpoint.pth"), "--data_dir", str(data), "--pseudo"]
+    result = evaluated(eval_cls, tmp_path / "cls", *flags, "--split_file", str(tmp_path / "moved.txt"))
+    assert result["unlabelled"] == 42
+    no_passes(monkeypatch)
+    with pytest.raises(
+        UserError, match="list.txt: the run's list of labelled images is not there; give it as --split_f"
+    ):
+        evaluated(eval_cls, tmp_path / "cls", *flags)
+    (tmp_path / "other.txt").write_text("\n".join([*names[:-1], "class2/38.png"]))
+    with pytest.raises(UserError, match="choose other labelled images here"):
+        evaluated(eval_cls, tmp_path / "cls", *flags, "--split_file", str(tmp_path / "other.txt"))
+    drawn = ["--pretrained", str(tmp_path / "drawn/checkpoint.pth"), *flags[2:]]
+    train(data, tmp_path / "drawn", "--epochs", "1")
+    with pytest.raises(UserError, match="--split_file: the run had no list"):
+        evaluated(eval_cls, tmp_path / "cls", *drawn, "--split_file", str(tmp_path / "moved.txt"))
+
+
 def test_logits_that_do_not_fit_into_memory_are_refused(run, data, tmp_path, monkeypatch):
     no_passes(monkeypatch)
     flags = ["--pretrained", str(run), "--data_dir", str(data), "--pseudo"]

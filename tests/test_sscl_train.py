@@ -20,6 +20,7 @@ from shared_utils import UserError, checkpoint
 from shared_utils.data import ImageList
 from shared_utils.run import Diverged, Run
 from sscl import eval_cls, losses, main, options
+from sscl.arch import Encoder
 from sscl.model import SsCL
 from tests.checkpoints import differing
 from tests.sscl_images import SMALL, rows, train, write_images
@@ -27,6 +28,7 @@ from tests.sscl_images import SMALL, rows, train, write_images
 ROOT = Path(__file__).resolve().parents[1]
 SUPERVISED = "--lambda_u 0 --lambda_c 0"
 FIXMATCH = "--lambda_c 0 --calib none --da off"
+PUBLISHED = f"{FIXMATCH} --strong fixmatch --joint_views --bn_momentum 0.1"
 JOINT = "--calib none --neighbours off"
 MOCO = "--no_labels --lambda_u 0 --calib none --num_pos 0"
 
@@ -45,7 +47,9 @@ def data(tmp_path_factory) -> Path:
         ("", "pl/acc_calib neighbours/num_pos proto/mean_offdiag_cos proto/min_count da/entropy", ""),
         (SUPERVISED, "", "pl/acc_raw neighbours/num_pos proto/mean_offdiag_cos"),
         (FIXMATCH, "pl/acc_raw pl/coverage", "pl/acc_calib neighbours/num_pos proto/mean_offdiag_cos"),
+        (PUBLISHED, "pl/acc_raw pl/coverage", "pl/acc_calib neighbours/num_pos proto/mean_offdiag_cos"),
         (JOINT, "pl/acc_calib neighbours/num_pos", ""),
+        ("--joint_views", "neighbours/num_pos pl/acc_calib", ""),
         ("--calib none --ctr per_positive --sim embed", "neighbours/num_pos", ""),
         (
             "--neighbours off --sim embed --proto ema --calib average --labelled_anchors",
@@ -66,9 +70,9 @@ def test_every_arm_trains(arm, present, absent, data, tmp_path):
     keys = "queue queue_label queue_conf queue_index queue_ptr prototypes encoder_q.fc.weight encoder_k.proj.2.bias"
     assert set(keys.split()) <= set(state)
     used = [bool(log[-1][f"loss/{name}"]) for name in "xuc"]
-    assert used == [arm != MOCO, arm not in (SUPERVISED, MOCO), arm not in (SUPERVISED, FIXMATCH)]
+    assert used == [arm != MOCO, arm not in (SUPERVISED, MOCO), arm not in (SUPERVISED, FIXMATCH, PUBLISHED)]
     assert all(row["loss/u"] == 0 for row in log[:6])  # --pl_start 1
-    assert bool((state["queue_index"] >= 0).any()) == (arm not in (SUPERVISED, FIXMATCH))
+    assert bool((state["queue_index"] >= 0).any()) == (arm not in (SUPERVISED, FIXMATCH, PUBLISHED))
 
 
 @pytest.mark.parametrize(("theta", "coverage"), [("1.01", 0), ("0", 1)])
@@ -129,6 +133,81 @@ def test_fixmatch_to_the_bit(data, tmp_path, monkeypatch):  # property 4
         fixmatch = ce(x, labels[2 * number]) + (ce(strong, guess, reduction="none") * mask).mean()
         assert torch.equal(step["loss"], fixmatch.detach())
     assert 8 < kept < 12 * 8
+
+
+def test_fixmatch_as_published_to_the_bit(data, tmp_path, monkeypatch):
+    """Labelled, weak and strong views in one pass of one batch norm; the weak ones' argmax above 0.35 is the target."""
+    batches: list[tuple[Tensor, Tensor]] = []
+    losses_seen: list[Tensor] = []
+    forward, log, ce, labels = Encoder.forward, Run.log, F.cross_entropy, []
+
+    def passed(encoder, x):
+        out = forward(encoder, x)
+        batches.append((x.detach(), out[0]))
+        return out
+
+    def logged(run, loss, **values):
+        losses_seen.append(loss.clone())
+        log(run, loss, **values)
+
+    def watched(logits, target, **more):
+        labels.append(target)
+        return ce(logits, target, **more)
+
+    monkeypatch.setattr(Encoder, "forward", passed)
+    monkeypatch.setattr(Run, "log", logged)
+    monkeypatch.setattr(F, "cross_entropy", watched)
+    flags = [*PUBLISHED.split(), "--pl_start", "0", "--theta", "0.35", "--bn_splits", "1"]
+    train(data, tmp_path, *flags)
+    monkeypatch.undo()
+    assert len(batches) == len(losses_seen) == 12 and {len(x) for x, _ in batches} == {4 + 8 + 8}
+    kept = 0
+    for number, (_, logits) in enumerate(batches):
+        own, weak, strong = logits.split([4, 8, 8])
+        confidence, guess = weak.softmax(1).max(1)
+        kept += int((confidence >= 0.35).sum())
+        u = (ce(strong, guess, reduction="none") * (confidence >= 0.35)).mean()
+        assert torch.equal(losses_seen[number], (ce(own, labels[2 * number]) + u).detach())
+    assert 8 < kept < 12 * 8
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.25])
+def test_the_ema_is_tested_with_statistics_of_its_own_window(momentum, data, tmp_path, monkeypatch):
+    """Without key passes the copy takes the query's running statistics, whose momentum is --bn_momentum: those of the
+    steps before, since the copy follows at the start of a step."""
+    means: list[Tensor] = []
+    forward = Encoder.forward
+
+    def passed(encoder, x):
+        out = forward(encoder, x)
+        first = F.conv2d(x.float(), encoder.backbone.conv1.weight, padding=1)
+        means.append(first.mean((0, 2, 3)).detach())
+        return out
+
+    monkeypatch.setattr(Encoder, "forward", passed)
+    train(data, tmp_path, *PUBLISHED.split(), "--bn_momentum", str(momentum), "--bn_splits", "1", "--pl_start", "0")
+    expected = [torch.zeros_like(means[0])]
+    for mean in means:
+        expected.append(expected[-1].lerp(mean, momentum))
+    state = checkpoint.load(tmp_path / "checkpoint.pth")["state_dict"]
+    for copy, at in (("encoder_q", -1), ("encoder_k", -2)):
+        torch.testing.assert_close(state[f"{copy}.backbone.bn1.running_mean"], expected[at], rtol=1e-4, atol=1e-5)
+    weights = [state[f"{copy}.backbone.conv1.weight"] for copy in ("encoder_q", "encoder_k")]
+    assert not torch.equal(*weights)  # --moco_m 0.9: an average
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (f"{SUPERVISED} --joint_views", "--joint_views: this arm makes no predictions of weak views"),
+        (f"{MOCO} --joint_views", "--joint_views: this arm makes no predictions of weak views"),
+        ("--bn_momentum 0", "--bn_momentum 0.0: must lie above 0"),
+        ("--bn_momentum 1.5", "--bn_momentum 1.5: must lie above 0"),
+    ],
+)
+def test_flags_of_fixmatch_that_contradict_an_arm(flags, message, data, tmp_path):
+    with pytest.raises(UserError, match=re.escape(message)):
+        train(data, tmp_path, *flags.split())
 
 
 def test_without_labels_it_is_moco(data, tmp_path, monkeypatch):  # property 3
@@ -410,6 +489,18 @@ def test_terminated_and_resumed_is_bit_identical(step, data, whole, tmp_path, mo
     assert [[r[k] for k in keys] for r in log] == [[r[k] for k in keys] for r in rows(whole)]
 
 
+def test_fixmatch_terminated_and_resumed_is_bit_identical(data, tmp_path, monkeypatch):
+    """Also the operations drawn for the strong views, whatever the number of workers."""
+    flags = [*PUBLISHED.split(), "--pl_start", "0"]
+    train(data, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        stop_at(8, patch)
+        with pytest.raises(SystemExit):
+            train(data, tmp_path / "cut", *flags)
+    train(data, tmp_path / "cut", *flags, "--workers", "1")
+    assert differing(tmp_path / "whole", tmp_path / "cut") == []
+
+
 def test_a_crash_between_checkpoints_and_the_same_command_again_is_bit_identical(data, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         log = Run.log
@@ -462,8 +553,9 @@ def test_a_diverged_run_stops(data, tmp_path):
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_equal_one_with_two_splits(data, tmp_path):  # trap 15
-    flags = ["--epochs", "2", "--log-every", "1", "--labelled_anchors"]
+@pytest.mark.parametrize("arm", ["--labelled_anchors", PUBLISHED])
+def test_two_processes_equal_one_with_two_splits(arm, data, tmp_path):  # trap 15
+    flags = ["--epochs", "2", "--log-every", "1", *arm.split()]
     log = train(data, tmp_path / "one", *flags)
     flags += ["--bn_splits", "1"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

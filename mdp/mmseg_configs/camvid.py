@@ -5,8 +5,8 @@ _base_ = ["./_deeplabv3.py"]
 crop_size = (96, 96)
 scale = (1024, 180)
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations"),
+    dict(type="LoadPhoto"),
+    dict(type="LoadLabels"),
     dict(type="RandomResize", scale=scale, ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
     dict(type="RandomFlip", prob=0.5),
@@ -15,43 +15,28 @@ train_pipeline = [
 ]
 # The label is loaded after Resize: predictions are scored at the original size.
 test_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadPhoto"),
     dict(type="Resize", scale=scale, keep_ratio=True),
-    dict(type="LoadAnnotations"),
+    dict(type="LoadLabels"),
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(
     batch_size=16,
     num_workers=2,
     sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(
-        type="CamVidDataset",
-        data_root="data/camvid11",
-        data_prefix=dict(img_path="images/train", seg_map_path="labels/train"),
-        pipeline=train_pipeline,
-    ),
+    dataset=dict(type="MDPDataset", name="camvid", split="train", data_root="data", pipeline=train_pipeline),
 )
 val_dataloader = dict(
     batch_size=1,
     num_workers=2,
     sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        type="CamVidDataset",
-        data_root="data/camvid11",
-        data_prefix=dict(img_path="images/val", seg_map_path="labels/val"),
-        pipeline=test_pipeline,
-    ),
+    dataset=dict(type="MDPDataset", name="camvid", split="val", data_root="data", pipeline=test_pipeline),
 )
 test_dataloader = dict(
     batch_size=1,
     num_workers=2,
     sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        type="CamVidDataset",
-        data_root="data/camvid11",
-        data_prefix=dict(img_path="images/test", seg_map_path="labels/test"),
-        pipeline=test_pipeline,
-    ),
+    dataset=dict(type="MDPDataset", name="camvid", split="test", data_root="data", pipeline=test_pipeline),
 )
 
 model = dict(

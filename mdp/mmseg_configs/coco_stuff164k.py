@@ -4,8 +4,8 @@ _base_ = ["./_deeplabv3.py"]
 crop_size = (512, 512)
 scale = (2048, 512)
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations"),
+    dict(type="LoadPhoto"),
+    dict(type="LoadLabels"),
     dict(type="RandomResize", scale=scale, ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
     dict(type="RandomFlip", prob=0.5),
@@ -14,32 +14,22 @@ train_pipeline = [
 ]
 # The label is loaded after Resize: predictions are scored at the original size.
 test_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadPhoto"),
     dict(type="Resize", scale=scale, keep_ratio=True),
-    dict(type="LoadAnnotations"),
+    dict(type="LoadLabels"),
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(
     batch_size=16,
     num_workers=4,
     sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(
-        type="COCOStuffDataset",
-        data_root="data/coco_stuff164k",
-        data_prefix=dict(img_path="images/train2017", seg_map_path="annotations/train2017"),
-        pipeline=train_pipeline,
-    ),
+    dataset=dict(type="MDPDataset", name="coco", split="train", data_root="data", pipeline=train_pipeline),
 )
 val_dataloader = dict(
     batch_size=1,
     num_workers=4,
     sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        type="COCOStuffDataset",
-        data_root="data/coco_stuff164k",
-        data_prefix=dict(img_path="images/val2017", seg_map_path="annotations/val2017"),
-        pipeline=test_pipeline,
-    ),
+    dataset=dict(type="MDPDataset", name="coco", split="val", data_root="data", pipeline=test_pipeline),
 )
 test_dataloader = val_dataloader
 

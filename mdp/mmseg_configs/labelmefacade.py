@@ -5,8 +5,8 @@ _base_ = ["./_deeplabv3.py"]
 crop_size = (96, 96)
 scale = (1024, 180)
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations"),
+    dict(type="LoadPhoto"),
+    dict(type="LoadLabels"),
     dict(type="RandomResize", scale=scale, ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
     dict(type="RandomFlip", prob=0.5),
@@ -15,33 +15,22 @@ train_pipeline = [
 ]
 # The label is loaded after Resize: predictions are scored at the original size.
 test_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadPhoto"),
     dict(type="Resize", scale=scale, keep_ratio=True),
-    dict(type="LoadAnnotations"),
+    dict(type="LoadLabels"),
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(
     batch_size=16,
     num_workers=2,
     sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(
-        type="LabelMeFacadeDataset",
-        data_root="data/labelmefacade8",
-        data_prefix=dict(img_path="images/train", seg_map_path="labels/train"),
-        pipeline=train_pipeline,
-    ),
+    dataset=dict(type="MDPDataset", name="labelmefacade", split="train", data_root="data", pipeline=train_pipeline),
 )
 val_dataloader = dict(
     batch_size=1,
     num_workers=2,
     sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        type="LabelMeFacadeDataset",
-        data_root="data/labelmefacade8",
-        data_prefix=dict(img_path="images/test", seg_map_path="labels/test"),
-        ann_file="{{ fileDirname }}/../splits/labelmefacade_holdout.txt",
-        pipeline=test_pipeline,
-    ),
+    dataset=dict(type="MDPDataset", name="labelmefacade", split="holdout", data_root="data", pipeline=test_pipeline),
 )
 test_dataloader = val_dataloader
 

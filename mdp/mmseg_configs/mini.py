@@ -4,8 +4,8 @@ _base_ = ["./_deeplabv3.py"]
 crop_size = (64, 64)
 scale = (1024, 96)
 train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations"),
+    dict(type="LoadPhoto"),
+    dict(type="LoadLabels"),
     dict(type="RandomResize", scale=scale, ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type="RandomCrop", crop_size=crop_size, cat_max_ratio=0.75),
     dict(type="RandomFlip", prob=0.5),
@@ -14,9 +14,9 @@ train_pipeline = [
 ]
 # The label is loaded after Resize: predictions are scored at the original size.
 test_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadPhoto"),
     dict(type="Resize", scale=scale, keep_ratio=True),
-    dict(type="LoadAnnotations"),
+    dict(type="LoadLabels"),
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(
@@ -24,23 +24,14 @@ train_dataloader = dict(
     num_workers=2,
     sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
-        type="CityscapesDataset",
-        data_root="data/cityscapes",
-        data_prefix=dict(img_path="leftImg8bit/train", seg_map_path="gtFine/train"),
-        indices=60,
-        pipeline=train_pipeline,
+        type="MDPDataset", name="cityscapes", split="train", data_root="data", indices=60, pipeline=train_pipeline
     ),
 )
 val_dataloader = dict(
     batch_size=1,
     num_workers=2,
     sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(
-        type="CityscapesDataset",
-        data_root="data/cityscapes",
-        data_prefix=dict(img_path="leftImg8bit/val", seg_map_path="gtFine/val"),
-        pipeline=test_pipeline,
-    ),
+    dataset=dict(type="MDPDataset", name="cityscapes", split="val", data_root="data", pipeline=test_pipeline),
 )
 test_dataloader = val_dataloader
 
