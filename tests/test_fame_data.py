@@ -102,7 +102,7 @@ def test_names_in_lists_as_other_tools_write_them(tmp_path):
     for name in ("B b/v 1", "A/v 1", "A/v2"):
         folder(tmp_path / "data" / name)
     (tmp_path / "anno").mkdir()
-    lines = ["/home/else/UCF-101/A/v 1.avi 1", "UCF-101/B b/v 1.avi 2 ", ".\\A\\v2.avi\t1", "  B b/v 1.avi  "]
+    lines = ["/else/UCF-101/A/v 1.avi 1", "UCF-101/B b/v 1.avi 2 ", ".\\A\\v2.avi\t1", "  B b/v 1.avi  "]
     (tmp_path / "anno/trainlist01.txt").write_text("\r\n".join(lines) + " \r\n")
     found, _ = listing(tmp_path, "ucf101", True)
     rows = [("A", "A/v 1.avi"), ("B b", "B b/v 1.avi"), ("A", "A/v2.avi"), ("B b", "B b/v 1.avi")]
