@@ -117,7 +117,8 @@ def below_floor(found: Mapping[str, Seeds]) -> list[str]:
     lines = []
     for arm, seeds in found.items():
         ours, floor = ARMS.compared(seeds, found["supervised"], ARMS.claim)
-        if arm != "supervised" and verdict(ours, floor, paired=True) == "below":
+        one = ARMS.compare(found, arm, "supervised", ARMS.claim)
+        if arm != "supervised" and one is not None and one.below:
             lines.append(
                 f"{ARMS.arms[arm]}: {cell(ours)}, below training on the labels alone ({cell(floor)}): no baseline here"
             )
@@ -190,8 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     ARMS.main(args)
     if args.root is not None:
         found = ARMS.measured(args.root)
-        print(*below_floor(found), calibration_table(found), sep="
-")
+        print(*below_floor(found), calibration_table(found), sep="\n")
     if args.record:
         file = ARMS.home / "results.csv"
         rows = sum(replace_rows(file, f"pseudo-{name}-", calibration_rows(name)) for name in ARMS.sets)
