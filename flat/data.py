@@ -63,7 +63,7 @@ def _from_folders(root: Path) -> dict[str, Files]:
     for split, name in SPLITS.items():
         images = image_folder(root / name)
         files: Files = defaultdict(list)
-        for path, label in images.samples:
+        for path, label in zip(images.paths(), images.labels.tolist()):
             files[images.classes[label]].append(path)
         out[split] = dict(files)
     return out
@@ -106,7 +106,7 @@ def _from_csv(root: Path) -> dict[str, Files]:
 def _from_cub(root: Path) -> dict[str, Files]:
     images = image_folder(need_folder(root / "images", "expected CUB_200_2011 with images/001.Name/*.jpg"))
     files: list[list[Path]] = [[] for _ in images.classes]
-    for path, label in images.samples:
+    for path, label in zip(images.paths(), images.labels.tolist()):
         files[label].append(path)
     part = {0: "base", 1: "val", 2: "base", 3: "novel"}
     out: dict[str, Files] = {split: {} for split in SPLITS}

@@ -114,7 +114,7 @@ def attribute_labels(root: Path, images: ImageList) -> dict[str, tuple[Tensor, l
         raise UserError(f"{file}: must have a column path and at least one attribute")
     by_path = {row["path"]: row for row in rows}
     try:
-        found = [by_path[path.relative_to(root).as_posix()] for path, _ in images.samples]
+        found = [by_path[path.relative_to(root).as_posix()] for path in images.paths()]
     except (KeyError, ValueError) as error:
         raise UserError(f"{file}: does not name {error}; it must have a row for every image") from None
     out = {}

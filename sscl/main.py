@@ -55,7 +55,7 @@ def labelled_images(args: argparse.Namespace, images: ImageList) -> list[int]:
         check_frozen(counts, args.labels_per_class, args.split, chosen)
     else:
         chosen = labelled_indices(images, args.split_file, args.fraction, args.data / "train", args.split)
-    missing = set(range(len(images.classes))) - {images.samples[i][1] for i in chosen}
+    missing = set(range(len(images.classes))) - {images.label(i) for i in chosen}
     if missing:
         raise UserError(f"class {images.classes[min(missing)]} has no labelled image; every class needs one")
     args.split_sha256 = split_hash(chosen)
@@ -128,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     run.track(state_dict=Whole(model), optimizer=optimizer)
     steps = epochs.steps_per_epoch
     peak = max(learning_rate(args, step, steps) for step in (0, round(args.warmup_epochs * steps)))
+    run.reads(unlabelled.images)
     run.preflight(facts(run, images, chosen_images, model, steps, peak, report, views))
 
     for epoch, (batch, own) in run.batches(pairs, pairs, args.epochs):

@@ -148,7 +148,7 @@ def test_subsets_of_classes_and_images(tmp_path: Path) -> None:
         data.pick_classes(names, 21, 0)
     files = {"x": [tmp_path / f"x{i}" for i in range(5)], "y": [tmp_path / f"y{i}" for i in range(3)]}
     held, rest = data.as_list(files, 0, 2), data.as_list(files, 2)
-    assert not {p for p, _ in held.samples} & {p for p, _ in rest.samples} and len(held) + len(rest) == 8
+    assert not {*held.paths()} & {*rest.paths()} and len(held) + len(rest) == 8
     with pytest.raises(UserError, match="class y has no image left of 3"):
         data.as_list(files, 3)
 

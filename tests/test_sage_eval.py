@@ -141,7 +141,7 @@ def test_attributes_are_those_of_the_images(data):
     assert [len(values) for _, values in labels.values()] == [10, 8, 4, 6]
     listed = dict(line.split(",", 1) for line in (data / "attributes.csv").read_text().splitlines())
     for i in (0, 17, 40):
-        path = train.samples[i][0].relative_to(data).as_posix()
+        path = train.path(i).relative_to(data).as_posix()
         got = [values[int(y[i])] for y, values in labels.values()]
         assert ",".join(got) == listed[path]
 
@@ -232,11 +232,12 @@ def test_layouts_of_the_fine_grained_sets(kind, data, tmp_path):
     source = {split: image_folder(data / split) for split in ("train", "val")}
     for found, wanted in ((train, source["train"]), (val, source["val"])):
         assert len(found) == len(wanted) and len(found.classes) == 5
-        assert sorted((path.name, y) for path, y in found.samples) == sorted((p.name, y) for p, y in wanted.samples)
+        named = [sorted(zip((p.name for p in part.paths()), part.labels.tolist())) for part in (found, wanted)]
+        assert named[0] == named[1]
     before = sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.jpg"))
     write_mini(kind, data, tmp_path)
     assert before == sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.jpg"))
-    missing = train.samples[3][0]
+    missing = train.path(3)
     missing.unlink()
     with pytest.raises(UserError, match=f"{missing.name}: no such image, but .* names it"):
         READERS[kind](tmp_path)

@@ -33,9 +33,9 @@ def test_image_folder_numbers_classes_alphabetically(tmp_path):
     for name in ("b/2.png", "a/1.jpg", "a/sub/3.png"):
         write(tmp_path / name)
     data = image_folder(tmp_path, transform=lambda image: image.size)
-    assert data.classes == ["a", "b"] and [y for _, y in data.samples] == [0, 0, 1]
+    assert data.classes == ["a", "b"] and data.labels.tolist() == [0, 0, 1]
     assert data[2] == ((5, 4), 1, 2)
-    assert [y for _, y in flat_folder(tmp_path).samples] == [-1] * 3
+    assert flat_folder(tmp_path).labels.tolist() == [-1] * 3
 
 
 def test_bad_folders_are_named(tmp_path):
@@ -62,9 +62,10 @@ def test_list_files_in_both_forms(tmp_path):
         write(tmp_path / name)
     subset = tmp_path / "1percent.txt"
     subset.write_text("b/2.png\n")
-    assert list_file(subset, tmp_path).samples == [(tmp_path / "b/2.png", 1)]
+    listed = list_file(subset, tmp_path)
+    assert listed.paths() == [tmp_path / "b/2.png"] and listed.labels.tolist() == [1]
     subset.write_text("a/1.png 7\nb/2.png 3\n")
-    assert [y for _, y in list_file(subset, tmp_path).samples] == [7, 3]
+    assert list_file(subset, tmp_path).labels.tolist() == [7, 3]
     subset.write_text("a/1.png\na/9.png\n")
     with pytest.raises(UserError, match=r"1percent.txt, line 2: .*a/9.png does not exist"):
         list_file(subset, tmp_path)
@@ -152,7 +153,7 @@ def test_lists_number_classes_as_folders_do(tmp_path):
     for name in ("a/1.png", "b/2.png", ".cache/3.png"):
         write(tmp_path / name)
     (tmp_path / "list.txt").write_text("b/2.png\n")
-    assert list_file(tmp_path / "list.txt", tmp_path).samples[0][1] == 1 == image_folder(tmp_path).samples[-1][1]
+    assert list_file(tmp_path / "list.txt", tmp_path).label(0) == 1 == image_folder(tmp_path).label(-1)
 
 
 class Noise(torch.utils.data.Dataset):
@@ -226,7 +227,7 @@ def test_first_images_of_each_class(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (2, 2)).save(tmp_path / f"{name}.png")
     two = per_class(image_folder(tmp_path), 2)
-    assert [(path.parent.name, path.stem, y) for path, y in two.samples] == [
+    assert [(path.parent.name, path.stem, y) for path, y in zip(two.paths(), two.labels.tolist())] == [
         ("a", "1", 0),
         ("a", "2", 0),
         ("b", "1", 1),
