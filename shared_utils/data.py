@@ -58,7 +58,7 @@ def load_image(path: str | os.PathLike, mode: str | None = "RGB") -> Image.Image
         raise UserError(f"{path}: not a readable image ({reason}); replace or remove the file") from None
 
 
-def _grey_bits(image: Image.Image) -> int:
+def _grey_bits(image: Any) -> int:
     """Bits of a grey pixel in an opened file that is not decoded yet, by PIL's name of its raw mode (`L;4`)."""
     args = image.tile[0][3] if image.tile else ""
     raw = args if isinstance(args, str) else args[0] if isinstance(args, tuple) and args else ""
@@ -202,8 +202,8 @@ def fingerprint(paths: Iterable[str | bytes | os.PathLike], labels: Tensor | Non
     folder (the frames of a video) its number of entries.
     """
     names = [os.fsencode(path) for path in paths]
-    common = os.path.commonprefix([min(names), max(names)]) if names else b""  # of all, as the two are the extremes
-    start = common.rfind(b"/") + 1
+    ends = [os.fsdecode(name) for name in (min(names), max(names))] if names else [""]  # what these share, all share
+    start = len(os.fsencode(os.path.commonprefix(ends).rpartition("/")[0]))
     digest = hashlib.sha256(b"\0".join(name[start:] for name in names))
     if labels is not None:
         digest.update(labels.numpy().tobytes())

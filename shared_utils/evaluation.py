@@ -122,13 +122,13 @@ def labelled_indices(train: ImageList, file: Path | None, fraction: float, root:
         return sorted(chosen)
     if not file.is_file():
         raise UserError(f"{file}: no such list file; give another path, or --fraction instead")
-    rows = list_rows(file, "a list of images, `name.JPEG` or `CLASS/image.jpg` a line")
-    if not any(label is not None or os.path.dirname(name.replace("\\", "/")) for _, name, label in rows):
-        return _by_name(train, file, root, rows)
+    listing = list_rows(file, "a list of images, `name.JPEG` or `CLASS/image.jpg` a line")
+    if not any(label is not None or os.path.dirname(name.replace("\\", "/")) for _, name, label in listing):
+        return _by_name(train, file, root, listing)
     listed = list_file(file, root)
     by_path = {path: i for i, path in enumerate(train.paths())}
     chosen = []
-    for (number, *_), path, label in zip(rows, listed.paths(), listed.labels.tolist(), strict=True):
+    for (number, *_), path, label in zip(listing, listed.paths(), listed.labels.tolist(), strict=True):
         index = by_path.get(path)
         if index is None:
             raise UserError(f"{file}, line {number}: {path} is not among the training images (--per_class, {root})")

@@ -49,13 +49,14 @@ def open_run(path: Path, parser: argparse.ArgumentParser, command: str, holds: S
     saved = checkpoint.load(path)
     flags = saved.get("args") if isinstance(saved, Mapping) else None
     own = vars(parser.parse_args([]))
-    right = isinstance(flags, Mapping) and all(name in saved for name in holds)
-    if right and "job" in saved:
-        right = saved["job"] == parser.prog
-    elif right:  # older: a flag may be newer than the file; another job's file also has flags that are unknown here
+    right = False
+    if isinstance(flags, Mapping) and all(name in saved for name in holds):
+        # An older file does not name its job. A flag may be newer than the file; that of another job lacks flags too,
+        # but has some that are unknown here.
         missing, foreign = set(own) - set(flags), set(flags) - set(own)
         right = not missing or (not foreign and len(missing) < len(own) / 2)
-    if not right:
+        right = saved["job"] == parser.prog if "job" in saved else right
+    if not isinstance(flags, Mapping) or not right:
         raise UserError(f"{path}: not a checkpoint of {parser.prog}; make one with: {command}")
     flags = {**own, **flags}
     paths = {action.dest for action in parser._actions if action.type is Path}

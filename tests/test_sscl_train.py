@@ -344,7 +344,7 @@ class Guarded(ImageList):
 
 
 def test_a_guarded_label_raises(data):
-    images = main.training_images(data)
+    images: Any = main.training_images(data)
     images.__class__ = Guarded
     images.guard({2})
     assert images.label(2) == 0
