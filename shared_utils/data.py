@@ -297,8 +297,12 @@ class ImageList(Dataset):
         """Whether the images lie in memory."""
         return self._array is not None or self._pixels is not None
 
+    def file(self, index: int) -> str:
+        """The path as text. A `Path` would leave its parts in python's table of strings, of each process."""
+        return os.fsdecode(self._names[self._starts[index] : self._ends[index]].numpy().tobytes())
+
     def path(self, index: int) -> Path:
-        return Path(os.fsdecode(self._names[self._starts[index] : self._ends[index]].numpy().tobytes()))
+        return Path(self.file(index))
 
     def _all_names(self) -> list[bytes]:
         names = self._names.numpy().tobytes()
@@ -318,11 +322,11 @@ class ImageList(Dataset):
         if self._pixels is not None:
             first, (height, width) = int(self._first[index]), self._sizes[index].tolist()
             return self._pixels[first : first + 3 * height * width].view(height, width, 3).numpy()
-        return np.array(load_image(self.path(index)))
+        return np.array(load_image(self.file(index)))
 
     def image(self, index: int) -> Image.Image:
         """The decoded image, RGB."""
-        return Image.fromarray(self.pixels(index)) if self.decoded else load_image(self.path(index))
+        return Image.fromarray(self.pixels(index)) if self.decoded else load_image(self.file(index))
 
     def __getitem__(self, index: int) -> tuple[Any, int, int]:
         image = self.image(index)
