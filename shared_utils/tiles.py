@@ -54,7 +54,7 @@ def open_run(path: Path, parser: argparse.ArgumentParser, command: str, holds: S
         # An older file does not name its job. A flag may be newer than the file; that of another job lacks flags too,
         # but has some that are unknown here.
         missing, foreign = set(own) - set(flags), set(flags) - set(own)
-        right = not missing or (not foreign and len(missing) < len(own) / 2)
+        right = not missing or (not foreign and len(missing) <= len(own) / 2)
         right = saved["job"] == parser.prog if "job" in saved else right
     if not isinstance(flags, Mapping) or not right:
         raise UserError(f"{path}: not a checkpoint of {parser.prog}; make one with: {command}")
