@@ -103,12 +103,12 @@ def _cub(root: Path) -> Sets:
 
 def _aircraft(root: Path) -> Sets:
     what = "fgvc-aircraft-2013b/data as published (variants.txt, images_variant_*.txt, images/)"
-    classes = read_text(root / "variants.txt", what).splitlines()
+    classes = [line.strip() for line in read_text(root / "variants.txt", what).splitlines() if line.strip()]
     index = {name: y for y, name in enumerate(classes)}
     parts = []
     for split in ("trainval", "test"):
         rows = read_text(root / f"images_variant_{split}.txt", what).splitlines()
-        pairs = [row.split(" ", 1) for row in rows if row]
+        pairs = [row.strip().split(" ", 1) for row in rows if row.strip()]
         parts.append([(_need(root / "images" / f"{key}.jpg", what), index[name]) for key, name in pairs])
     return Sets(ImageList(parts[0], classes), {"test": ImageList(parts[1], classes)})
 
@@ -278,10 +278,14 @@ def read_fewshot(root: Path) -> dict[str, ImageList]:
     for split in ("train", "val", "test"):
         if (file := root / f"{split}.csv").is_file():
             files: dict[str, list[Path]] = defaultdict(list)
+            of: dict[str, str] = {}
             for row in csv.DictReader(read_text(file, "filename,label a line").splitlines()):
-                if not row.get("filename") or not row.get("label"):
+                image, label = ((row.get(key) or "").strip() for key in ("filename", "label"))
+                if not image or not label:
                     raise UserError(f"{file}: expected the columns filename,label, found {','.join(map(str, row))}")
-                files[row["label"]].append(_need(root / "images" / row["filename"], f"the images of {file}"))
+                if of.setdefault(image, label) != label:
+                    raise UserError(f"{file}: {image} is in class {of[image]} and in {label}; restore the list")
+                files[label].append(_need(root / "images" / image, f"the images of {file}"))
             if not files:
                 raise UserError(f"{file}: names no image; expected filename,label a line")
             names = sorted(files)

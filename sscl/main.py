@@ -263,7 +263,7 @@ def renew_prototypes(run: Run, model: SsCL, unlabelled: Unlabelled, transform: A
     model.encoder_k.eval()
     kind = args.proto if run.epoch >= max(1, args.pl_start) else "labelled"
     mu, least = refresh(
-        model.encoder_k.embed, unlabelled.images, transform, torch.tensor(labelled.chosen), labelled.labels,
+        model.encoder_k.embed, unlabelled.images, transform, labelled.chosen, labelled.labels,
         model.prototypes, kind, args.num_nn, args.tau_s, (args.seed, run.epoch, 2), device=run.device,
         batch_size=args.mu * args.batch_labelled // run.world, workers=args.workers, amp=args.amp == "bf16",
     )  # fmt: skip

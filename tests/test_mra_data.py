@@ -156,6 +156,12 @@ def test_few_shot_splits(tmp_path: Path) -> None:
             image(tmp_path / "images" / f"{name}{i}.jpg")
     splits = data.read_fewshot(tmp_path)
     assert [p.name for p in splits["test"].paths()] == ["c1.jpg", "c2.jpg"] and splits["val"].classes == ["b"]
+    (tmp_path / "test.csv").write_bytes(b"filename,label\r\nc2.jpg,c \r\n c1.jpg,c\r\n")
+    again = data.read_fewshot(tmp_path)["test"]
+    assert again.paths() == splits["test"].paths() and again.classes == ["c"]
+    (tmp_path / "test.csv").write_text("filename,label\nc1.jpg,c\nc1.jpg,d\n")
+    with pytest.raises(UserError, match="c1.jpg is in class c and in d; restore the list"):
+        data.read_fewshot(tmp_path)
     (tmp_path / "test.csv").write_text("filename,label\na1.jpg,a\n")
     with pytest.raises(UserError, match="class a is in train and in test"):
         data.read_fewshot(tmp_path)

@@ -154,6 +154,13 @@ def test_bad_attribute_files(data, tmp_path):
     copy = image_folder(tmp_path / "copy/train")
     lines = (data / "attributes.csv").read_text().splitlines()
     file = tmp_path / "copy/attributes.csv"
+    first, rest = lines[1].split(",", 1)
+    file.write_bytes(b" \r\n".join(line.encode() for line in [lines[0], f"./{first},{rest}", *lines[2:], *lines[2:4]]))
+    expected, found = attribute_labels(data, train), attribute_labels(tmp_path / "copy", copy)
+    assert all(torch.equal(found[k][0], expected[k][0]) and found[k][1] == expected[k][1] for k in expected)
+    file.write_text("\n".join([*lines, f"{first},other,{rest.split(',', 1)[1]}"]))
+    with pytest.raises(UserError, match=rf"line {len(lines) + 1}: {first} has other values in an earlier line"):
+        attribute_labels(tmp_path / "copy", copy)
     file.write_text("\n".join(lines[:1] + lines[2:]))
     with pytest.raises(UserError, match="does not name .*must have a row for every image"):
         attribute_labels(tmp_path / "copy", copy)
