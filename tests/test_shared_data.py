@@ -387,7 +387,8 @@ def test_lists_that_do_not_fit_are_one_clear_line(text, message, tmp_path):
 
 def growth(visit):
     """Bytes that a forked process gets for itself while `visit` goes through the numbers 0 to 9,999."""
-    gc.collect(), gc.freeze()  # a collection would write into objects that have nothing to do with it
+    gc.collect()
+    gc.freeze()  # a collection would write into objects that have nothing to do with it
     receiver, sender = os.pipe()
     child = os.fork()
     if not child:
@@ -398,7 +399,8 @@ def growth(visit):
             visit(7919 * i % 10_000)
         os.write(sender, b"%d" % (own_memory(os.getpid()) - before))
         os._exit(0)
-    gc.unfreeze(), os.waitpid(child, 0)
+    gc.unfreeze()
+    os.waitpid(child, 0)
     return int(os.read(receiver, 20))
 
 
