@@ -42,7 +42,9 @@ def load_image(path: str | os.PathLike, mode: str | None = "RGB") -> Image.Image
             bits = _grey_bits(image)
             image.load()
             if mode is None and image.mode == "L" and bits in (2, 4):
-                return Image.fromarray(np.asarray(image) // (255 // (2**bits - 1)))
+                stored = Image.fromarray(np.asarray(image) // (255 // (2**bits - 1)))
+                stored.info["bits"] = bits  # numbers for certain, where 8 bits may be brightness
+                return stored
             if mode is None or image.mode == mode:
                 return image
             if image.mode[0] in "IF":
