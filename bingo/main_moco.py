@@ -120,9 +120,9 @@ def cautions(args: argparse.Namespace, world: int, bags: Bags | None, teacher: E
 def sample_classes(images: ImageList, count: int, each: int = 32) -> ImageList:
     """About `count` images: the first `each` of evenly spaced classes, so that an image has others of its class."""
     number = max(2, count // each)
-    chosen = set(range(0, len(images.classes), max(1, len(images.classes) // number)))
-    kept = per_class(ImageList([x for x in images.samples if x[1] in chosen], images.classes), each)
-    return ImageList(kept.samples[: max(count, 6)], images.classes)
+    step = max(1, len(images.classes) // number)
+    kept = per_class(images.take(torch.nonzero(images.labels % step == 0).flatten()), each)
+    return kept.take(slice(max(count, 6)))
 
 
 def check_teacher(teacher: Encoder, images: ImageList, count: int, img_size: int, run: Run) -> str:
@@ -214,6 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     teacher.eval()
     teacher_is = check_teacher(teacher, images, args.check_teacher, args.img_size, run) if args.check_teacher else ""
     model.train()
+    run.reads(images)
     run.preflight(
         {
             "data": f"{args.data_dir}/train: {len(images)} images, {len(images.classes)} classes",

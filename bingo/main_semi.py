@@ -111,6 +111,7 @@ def finetune(run: Run, network: Any, images: ImageList, facts: dict[str, Any]) -
     net: nn.Module = nn.parallel.DistributedDataParallel(network) if run.world > 1 else network
     run.track(state_dict=network, optimizer=optimizer)
     steps = sampler.steps_per_epoch
+    run.reads(images)
     run.preflight(
         {
             **facts,

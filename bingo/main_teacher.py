@@ -98,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         caution["CAUTION, batch norm"] = (
             "one batch norm over query and key batches lets MoCo cheat: --bn_splits 8, or several processes"
         )
+    run.reads(images)
     run.preflight(
         {
             "data": f"{args.data_dir}/train: {len(images)} images, {len(images.classes)} classes",

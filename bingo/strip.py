@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     for r, a in enumerate(args.anchors):
         cells = [tiles.tile(images.image(a), 76, "anchor", tiles.BLUE)]
         for m, place, now in zip(members[a].tolist(), before[r].tolist(), after[r].tolist()):
-            same = images.samples[m][1] == images.samples[a][1]
+            same = images.label(m) == images.label(a)
             cells.append(tiles.tile(images.image(m), 76, f"{place} -> {now}", tiles.GREEN if same else tiles.GREY))
         rows.append(tiles.row(cells, 10))
     side = tiles.words(

@@ -167,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.wd)
     colours, scores = augment.Colours(args.crop_size, None, args.jitter), Scores()
     run.track(state_dict=ReleaseKeys(model), optimizer=optimizer, scores=scores)
+    run.reads(*([video.path for video in part.videos] for part in (train, val)))
     run.preflight(
         {
             "data": f"{args.data} ({args.dataset}) fold {args.fold}: {len(train)} train / {len(val)} test videos, "

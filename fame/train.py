@@ -169,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     colours = augment.Colours(args.crop_size, args.blur_sigma, args.jitter)
     shares = [run.rank * splits + n for n in range(splits)]
     run.track(state_dict=ReleaseKeys(model), optimizer=optimizer)
+    run.reads([video.path for video in videos.videos])
     run.preflight(facts(run, videos, clips, model, sampler.steps_per_epoch))
 
     wait, since = 0.0, time.perf_counter()

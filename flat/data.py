@@ -63,7 +63,7 @@ def _from_folders(root: Path) -> dict[str, Files]:
     for split, name in SPLITS.items():
         images = image_folder(root / name)
         files: Files = defaultdict(list)
-        for path, label in images.samples:
+        for path, label in zip(images.paths(), images.labels.tolist()):
             files[images.classes[label]].append(path)
         out[split] = dict(files)
     return out
@@ -74,9 +74,8 @@ def _from_lists(root: Path) -> dict[str, Files]:
     out = {}
     for split, name in SPLITS.items():
         file = root / "splits/bertinetto" / f"{name}.txt"
-        classes = read_text(file, "a list of classes").split()
-        if not classes:
-            raise UserError(f"{file}: the list is empty; expected a list of classes")
+        lines = read_text(file, "a list of classes").splitlines()  # not empty
+        classes = [line.strip() for line in lines if line.strip()]
         out[split] = {c: list_images(root / "data" / c) for c in classes}
     return out
 
@@ -89,16 +88,23 @@ def _from_csv(root: Path) -> dict[str, Files]:
         files: Files = defaultdict(list)
         text = read_text(file, f"the lists of Ravi and Larochelle beside {root}/images/")
         rows = csv.DictReader(text.splitlines())
-        if not {"filename", "label"} <= set(rows.fieldnames or []):
+        rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
+        if not {"filename", "label"} <= set(rows.fieldnames):
             raise UserError(f"{file}: its first line must be filename,label")
         there = {entry.name for entry in need_folder(root / "images", f"expected the images of {file}").iterdir()}
+        owner: dict[str, str] = {}
         for number, row in enumerate(rows, 2):
-            if row["filename"] not in there or not row["label"]:
-                image = root / "images" / row["filename"]
+            name, label = os.path.normpath((row["filename"] or "").strip()), (row["label"] or "").strip()
+            if name not in there or not label:
+                image = root / "images" / name
                 raise UserError(
                     f"{file}, line {number}: {image} does not exist or has no label; restore it, or the list"
                 )
-            files[row["label"]].append(root / "images" / row["filename"])
+            if owner.setdefault(name, label) != label:
+                raise UserError(
+                    f"{file}, line {number}: {name} is in class {owner[name]} and in {label}; restore the list"
+                )
+            files[label].append(root / "images" / name)
         out[split] = {c: sorted(paths) for c, paths in sorted(files.items())}
     return out
 
@@ -106,7 +112,7 @@ def _from_csv(root: Path) -> dict[str, Files]:
 def _from_cub(root: Path) -> dict[str, Files]:
     images = image_folder(need_folder(root / "images", "expected CUB_200_2011 with images/001.Name/*.jpg"))
     files: list[list[Path]] = [[] for _ in images.classes]
-    for path, label in images.samples:
+    for path, label in zip(images.paths(), images.labels.tolist()):
         files[label].append(path)
     part = {0: "base", 1: "val", 2: "base", 3: "novel"}
     out: dict[str, Files] = {split: {} for split in SPLITS}

@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     fam, regularised = family(args), has_decoder(args)
     paired = regularised or bool(args.cls_on_transformed)
     mean, std = aet.normalisation(fam, args.aet_norm)
+    run.reads(images, *(part for part in (held, val) if part is not None))
     run.preflight(facts(run, images, model, fam, local, steps))
 
     for epoch, (pixels, y, _) in run.batches(loader, sampler, args.stop_epoch):

@@ -28,7 +28,7 @@ def training_images(
 
 def order_hash(images: ImageList) -> str:
     """Changes with the files and their order: neighbour indices mean nothing for another list."""
-    names = "\n".join("/".join(path.parts[-2:]) for path, _ in images.samples)
+    names = "\n".join("/".join(path.parts[-2:]) for path in images.paths())
     return hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
 
 

@@ -279,6 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     scores = Scores(ids)
     sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world)
     run.track(state_dict=ReleaseKeys(probes), optimizer=optimizer, scores=scores)
+    run.reads(train, val)
     run.preflight(
         {
             "data": f"{args.data_dir}: {len(train)} train / {len(val)} val images, {len(train.classes)} classes",

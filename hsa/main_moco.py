@@ -218,6 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     if nearby is not None:
         run.track(neighbours=nearby)
         loader = Refreshing(loader, run, model, images, nearby)
+    run.reads(images)
     run.preflight(facts(run, images, model, sampler.steps_per_epoch))
 
     for epoch, batch in run.batches(loader, sampler, args.end_epoch):

@@ -121,6 +121,7 @@ def finetune(run: Run, network: Any, images: ImageList, facts: dict[str, Any]) -
     net: nn.Module = nn.parallel.DistributedDataParallel(network) if run.world > 1 else network
     run.track(state_dict=network, optimizer=optimizer)
     steps = sampler.steps_per_epoch
+    run.reads(images)
     run.preflight(
         {
             **facts,
@@ -277,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
         known = set(chosen)
         rest = [i for i in range(len(train)) if i not in known]
         found = label(run, network, train, rest, out / "pseudo.json")
-        right = sum(train.samples[i][1] == y for i, y in found)
+        right = sum(train.label(i) == y for i, y in found)
         result |= {"pseudo_labelled": len(found), "threshold_bits": args.threshold}
         if found:  # a report, of no influence
             result["pseudo_right"] = 100 * right / len(found)
@@ -289,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         again = Run(args, "hsa", "semi-selftrain")
         network, _ = new_network(args, classes, run.device)
         indices = [*chosen, *(i for i, _ in found)]
-        labels_of = [*(train.samples[i][1] for i in chosen), *(y for _, y in found)]
+        labels_of = [*(train.label(i) for i in chosen), *(y for _, y in found)]
         order = sorted(range(len(indices)), key=indices.__getitem__)
         both = subset(train, [indices[j] for j in order], [labels_of[j] for j in order])
         facts = {"data": f"{len(chosen)} labelled and {len(found)} pseudo-labelled images", "backbone": report}

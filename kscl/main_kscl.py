@@ -173,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         fused=run.device.type == "cuda",
     )  # fmt: skip
     run.track(state_dict=ReleaseKeys(model), optimizer=optimizer)
+    run.reads(images)
     run.preflight(facts(run, images, model, sampler.steps_per_epoch))
 
     for epoch, (im_q, im_k) in run.batches(loader, sampler, args.end_epoch):

@@ -197,6 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     run.track(state_dict=_Encoders(model), bank=bank, optimizer=optimizer)
     steps = sampler.steps_per_epoch
+    run.reads(*([path for pair in found.pairs for path in pair] for found in sets))
     run.preflight(
         {
             "data": union.describe().replace("\n", "; "),

@@ -29,6 +29,7 @@ from mra import textures
 from shared_utils import UserError, distributed
 from shared_utils.augment import MEAN, STD
 from shared_utils.data import (
+    ArrayImages,
     EpochSampler,
     ImageList,
     flat_folder,
@@ -39,7 +40,7 @@ from shared_utils.data import (
     read_mat,
     read_text,
 )
-from shared_utils.evaluation import ArrayImages, subset
+from shared_utils.evaluation import subset
 from shared_utils.flags import natural, positive
 
 SETS = ("folder", "cifar10", "cifar100", "stl10", "cub", "aircraft", "cars")
@@ -102,12 +103,12 @@ def _cub(root: Path) -> Sets:
 
 def _aircraft(root: Path) -> Sets:
     what = "fgvc-aircraft-2013b/data as published (variants.txt, images_variant_*.txt, images/)"
-    classes = read_text(root / "variants.txt", what).splitlines()
+    classes = [line.strip() for line in read_text(root / "variants.txt", what).splitlines() if line.strip()]
     index = {name: y for y, name in enumerate(classes)}
     parts = []
     for split in ("trainval", "test"):
         rows = read_text(root / f"images_variant_{split}.txt", what).splitlines()
-        pairs = [row.split(" ", 1) for row in rows if row]
+        pairs = [row.strip().split(" ", 1) for row in rows if row.strip()]
         parts.append([(_need(root / "images" / f"{key}.jpg", what), index[name]) for key, name in pairs])
     return Sets(ImageList(parts[0], classes), {"test": ImageList(parts[1], classes)})
 
@@ -137,9 +138,10 @@ def _check_labels(root: Path, sets: Sets) -> None:
     for name, images in {"train": sets.train, **sets.tests}.items():
         if not len(images):
             raise UserError(f"{root}: its lists name no {name} image; restore them from the set's archive")
-        for path, y in images.samples:
-            if not 0 <= y < len(images.classes):
-                raise UserError(f"{root}: {path.name} has label {y + 1} of {len(images.classes)} classes")
+        wrong = torch.nonzero((images.labels < 0) | (images.labels >= len(images.classes))).flatten().tolist()
+        if wrong:
+            name, y = images.path(wrong[0]).name, images.label(wrong[0])
+            raise UserError(f"{root}: {name} has label {y + 1} of {len(images.classes)} classes")
 
 
 def _published(args: argparse.Namespace) -> Sets:
@@ -172,7 +174,8 @@ def _folders(args: argparse.Namespace) -> Sets:
             if images.classes:  # read as CLASS/image, which `train/CLASS/image` is not
                 raise UserError(f"{file}: no labels; expected `train/CLASS/image.jpg LABEL` a line")
         classes = [str(y) for y in range(1 + max(int(train.labels.max()), int(val.labels.max())))]
-        return Sets(ImageList(train.samples, classes), {"val": ImageList(val.samples, classes)})
+        train.classes = val.classes = classes
+        return Sets(train, {"val": val})
     train = image_folder(root / "train")
     tests = {name: image_folder(root / name) for name in names or (["val"] if (root / "val").is_dir() else ["test"])}
     for name, images in tests.items():
@@ -241,9 +244,7 @@ def open_unlabelled(args: argparse.Namespace) -> ImageList:
 
 def cached(images: ImageList, cache: bool) -> ImageList:
     """With `cache` a copy that holds its decoded images; arrays are in memory anyway."""
-    if not cache or isinstance(images, ArrayImages):
-        return images
-    return ImageList(images.samples, images.classes, images.transform, cache=True)
+    return images.cached() if cache else images
 
 
 def few_labels(labels: Tensor, classes: Sequence[str], count: int, seed: int) -> list[int]:
@@ -277,10 +278,14 @@ def read_fewshot(root: Path) -> dict[str, ImageList]:
     for split in ("train", "val", "test"):
         if (file := root / f"{split}.csv").is_file():
             files: dict[str, list[Path]] = defaultdict(list)
+            of: dict[str, str] = {}
             for row in csv.DictReader(read_text(file, "filename,label a line").splitlines()):
-                if not row.get("filename") or not row.get("label"):
+                image, label = ((row.get(key) or "").strip() for key in ("filename", "label"))
+                if not image or not label:
                     raise UserError(f"{file}: expected the columns filename,label, found {','.join(map(str, row))}")
-                files[row["label"]].append(_need(root / "images" / row["filename"], f"the images of {file}"))
+                if of.setdefault(image, label) != label:
+                    raise UserError(f"{file}: {image} is in class {of[image]} and in {label}; restore the list")
+                files[label].append(_need(root / "images" / image, f"the images of {file}"))
             if not files:
                 raise UserError(f"{file}: names no image; expected filename,label a line")
             names = sorted(files)
@@ -337,12 +342,12 @@ def foreground(images: ImageList, size: int) -> Tensor | None:
 
     From masks/SPLIT/CLASS/NAME.png beside the split's folder, or from the boxes of CUB.
     """
-    if isinstance(images, ArrayImages) or not images.samples:
+    if isinstance(images, ArrayImages) or not len(images):
         return None
-    first = images.samples[0][0]
+    first = images.path(0)
     root = first.parents[2]
     if (root / "masks" / first.relative_to(root)).with_suffix(".png").is_file():
-        files = ((root / "masks" / path.relative_to(root)).with_suffix(".png") for path, _ in images.samples)
+        files = ((root / "masks" / path.relative_to(root)).with_suffix(".png") for path in images.paths())
         drawn: Iterator[Image.Image] = (load_image(file, "L") for file in files)
     elif (first.parents[2] / "bounding_boxes.txt").is_file():  # CUB_200_2011/images/CLASS/NAME
         drawn = _boxes(first.parents[2], images)
@@ -356,7 +361,7 @@ def _boxes(root: Path, images: ImageList) -> Iterator[Image.Image]:
     what = "CUB_200_2011 as published"
     numbers = {name: key for key, name in _lines(root / "images.txt", what)}
     boxes = {key: [float(v) for v in box] for key, *box in _lines(root / "bounding_boxes.txt", what)}
-    for path, _ in images.samples:
+    for path in images.paths():
         x, y, w, h = boxes[numbers[path.relative_to(root / "images").as_posix()]]
         mask = Image.new("L", load_image(path).size)
         ImageDraw.Draw(mask).rectangle((x, y, x + w - 1, y + h - 1), fill=255)

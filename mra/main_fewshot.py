@@ -157,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     info = engine.Info(train.classes)
     run.track(state_dict=network, optimizer=optimizer, info=info)
     on_support = operator if args.mra_on_support else None
+    run.reads(*splits.values())
     run.preflight(
         {
             "data": f"{args.data_path}: {len(train)} images of {len(train.classes)} base classes; "

@@ -200,6 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = engine.optimizer_of(args, network, nesterov=True)
     info = engine.Info(train.classes)
     run.track(state_dict=network, optimizer=optimizer, ema=ema, info=info)
+    run.reads(train, crowd, test)
     run.preflight(
         {
             "data": f"{args.data_path} ({args.dataset}): {len(train)} labelled images of {len(train.classes)} classes, "

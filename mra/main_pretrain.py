@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     last = Last()
     run.track(model=mae, optimizer=optimizer, last=last)
     steps = sampler.steps_per_epoch
+    run.reads(images)
     run.preflight(facts(run, mae, len(images), effective, steps))
 
     for epoch, batch in run.batches(loader, sampler, args.epochs):

@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     info = engine.Info(train.classes)
     run.track(state_dict=network, optimizer=optimizer, info=info)
     steps = sampler.steps_per_epoch
+    run.reads(train, *tests.values())
     run.preflight(
         {
             "data": f"{args.data_path} ({args.dataset}): {len(train)} training images of {len(train.classes)} classes, "

@@ -1,6 +1,7 @@
 """What SaGe sees of an image: two unequal views as bytes, scaled to -1..1 on the device; transforms of evaluation."""
 
 import csv
+import os
 from pathlib import Path
 
 import torch
@@ -108,17 +109,23 @@ def attribute_labels(root: Path, images: ImageList) -> dict[str, tuple[Tensor, l
     """
     file = root / "attributes.csv"
     text = read_text(file, "a folder with attributes.csv (path and attributes)")
-    rows = list(csv.DictReader(text.splitlines()))
-    names = [name for name in (rows[0] if rows else {}) if name != "path"]
+    head, *lines = text.splitlines()
+    rows = list(csv.DictReader(lines, [name.strip() for name in next(csv.reader([head]))]))
+    names = [name for name in (rows[0] if rows else {}) if name and name != "path"]
     if not names or "path" not in rows[0]:
         raise UserError(f"{file}: must have a column path and at least one attribute")
-    by_path = {row["path"]: row for row in rows}
+    by_path: dict[str, dict[str, str]] = {}
+    for number, row in enumerate(rows, 2):
+        row = {key: (value or "").strip() for key, value in row.items() if key is not None}
+        path = os.path.normpath(row["path"].replace("\\", "/"))
+        if by_path.setdefault(path, row) != row:
+            raise UserError(f"{file}, line {number}: {path} has other values in an earlier line; keep one of them")
     try:
-        found = [by_path[path.relative_to(root).as_posix()] for path, _ in images.samples]
+        found = [by_path[path.relative_to(root).as_posix()] for path in images.paths()]
     except (KeyError, ValueError) as error:
         raise UserError(f"{file}: does not name {error}; it must have a row for every image") from None
     out = {}
     for name in names:
-        values = sorted({row[name] for row in rows})
+        values = sorted({row[name] for row in by_path.values()})
         out[name] = (torch.tensor([values.index(row[name]) for row in found]), values)
     return out

@@ -122,6 +122,10 @@ def _write(file: Path, lines: list[str]) -> None:
     file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
+def _samples(images: ImageList) -> list[tuple[Path, int]]:
+    return list(zip(images.paths(), images.labels.tolist()))
+
+
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
@@ -129,7 +133,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def _write_cub(splits: dict[bool, ImageList], root: Path) -> None:
     root = root / "CUB_200_2011"
-    rows = [(path, y, train) for train, part in splits.items() for path, y in part.samples]
+    rows = [(path, y, train) for train, part in splits.items() for path, y in _samples(part)]
     names = [f"{y + 1:03d}.{name}" for y, name in enumerate(splits[True].classes)]
     for path, y, _ in rows:
         _copy(path, root / "images" / names[y] / path.name)
@@ -149,7 +153,7 @@ def _write_cars(splits: dict[bool, ImageList], root: Path) -> None:
     for train, part in splits.items():
         kind = [("class", object), ("fname", object)]
         rows = np.empty(len(part), dtype=kind)
-        for i, (path, y) in enumerate(part.samples):
+        for i, (path, y) in enumerate(_samples(part)):
             rows[i] = (y + 1, path.name)
             _copy(path, root / ("cars_train" if train else "cars_test") / path.name)
         savemat(root / files[train], {"annotations": rows})
@@ -161,6 +165,6 @@ def _write_aircraft(splits: dict[bool, ImageList], root: Path) -> None:
     _write(root / "variants.txt", classes)
     for train, part in splits.items():
         name = "trainval" if train else "test"
-        _write(root / f"images_variant_{name}.txt", [f"{path.stem} {classes[y]}" for path, y in part.samples])
-        for path, _ in part.samples:
+        _write(root / f"images_variant_{name}.txt", [f"{path.stem} {classes[y]}" for path, y in _samples(part)])
+        for path in part.paths():
             _copy(path, root / "images" / path.name)

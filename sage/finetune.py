@@ -101,6 +101,7 @@ def one_cell(args: argparse.Namespace, job: str, train: ImageList, val: ImageLis
     net: nn.Module = nn.parallel.DistributedDataParallel(network) if run.world > 1 else network
     run.track(state_dict=network, optimizer=optimizer)
     per_epoch = sampler.steps_per_epoch
+    run.reads(train, val)
     run.preflight(
         {
             "data": f"{args.data_dir}: {len(train)} labelled / {len(val)} val images, {len(train.classes)} classes",

@@ -222,6 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     if model.decoder is not None and args.gallery:
         gallery = Gallery(Keyed(views, args.seed), min(args.gallery, len(views)), total // interval, args.stages)
         run.track(gallery=gallery)
+    run.reads(images)
     run.preflight(facts(run, len(images), model, sampler.steps_per_epoch, evaluator_report))
 
     for _, batch in run.batches(loader, sampler, args.total_epochs):

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from shared_utils import UserError, checkpoint, distributed, mini
-from shared_utils.data import ImageList, image_folder, list_file, mix_key, per_class, read_text
+from shared_utils.data import ArrayImages, ImageList, image_folder, list_file, list_rows, mix_key, per_class
 from shared_utils.flags import natural, positive
 from shared_utils.run import plain_errors, worker_init
 
@@ -44,17 +43,6 @@ def add_data_flags(p: argparse.ArgumentParser, more: Sequence[str] = ()) -> None
     a("--cache", action="store_true", help="decode the training images once and keep them in memory (small images)")
 
 
-class ArrayImages(ImageList):
-    """Images of an array [N, H, W, 3] in memory."""
-
-    def __init__(self, array: np.ndarray, labels: Sequence[int], classes: list[str]):
-        super().__init__([(Path(str(i)), int(y)) for i, y in enumerate(labels)], classes)
-        self.array = array
-
-    def image(self, index: int) -> Image.Image:
-        return Image.fromarray(self.array[int(self.samples[index][0].name)])
-
-
 def _cifar(args: argparse.Namespace) -> tuple[ImageList, ImageList]:
     from torchvision import datasets
 
@@ -68,10 +56,7 @@ def _cifar(args: argparse.Namespace) -> tuple[ImageList, ImageList]:
             "version there, or give --data_dir"
         ) from None
     train, val = (ArrayImages(s.data, s.targets, s.classes) for s in splits)
-    if args.per_class:
-        kept = per_class(train, args.per_class)
-        train.samples = kept.samples
-    return train, val
+    return per_class(train, args.per_class), val
 
 
 def prepare_data(args: argparse.Namespace) -> None:
@@ -109,16 +94,9 @@ def open_splits(args: argparse.Namespace) -> tuple[ImageList, ImageList]:
 
 
 def subset(images: ImageList, indices: Sequence[int], labels: Sequence[int] | None = None) -> ImageList:
-    """The images of these indices in this order, decoded ones kept; `labels` replace their own."""
-    own = [images.samples[i] for i in indices]
-    samples = own if labels is None else [(path, int(y)) for (path, _), y in zip(own, labels, strict=True)]
-    if isinstance(images, ArrayImages):
-        new: ImageList = ArrayImages(images.array, [], images.classes)
-        new.samples = samples
-    else:
-        new = ImageList(samples, images.classes)
-        if images._decoded is not None:
-            new._decoded = [images._decoded[i] for i in indices]
+    """The images of these indices in this order, without a transform, decoded ones kept; `labels` replace their own."""
+    new = images.take(indices, labels)
+    new.transform = None
     return new
 
 
@@ -144,24 +122,42 @@ def labelled_indices(train: ImageList, file: Path | None, fraction: float, root:
         return sorted(chosen)
     if not file.is_file():
         raise UserError(f"{file}: no such list file; give another path, or --fraction instead")
-    text = read_text(file, "a list of images, `name.JPEG` or `CLASS/image.jpg` a line")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if lines and not any("/" in line or " " in line for line in lines):  # names alone, unique in ImageNet
-        by_name = {path.name: i for i, (path, _) in enumerate(train.samples)}
-        absent = next(((n, name) for n, name in enumerate(lines, 1) if name not in by_name), None)
-        if absent:
-            raise UserError(f"{file}, line {absent[0]}: no training image is named {absent[1]}; see {root}")
-        return sorted({by_name[name] for name in lines})
+    listing = list_rows(file, "a list of images, `name.JPEG` or `CLASS/image.jpg` a line")
+    if not any(label is not None or os.path.dirname(name.replace("\\", "/")) for _, name, label in listing):
+        return _by_name(train, file, root, listing)
     listed = list_file(file, root)
-    by_path = {path: i for i, (path, _) in enumerate(train.samples)}
-    for number, (path, label) in enumerate(listed.samples, 1):
-        if path not in by_path:
+    by_path = {path: i for i, path in enumerate(train.paths())}
+    chosen = []
+    for (number, *_), path, label in zip(listing, listed.paths(), listed.labels.tolist(), strict=True):
+        index = by_path.get(path)
+        if index is None:
             raise UserError(f"{file}, line {number}: {path} is not among the training images (--per_class, {root})")
-        if train.samples[by_path[path]][1] != label:
+        if train.label(index) != label:
+            raise UserError(f"{file}, line {number}: label {label}, but its folder is class {train.label(index)}")
+        chosen.append(index)
+    return sorted(set(chosen))
+
+
+def _by_name(train: ImageList, file: Path, root: Path, rows: Sequence[tuple[int, str, int | None]]) -> list[int]:
+    """Indices of images that a list gives by their names alone, which are unique in ImageNet.
+
+    UserError: no image has the name, or several have it.
+    """
+    wanted: dict[str, list[int]] = {os.path.basename(name): [] for _, name, _ in rows}
+    for i, path in enumerate(train.paths()):
+        if path.name in wanted:
+            wanted[path.name].append(i)
+    for number, name, _ in rows:
+        found = wanted[os.path.basename(name)]
+        if not found:
+            raise UserError(f"{file}, line {number}: no training image is named {name}; see {root}")
+        if len(found) > 1:
+            first, second = (train.path(i) for i in found[:2])
             raise UserError(
-                f"{file}, line {number}: label {label}, but its folder is class {train.samples[by_path[path]][1]}"
+                f"{file}, line {number}: {len(found)} training images are named {name} ({first}, {second}); write "
+                "`CLASS/image.jpg` a line"
             )
-    return sorted({by_path[path] for path, _ in listed.samples})
+    return sorted({i for found in wanted.values() for i in found})
 
 
 # -------------------------------------------------------------------------------------------------------------- network
@@ -318,10 +314,17 @@ def gather_rows(rows: Tensor, count: int, device: torch.device) -> Tensor:
 
 
 def topk(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
-    """How many of the rows [N, C] have their label among the k largest logits, for each k (float64, CPU)."""
-    order = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices
-    hits = order == labels.to(order.device)[:, None]
-    return torch.stack([hits[:, :k].any(1).sum() for k in ks]).double().cpu()
+    """How many of the rows [N, C] have their label among the k largest logits, for each k (float64, CPU).
+
+    Of equal logits the first counts as the larger one, as in `argmax`, and what is no number as the largest of all:
+    the count for k = 1 is that of right predictions.
+    """
+    labels = labels.to(logits.device)
+    own = logits.gather(1, labels[:, None])
+    ahead = ~(logits <= own)  # not `>`: nan is neither
+    tied = (logits == own) & (torch.arange(logits.shape[1], device=logits.device) < labels[:, None])
+    place = (ahead | tied).sum(1)
+    return torch.stack([(place < k).sum() for k in ks]).double().cpu()
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:

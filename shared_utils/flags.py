@@ -88,6 +88,31 @@ def _add(add: Callable[..., argparse.Action], names: Iterable[str], more: dict[s
     return add(*spellings(names), **{**more, "help": with_default(more.get("help"), more.get("default"))})
 
 
+class Flags(argparse.Namespace):
+    """Parsed flags that know their defaults, which `vars` does not hold, so that neither logs nor checkpoints do.
+
+    defaults: the value of each flag where it is not given. given: the flags whose value was another after parsing.
+    job: the parser's program, as `bingo.main_moco`.
+    """
+
+    __slots__ = ("defaults", "given", "job")
+
+    def __init__(self, **values: Any):
+        super().__init__(**values)
+        self.defaults: dict[str, Any] = {}
+        self.given: frozenset[str] = frozenset()
+        self.job = ""
+
+
+def defaults(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The value of each flag that the command line does not name, text converted as argparse does."""
+    found = {
+        action.dest: parser._get_value(action, action.default) if isinstance(action.default, str) else action.default
+        for action in parser._actions
+    }
+    return {k: v for k, v in {**parser._defaults, **found}.items() if v is not argparse.SUPPRESS}
+
+
 class Parser(argparse.ArgumentParser):
     """Flags are understood with underscores, as the original releases have them, and with dashes; --help tells their
     defaults; a mistake is a UserError, one line without the usage. A float is neither nan, which no comparison finds,
@@ -102,6 +127,13 @@ class Parser(argparse.ArgumentParser):
         add = group.add_argument
         group.add_argument = lambda *names, **more: _add(add, names, more)  # type: ignore[method-assign]
         return group
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        flags, rest = super().parse_known_args(args, Flags() if namespace is None else namespace)
+        if isinstance(flags, Flags):
+            flags.defaults, flags.job = defaults(self), self.prog
+            flags.given = frozenset(k for k, v in vars(flags).items() if v != flags.defaults.get(k))
+        return flags, rest
 
     def error(self, message: str) -> NoReturn:
         if found := re.fullmatch(r"argument (\S+): (.*)", message, re.S):

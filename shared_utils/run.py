@@ -5,6 +5,7 @@ A training script reads top to bottom:
     run = Run(args, "mdp", "pretrain")              # device, processes, seed, output folder
     ...                                             # data, model, optimizer
     run.track(model=model, optimizer=optimizer)     # what the checkpoint holds
+    run.reads(images)                               # what a resume has to find again
     run.preflight({...})                            # what is about to happen, and resume
     for epoch, batch in run.batches(loader, sampler, args.epochs):
         ...                                         # the step
@@ -30,6 +31,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -41,12 +43,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from shared_utils import UserError, checkpoint, distributed
-from shared_utils.data import EpochSampler, mix_key
+from shared_utils.data import EpochSampler, fingerprint, mix_key, tell
 
 # Flags that say where and how fast a run goes, not what it computes: they may change on a resume.
 RUNTIME_FLAGS = {"output_dir", "data_root", "device", "workers", "threads", "log_every", "save_every", "resume"}
 RUNTIME_FLAGS |= {"overwrite", "cache", "index_cache", "feature_dir", "image_every"}
 
+# Flags that say where data lies: what counts is what is there, which a run compares by `fingerprint` (for the bags of
+# bingo by a flag of their own). Without anything to compare they are method flags.
+DATA_FLAGS = {"data", "data_dir", "data_path", "data_root", "basepath", "val_dir", "val_basepath", "corr_npy"}
+DATA_FLAGS |= {"list_file", "train_list", "val_list", "split_file", "labels"}
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -208,6 +214,8 @@ class Run:
         self.step = self.epoch = self.step_in_epoch = 0
         self.data_wait = 0.0
         self._tracked: dict[str, Any] = {}
+        self._data: list[list[Any]] = []  # number of files and hash of each list
+        self._unread: Counter[str] = Counter()
         self._signal = 0
         self._handlers: dict[int, Any] = {}  # what the signals did before
         self._writer: Any = None
@@ -239,6 +247,15 @@ class Run:
             generator=torch.Generator(),
         )
 
+    def reads(self, *data: Any) -> None:
+        """What the run reads, as `ImageList`s or lists of paths: a resume demands the same, wherever it lies then.
+
+        Without this line the flags of `DATA_FLAGS` have to be the same.
+        """
+        self._data = [list(x.fingerprint() if hasattr(x, "fingerprint") else fingerprint(x)) for x in data]
+        for x in data:
+            self._unread.update(getattr(x, "unread", {}))
+
     def preflight(self, facts: Mapping[str, Any]) -> None:
         """Print the facts and flags, resume if there is something to resume, open the logs, take over signals."""
         own = self.dir / "checkpoint.pth"
@@ -250,7 +267,10 @@ class Run:
         if self.args.overwrite and self.args.resume:
             raise UserError("--overwrite and --resume exclude each other")
         self.say(f"{self.name} -> {self.dir}")
-        for key, value in {"device": f"{self.device} x {self.world}, amp {self.args.amp}", **facts}.items():
+        facts = {"device": f"{self.device} x {self.world}, amp {self.args.amp}", **facts}
+        if self._unread:
+            facts["not read"] = f"{tell(self._unread)} between the images"
+        for key, value in facts.items():
             self.say(f"  {key}: {value}")
         self.say(
             "  flags: " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in plain(self.args).items() if v is not None)
@@ -277,15 +297,32 @@ class Run:
             )
         mine = {**plain(self.args), "world": self.world}
         theirs = {**saved["args"], "world": saved["progress"]["world"]}
-        changed = [
-            f"{'processes' if k == 'world' else '--' + k.replace('_', '-')} was {theirs.get(k)}, is {mine.get(k)}"
-            for k in sorted(set(mine) | set(theirs))
-            if k not in RUNTIME_FLAGS and mine.get(k) != theirs.get(k)
-        ]
+        free = RUNTIME_FLAGS | (DATA_FLAGS if self._data else set())
+        given, defaults = getattr(self.args, "given", set(mine)), getattr(self.args, "defaults", {})
+        changed = []
+        for k in sorted(set(mine) | set(theirs)):
+            newer = k not in theirs  # than the file: it had the default
+            if k in free or (newer and k not in given) or mine.get(k) == theirs.get(k):
+                continue
+            name = "processes" if k == "world" else "--" + k.replace("_", "-")
+            was = f"not there yet, {defaults.get(k)} by default" if newer else theirs.get(k)
+            changed.append(f"{name} was {was}, is {mine.get(k)}")
         if changed:
             raise UserError(
                 f"{path}: saved with other flags ({'; '.join(changed)}); "
                 "repeat them, or give --overwrite, or another --output-dir"
+            )
+        other = [k for k in sorted(DATA_FLAGS & set(theirs)) if mine.get(k) != theirs[k]]
+        moved = [f"--{k.replace('_', '-')} {theirs[k]}" for k in other]
+        if "data" not in saved:
+            if moved and self._data:
+                self.say(f"  data: was {', '.join(moved)}; this older checkpoint does not tell whether it is the same")
+        elif self._data and saved["data"] != self._data:
+            was, now = (" and ".join(str(count) for count, _ in x) for x in (saved["data"], self._data))
+            what = f"{was} files then, {now} now" if was != now else "as many files, of other names, sizes or order"
+            raise UserError(
+                f"{path}: saved on other data ({what}{'; it was ' if moved else ''}{', '.join(moved)}); give the data "
+                "of that run, or --overwrite, or another --output-dir"
             )
         absent = [name for name in self._tracked if name not in saved]
         if absent:
@@ -440,7 +477,11 @@ class Run:
                 "world": self.world, "seconds": self._seconds_before + time.time() - self._started,
             }  # fmt: skip
             state = {name: thing.state_dict() for name, thing in self._tracked.items()}
-            meta = {"epoch": self.epoch, "args": plain(self.args), "progress": progress, "rng": rng}
+            meta: dict[str, Any] = {"epoch": self.epoch, "args": plain(self.args), "progress": progress, "rng": rng}
+            if self._data:
+                meta["data"] = self._data
+            if job := getattr(self.args, "job", ""):
+                meta["job"] = job
             if self.world > 1:
                 meta["local"] = local
             checkpoint.save(self.dir / "checkpoint.pth", {**state, **meta})

@@ -47,10 +47,18 @@ def open_run(path: Path, parser: argparse.ArgumentParser, command: str, holds: S
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file; make it with: {command}")
     saved = checkpoint.load(path)
-    own = vars(parser.parse_args([]))
     flags = saved.get("args") if isinstance(saved, Mapping) else None
-    if not isinstance(flags, Mapping) or set(own) - set(flags) or any(name not in saved for name in holds):
+    own = vars(parser.parse_args([]))
+    right = False
+    if isinstance(flags, Mapping) and all(name in saved for name in holds):
+        # An older file does not name its job. A flag may be newer than the file; that of another job lacks flags too,
+        # but has some that are unknown here.
+        missing, foreign = set(own) - set(flags), set(flags) - set(own)
+        right = not missing or (not foreign and len(missing) <= len(own) / 2)
+        right = saved["job"] == parser.prog if "job" in saved else right
+    if not isinstance(flags, Mapping) or not right:
         raise UserError(f"{path}: not a checkpoint of {parser.prog}; make one with: {command}")
+    flags = {**own, **flags}
     paths = {action.dest for action in parser._actions if action.type is Path}
     return saved, argparse.Namespace(**{k: Path(v) if k in paths and v is not None else v for k, v in flags.items()})
 

@@ -37,7 +37,8 @@ def training_images(root: Path, count: int = 0, cache: bool = False, imbalance: 
     for c in range(len(images.classes)):
         members = torch.nonzero(labels == c).flatten()[: count or None].tolist()
         kept += members[: max(1, round(len(members) * imbalance ** (-c / max(1, len(images.classes) - 1))))]
-    return ImageList([images.samples[i] for i in kept], images.classes, None, cache)
+    images = images.take(kept)
+    return images.cached() if cache else images
 
 
 def label_split(labels: Tensor, count: int, split: int) -> list[int]:
@@ -163,9 +164,8 @@ class Unlabelled(Dataset):
     """
 
     def __init__(self, images: ImageList, recipes: dict[str, Callable], views: Sequence[str], key_view: str = "strong"):
-        decoded = images._decoded
-        self.images = ImageList([(path, -1) for path, _ in images.samples], [])
-        self.images._decoded = decoded
+        self.images = images.take(slice(None), torch.full((len(images),), -1))
+        self.images.classes, self.images.transform = [], None
         self.recipes, self.views, self.key_view = recipes, views, key_view
 
     def __len__(self) -> int:
@@ -193,14 +193,15 @@ class Labelled(Dataset):
     """Item j: the weak view of the j-th labelled image, its label, and its number among all images."""
 
     def __init__(self, images: ImageList, chosen: Sequence[int], transform: Callable):
-        self.images, self.chosen, self.transform = images, list(chosen), transform
-        self.labels = torch.tensor([images.samples[i][1] for i in self.chosen])
+        self.images, self.chosen, self.transform = images, torch.tensor(chosen), transform
+        self.labels = torch.tensor([images.label(i) for i in chosen])
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, j: int) -> tuple[Tensor, int, int]:
-        return self.transform(self.images.image(self.chosen[j])), int(self.labels[j]), self.chosen[j]
+        index = int(self.chosen[j])
+        return self.transform(self.images.image(index)), int(self.labels[j]), index
 
 
 # ------------------------------------------------------------------------------------------------------------- samplers

@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     fused = run.device.type == "cuda" or None
     optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.wd, fused=fused)
     run.track(state_dict=network, optimizer=optimizer)
+    run.reads(labelled, val)
     run.preflight(
         {
             "data": f"{args.data_dir}: {len(chosen)} of {len(train)} images labelled (sha256 {args.split_sha256}), "

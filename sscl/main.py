@@ -56,7 +56,7 @@ def labelled_images(args: argparse.Namespace, images: ImageList) -> list[int]:
         check_frozen(counts, args.labels_per_class, args.split, chosen)
     else:
         chosen = labelled_indices(images, args.split_file, args.fraction, args.data / "train", args.split)
-    missing = set(range(len(images.classes))) - {images.samples[i][1] for i in chosen}
+    missing = set(range(len(images.classes))) - {images.label(i) for i in chosen}
     if missing:
         raise UserError(f"class {images.classes[min(missing)]} has no labelled image; every class needs one")
     args.split_sha256 = split_hash(chosen)
@@ -130,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     run.track(state_dict=Whole(model), optimizer=optimizer)
     steps = epochs.steps_per_epoch
     peak = max(learning_rate(args, step, steps) for step in (0, round(args.warmup_epochs * steps)))
+    run.reads(unlabelled.images)
     run.preflight(facts(run, images, chosen_images, model, steps, peak, report, views))
 
     for epoch, (batch, own) in run.batches(pairs, pairs, args.epochs):
@@ -276,7 +277,7 @@ def renew_prototypes(run: Run, model: SsCL, unlabelled: Unlabelled, transform: A
     model.encoder_k.eval()
     kind = args.proto if run.epoch >= max(1, args.pl_start) else "labelled"
     mu, least = refresh(
-        model.encoder_k.embed, unlabelled.images, transform, torch.tensor(labelled.chosen), labelled.labels,
+        model.encoder_k.embed, unlabelled.images, transform, labelled.chosen, labelled.labels,
         model.prototypes, kind, args.num_nn, args.tau_s, (args.seed, run.epoch, 2), device=run.device,
         batch_size=args.mu * args.batch_labelled // run.world, workers=args.workers, amp=args.amp == "bf16",
     )  # fmt: skip

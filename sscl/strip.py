@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     header = ["unlabelled", "prediction p", "similarity q", "calibrated", "positives from the queue"]
     rows: list[list] = [header]
     for i, a in enumerate(args.anchors):
-        truth = images.samples[a][1]
+        truth = images.label(a)
         line: list = [tiles.tile(augment.denormalise(weak[i]), SIDE, f"class {images.classes[truth]}", BLUE)]
         for d in (aligned[i], log_q[i].exp(), tilde[i]):
             colours = [GREEN if c == truth else GREY for c in range(len(d))]
@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         for place, valid in list(zip(chosen.place[i].tolist(), chosen.valid[i].tolist()))[:4]:
             if valid and int(model.queue_index[place]) >= 0:
                 number = int(model.queue_index[place])
-                same = images.samples[number][1] == truth
-                cells.append(tiles.tile(images.image(number), SIDE, images.classes[images.samples[number][1]],
+                same = images.label(number) == truth
+                cells.append(tiles.tile(images.image(number), SIDE, images.classes[images.label(number)],
                              GREEN if same else GREY))  # fmt: skip
         rows.append([*line, tiles.row(cells, 2) if cells else "none"])
     strip = tiles.grid(rows, 10)

@@ -8,14 +8,17 @@ Each paper folder has `bench.py` with `cases(device) -> list of dicts`:
     note      sizes, and what differs from the paper's
     floor_scale   optional factor on the floor's time (a floor measured on part of the batch)
     release       optional function: the original release's step, timed side by side
+    python tests/bench.py loader-memory     growth of a data worker's own memory over an epoch of 100,000 images
 The overhead is step - floor (or method) over the floor, `x release` our time over the release's (below 1: faster).
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,12 +27,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
 
 from shared_utils import UserError  # noqa: E402
 from shared_utils.compare import peak_mib  # noqa: E402
+from shared_utils.data import EpochSampler, Keyed, image_folder  # noqa: E402
 from shared_utils.flags import Parser, positive  # noqa: E402
-from shared_utils.run import cli  # noqa: E402
+from shared_utils.run import cli, worker_init  # noqa: E402
 from tests.pretraining import record, stamp  # noqa: E402
 
 FUNCTIONS = ("floor", "step", "method", "release")
@@ -104,13 +111,39 @@ def rate(per_second: float) -> str:
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
+def own_memory(pid: int) -> int:
+    """Bytes of a process that no other process shares (private pages; Linux)."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def loader_memory(count: int, folder: Path, classes: int = 100) -> tuple[int, int]:
+    """A data worker's own memory in bytes after the first batch and after an epoch of `count` linked images."""
+    for c in range(classes):
+        (folder / f"class{c:03d}").mkdir()
+        first = folder / f"class{c:03d}" / "image_00000.png"
+        Image.new("RGB", (2, 2), (c, 0, 0)).save(first)
+        for i in range(1, count // classes):
+            os.link(first, first.with_name(f"image_{i:05d}.png"))
+    images = image_folder(folder, np.array)
+    sampler = EpochSampler(len(images), 100, 0).at(0)
+    loader = DataLoader(Keyed(images, 0), batch_sampler=sampler, num_workers=1, worker_init_fn=worker_init)
+    batches: Any = iter(loader)
+    next(batches)
+    (worker,) = batches._workers
+    before = own_memory(worker.pid)
+    for _ in range(len(sampler) - 3):  # at the end the worker goes: all but what it has fetched ahead
+        next(batches)
+    return before, own_memory(worker.pid)
+
+
 def papers() -> list[str]:
     return sorted(path.parent.name for path in ROOT.glob("*/bench.py") if path.parent.name != "tests")
 
 
 def get_parser() -> Parser:
     parser = Parser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("paper", help=f"a folder with a bench.py, or all: {', '.join(papers())}")
+    parser.add_argument("paper", help=f"a folder with a bench.py, all, or loader-memory: {', '.join(papers())}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--repeats", type=positive, default=20, help="calls a median is taken of, at most")
     parser.add_argument("--budget", type=float, default=15.0, help="seconds a timed function gets, about")
@@ -121,6 +154,12 @@ def get_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
+    if args.paper == "loader-memory":
+        with tempfile.TemporaryDirectory() as folder:
+            before, after = loader_memory(100_000, Path(folder))
+        print(f"a worker's own memory: {before / 2**20:.1f} MiB, after 100,000 images {after / 2**20:.1f} MiB, "
+              f"{(after - before) / 100_000:.0f} bytes an image")  # fmt: skip
+        return 0
     chosen = papers() if args.paper == "all" else [args.paper]
     if unknown := [name for name in chosen if name not in papers()]:
         raise UserError(f"{unknown[0]}: no such folder with a bench.py; there are: {', '.join(papers()) or 'none'}")

@@ -339,12 +339,12 @@ def test_correlation_file_round_trip_and_what_it_refuses(images, tmp_path):
     assert np.load(path).dtype == np.int64
     bags, line = load_bags(path, images, 2)
     assert np.array_equal(bags.array, array[:, :2]) and "knn" in line and "order of the images checked" in line
-    other = ImageList(images.samples[::-1], images.classes)
+    other = images.take(range(len(images))[::-1])
     assert order_hash(other) != order_hash(images)
     for theirs, wanted, text in [
         (other, 2, "another order"),
         (images, 4, "3 neighbours an image, --clus_pos_num asks for 4"),
-        (ImageList(images.samples[:4], images.classes), 2, r"expected integers \[4, K\]"),
+        (images.take(slice(4)), 2, r"expected integers \[4, K\]"),
     ]:
         with pytest.raises(UserError, match=text):
             load_bags(path, theirs, wanted)

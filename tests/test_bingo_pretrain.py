@@ -194,7 +194,7 @@ def test_teacher_check_sees_neighbours_even_with_more_classes_than_images_to_loo
     some = main_moco.sample_classes(images, 64)
     assert len(some) == 64 and some.labels.unique().tolist() == [0, 5]  # two classes of 32
     assert len(main_moco.sample_classes(images, 512)) == 320
-    finer = type(images)([(path, i // 50) for i, (path, _) in enumerate(images.samples)], [str(c) for c in range(20)])
+    finer = type(images)([(path, i // 50) for i, path in enumerate(images.paths())], [str(c) for c in range(20)])
     assert torch.bincount(main_moco.sample_classes(finer, 96).labels).max() == 32
 
 

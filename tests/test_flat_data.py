@@ -62,6 +62,14 @@ def test_mini_imagenet_by_its_csv_files(tmp_path: Path, monkeypatch: pytest.Monk
     assert {split: sorted(classes) for split, classes in found.items()} == MINI
     assert [path.name for path in found["val"]["n03"]] == [f"n03{i:08d}.jpg" for i in range(3)]
     assert data.read_dataset("miniImagenet", tmp_path / "miniImagenet").keys() == found.keys()  # or the folder itself
+    file = tmp_path / "miniImagenet/val.csv"
+    text = file.read_bytes()
+    file.write_bytes(text.replace(b"n0300", b"./n0300").replace(b"\r\n", b" \r\n"))  # as other programs write it
+    assert data.read_dataset("miniImagenet", tmp_path)["val"] == found["val"]
+    file.write_bytes(text + b"n0300000000.jpg,n09\r\n")
+    with pytest.raises(UserError, match=r"val.csv, line 5: n0300000000.jpg is in class n03 and in n09; restore"):
+        data.read_dataset("miniImagenet", tmp_path)
+    file.write_bytes(text)
     missing = tmp_path / "miniImagenet/images/n0300000001.jpg"
     missing.unlink()
     with pytest.raises(UserError, match=rf"val.csv, line 3: {missing} does not exist") as error:
@@ -107,11 +115,12 @@ def test_class_folders(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_cifarfs_as_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    classes = {"base": ["a", "b"], "val": ["c"], "novel": ["d"]}
+    classes = {"base": ["a", "b"], "val": ["c"], "novel": ["d of two words"]}
     root = tmp_path / "cifarfs"
     for split, names in classes.items():
         (root / "splits/bertinetto").mkdir(parents=True, exist_ok=True)
-        (root / "splits/bertinetto" / f"{data.SPLITS[split]}.txt").write_text("\n".join(names) + "\n")
+        text = b" \r\n".join(name.encode() for name in [*names, ""])
+        (root / "splits/bertinetto" / f"{data.SPLITS[split]}.txt").write_bytes(text)
         for name in names:
             image(root / "data" / name / "0.png")
     frozen(monkeypatch, "cifarfs", classes)
@@ -148,7 +157,7 @@ def test_subsets_of_classes_and_images(tmp_path: Path) -> None:
         data.pick_classes(names, 21, 0)
     files = {"x": [tmp_path / f"x{i}" for i in range(5)], "y": [tmp_path / f"y{i}" for i in range(3)]}
     held, rest = data.as_list(files, 0, 2), data.as_list(files, 2)
-    assert not {p for p, _ in held.samples} & {p for p, _ in rest.samples} and len(held) + len(rest) == 8
+    assert not {*held.paths()} & {*rest.paths()} and len(held) + len(rest) == 8
     with pytest.raises(UserError, match="class y has no image left of 3"):
         data.as_list(files, 3)
 

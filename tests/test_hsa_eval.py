@@ -282,7 +282,9 @@ def test_self_training_uses_predictions_and_the_pretrained_network(data, weights
     finetune = main_semi.finetune
 
     def noted(run, network, images, facts):
-        seen.append(({k: v.clone() for k, v in network.state_dict().items()}, list(images.samples)))
+        seen.append(
+            ({k: v.clone() for k, v in network.state_dict().items()}, list(zip(images.paths(), images.labels.tolist())))
+        )
         finetune(run, network, images, facts)
 
     gather_rows, exchanged = main_semi.gather_rows, []
@@ -309,12 +311,10 @@ def test_self_training_uses_predictions_and_the_pretrained_network(data, weights
     bits = main_semi.entropy_bits(logits)
     given = {path for path, _ in labelled}
     expected = {
-        (path, int(logits[i].argmax()))
-        for i, (path, _) in enumerate(images.samples)
-        if path not in given and bits[i] <= 2.5
+        (path, int(logits[i].argmax())) for i, path in enumerate(images.paths()) if path not in given and bits[i] <= 2.5
     }
     assert set(both) - set(labelled) == expected
-    truth = dict(images.samples)
+    truth = dict(zip(images.paths(), images.labels.tolist()))
     assert found["pseudo_right"] == pytest.approx(100 * np.mean([truth[p] == y for p, y in expected]))
     assert {"semi", "semi_top5", "semi_self", "semi_self_top5"} <= set(found)
     val = image_folder(data / "val", plain(32))

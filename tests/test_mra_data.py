@@ -80,7 +80,7 @@ def test_cub_and_its_boxes(tmp_path: Path) -> None:
     (root / "classes.txt").write_text("1 001.A\n2 002.B\n")
     (root / "bounding_boxes.txt").write_text("1 0.0 0.0 4.0 8.0\n2 4.0 2.0 3.0 5.0\n3 0.0 0.0 1.0 1.0\n")
     train, tests = data.open_sets(parse("--dataset", "cub", "--data_path", str(tmp_path)))
-    assert [y for _, y in train.samples] == [0, 1] and [p.name for p, _ in tests["test"].samples] == ["y.jpg"]
+    assert train.labels.tolist() == [0, 1] and [p.name for p in tests["test"].paths()] == ["y.jpg"]
     masks = data.foreground(tests["test"], 16)
     assert masks is not None and masks.sum() == 15 and masks[0, 2:7, 4:7].all()
 
@@ -95,7 +95,7 @@ def test_aircraft_and_cars(tmp_path: Path) -> None:
     (root / "images_variant_trainval.txt").write_text("1 A 300 B4\n")
     (root / "images_variant_test.txt").write_text("2 707-320\n")
     train, tests = data.open_sets(parse("--dataset", "aircraft", "--data_path", str(tmp_path)))
-    assert train.samples[0][1] == 1 and tests["test"].samples[0][1] == 0
+    assert train.label(0) == 1 and tests["test"].label(0) == 0
     cars = tmp_path / "stanford_cars"
     for folder, annos in (("cars_train", "cars_train_annos"), ("cars_test", "cars_test_annos_withlabels")):
         kind = np.dtype([("fname", object), ("class", object)])
@@ -106,7 +106,7 @@ def test_aircraft_and_cars(tmp_path: Path) -> None:
         savemat(cars / "devkit" / f"{annos}.mat", {"annotations": rows})
     savemat(cars / "devkit/cars_meta.mat", {"class_names": np.array(["Audi", "BMW"], dtype=object)})
     train, tests = data.open_sets(parse("--dataset", "cars", "--data_path", str(tmp_path)))
-    assert train.classes == ["Audi", "BMW"] and [y for _, y in train.samples] == [1, 0] and len(tests["test"]) == 2
+    assert train.classes == ["Audi", "BMW"] and train.labels.tolist() == [1, 0] and len(tests["test"]) == 2
 
 
 def test_lists_of_a_long_tail(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_lists_of_a_long_tail(tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_text("val/a/3.jpg 0\n")
     lists = ["--train_list", str(tmp_path / "train.txt"), "--val_list", str(tmp_path / "val.txt")]
     train, tests = data.open_sets(parse("--data_path", str(tmp_path), *lists))
-    assert [y for _, y in train.samples] == [0, 1] and tests["val"].classes == train.classes == ["0", "1"]
+    assert train.labels.tolist() == [0, 1] and tests["val"].classes == train.classes == ["0", "1"]
 
 
 def test_damaged_lists_are_one_line(tmp_path: Path) -> None:
@@ -155,7 +155,13 @@ def test_few_shot_splits(tmp_path: Path) -> None:
         for i in (1, 2):
             image(tmp_path / "images" / f"{name}{i}.jpg")
     splits = data.read_fewshot(tmp_path)
-    assert [p.name for p, _ in splits["test"].samples] == ["c1.jpg", "c2.jpg"] and splits["val"].classes == ["b"]
+    assert [p.name for p in splits["test"].paths()] == ["c1.jpg", "c2.jpg"] and splits["val"].classes == ["b"]
+    (tmp_path / "test.csv").write_bytes(b"filename,label\r\nc2.jpg,c \r\n c1.jpg,c\r\n")
+    again = data.read_fewshot(tmp_path)["test"]
+    assert again.paths() == splits["test"].paths() and again.classes == ["c"]
+    (tmp_path / "test.csv").write_text("filename,label\nc1.jpg,c\nc1.jpg,d\n")
+    with pytest.raises(UserError, match="c1.jpg is in class c and in d; restore the list"):
+        data.read_fewshot(tmp_path)
     (tmp_path / "test.csv").write_text("filename,label\na1.jpg,a\n")
     with pytest.raises(UserError, match="class a is in train and in test"):
         data.read_fewshot(tmp_path)
@@ -175,4 +181,4 @@ def test_unlabelled_images_are_training_images(tmp_path: Path) -> None:  # trap 
     for name in ("train/a/1.png", "train/b/1.png", "val/a/1.png"):
         image(tmp_path / name)
     found = data.open_unlabelled(parse("--data_path", str(tmp_path)))
-    assert len(found) == 2 and found.labels.tolist() == [-1, -1] and all("train" in str(p) for p, _ in found.samples)
+    assert len(found) == 2 and found.labels.tolist() == [-1, -1] and all("train" in str(p) for p in found.paths())

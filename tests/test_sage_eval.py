@@ -141,7 +141,7 @@ def test_attributes_are_those_of_the_images(data):
     assert [len(values) for _, values in labels.values()] == [10, 8, 4, 6]
     listed = dict(line.split(",", 1) for line in (data / "attributes.csv").read_text().splitlines())
     for i in (0, 17, 40):
-        path = train.samples[i][0].relative_to(data).as_posix()
+        path = train.path(i).relative_to(data).as_posix()
         got = [values[int(y[i])] for y, values in labels.values()]
         assert ",".join(got) == listed[path]
 
@@ -154,6 +154,13 @@ def test_bad_attribute_files(data, tmp_path):
     copy = image_folder(tmp_path / "copy/train")
     lines = (data / "attributes.csv").read_text().splitlines()
     file = tmp_path / "copy/attributes.csv"
+    first, rest = lines[1].split(",", 1)
+    file.write_bytes(b" \r\n".join(line.encode() for line in [lines[0], f"./{first},{rest}", *lines[2:], *lines[2:4]]))
+    expected, found = attribute_labels(data, train), attribute_labels(tmp_path / "copy", copy)
+    assert all(torch.equal(found[k][0], expected[k][0]) and found[k][1] == expected[k][1] for k in expected)
+    file.write_text("\n".join([*lines, f"{first},other,{rest.split(',', 1)[1]}"]))
+    with pytest.raises(UserError, match=rf"line {len(lines) + 1}: {first} has other values in an earlier line"):
+        attribute_labels(tmp_path / "copy", copy)
     file.write_text("\n".join(lines[:1] + lines[2:]))
     with pytest.raises(UserError, match="does not name .*must have a row for every image"):
         attribute_labels(tmp_path / "copy", copy)
@@ -232,11 +239,12 @@ def test_layouts_of_the_fine_grained_sets(kind, data, tmp_path):
     source = {split: image_folder(data / split) for split in ("train", "val")}
     for found, wanted in ((train, source["train"]), (val, source["val"])):
         assert len(found) == len(wanted) and len(found.classes) == 5
-        assert sorted((path.name, y) for path, y in found.samples) == sorted((p.name, y) for p, y in wanted.samples)
+        named = [sorted(zip((p.name for p in part.paths()), part.labels.tolist())) for part in (found, wanted)]
+        assert named[0] == named[1]
     before = sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.jpg"))
     write_mini(kind, data, tmp_path)
     assert before == sorted(path.stat().st_mtime_ns for path in tmp_path.rglob("*.jpg"))
-    missing = train.samples[3][0]
+    missing = train.path(3)
     missing.unlink()
     with pytest.raises(UserError, match=f"{missing.name}: no such image, but .* names it"):
         READERS[kind](tmp_path)

@@ -1,6 +1,12 @@
 """Folders, lists, keyed randomness and the resumable sampler."""
 
+import gc
+import os
+import pickle
 import random
+import struct
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +15,11 @@ from PIL import Image
 
 from shared_utils import UserError
 from shared_utils.data import (
+    ArrayImages,
     EpochSampler,
+    ImageList,
     Keyed,
+    fingerprint,
     flat_folder,
     image_folder,
     list_file,
@@ -21,7 +30,10 @@ from shared_utils.data import (
     read_mat,
     read_text,
     sample_rng,
+    tell,
 )
+from shared_utils.evaluation import labelled_indices
+from tests.bench import own_memory
 
 
 def write(path, colour=(255, 0, 0), size=(5, 4)):
@@ -33,9 +45,9 @@ def test_image_folder_numbers_classes_alphabetically(tmp_path):
     for name in ("b/2.png", "a/1.jpg", "a/sub/3.png"):
         write(tmp_path / name)
     data = image_folder(tmp_path, transform=lambda image: image.size)
-    assert data.classes == ["a", "b"] and [y for _, y in data.samples] == [0, 0, 1]
+    assert data.classes == ["a", "b"] and data.labels.tolist() == [0, 0, 1]
     assert data[2] == ((5, 4), 1, 2)
-    assert [y for _, y in flat_folder(tmp_path).samples] == [-1] * 3
+    assert flat_folder(tmp_path).labels.tolist() == [-1] * 3
 
 
 def test_bad_folders_are_named(tmp_path):
@@ -62,9 +74,10 @@ def test_list_files_in_both_forms(tmp_path):
         write(tmp_path / name)
     subset = tmp_path / "1percent.txt"
     subset.write_text("b/2.png\n")
-    assert list_file(subset, tmp_path).samples == [(tmp_path / "b/2.png", 1)]
+    listed = list_file(subset, tmp_path)
+    assert listed.paths() == [tmp_path / "b/2.png"] and listed.labels.tolist() == [1]
     subset.write_text("a/1.png 7\nb/2.png 3\n")
-    assert [y for _, y in list_file(subset, tmp_path).samples] == [7, 3]
+    assert list_file(subset, tmp_path).labels.tolist() == [7, 3]
     subset.write_text("a/1.png\na/9.png\n")
     with pytest.raises(UserError, match=r"1percent.txt, line 2: .*a/9.png does not exist"):
         list_file(subset, tmp_path)
@@ -152,7 +165,7 @@ def test_lists_number_classes_as_folders_do(tmp_path):
     for name in ("a/1.png", "b/2.png", ".cache/3.png"):
         write(tmp_path / name)
     (tmp_path / "list.txt").write_text("b/2.png\n")
-    assert list_file(tmp_path / "list.txt", tmp_path).samples[0][1] == 1 == image_folder(tmp_path).samples[-1][1]
+    assert list_file(tmp_path / "list.txt", tmp_path).label(0) == 1 == image_folder(tmp_path).label(-1)
 
 
 class Noise(torch.utils.data.Dataset):
@@ -226,9 +239,248 @@ def test_first_images_of_each_class(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (2, 2)).save(tmp_path / f"{name}.png")
     two = per_class(image_folder(tmp_path), 2)
-    assert [(path.parent.name, path.stem, y) for path, y in two.samples] == [
+    assert [(path.parent.name, path.stem, y) for path, y in zip(two.paths(), two.labels.tolist())] == [
         ("a", "1", 0),
         ("a", "2", 0),
         ("b", "1", 1),
     ]
     assert two.labels.tolist() == [0, 0, 1] and len(per_class(image_folder(tmp_path), 0)) == 4
+
+
+# --- other people's files -------------------------------------------------------------------------------------------
+
+
+def test_hidden_and_helper_files_are_no_data_and_no_fault(tmp_path):
+    for name in ("a/1.png", "b/1.png", "b/deep/2.png"):
+        write(tmp_path / name)
+    wanted = image_folder(tmp_path).paths()
+    for helper in (".ipynb_checkpoints", "@eaDir", "__MACOSX", ".thumbnails", "#recycle", "$RECYCLE.BIN", "lost+found"):
+        for above in ("", "a", "b/deep"):
+            write(tmp_path / above / helper / "1.png")
+            write(tmp_path / above / helper / "c.tar" / "1.png")
+            (tmp_path / above / helper / "more").mkdir()  # empty
+            (tmp_path / above / f"{helper}_").mkdir(exist_ok=True) if helper == ".thumbnails" else None  # hidden, empty
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "._1.png", "._x.jpg", "Icon\r", "a/._1.png", "b/.picasa.ini"):
+        (tmp_path / name).write_bytes(b"\0\5\26\7")
+    (tmp_path / "b/.link").symlink_to("nowhere")
+    found = image_folder(tmp_path)
+    assert found.paths() == wanted and found.classes == ["a", "b"] and found.labels.tolist() == [0, 1, 1]
+    assert not found.unread and len(flat_folder(tmp_path)) == 3
+    (tmp_path / "a/1.png").unlink()  # a class of helpers alone has no image
+    with pytest.raises(UserError, match="a: no image"):
+        image_folder(tmp_path)
+
+
+def test_what_is_not_read_is_counted_by_ending(tmp_path):
+    for name in ("a/1.jfif", "a/2.JPE", "b/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with open(tmp_path / name, "wb") as handle:
+            Image.new("RGB", (4, 4), (0, 255, 0)).save(handle, "PNG" if name.endswith("png") else "JPEG")
+    for name in ("a/3.heic", "a/4.HEIC", "b/2.avif", "b/notes.txt", "b/.hidden.heic"):
+        (tmp_path / name).write_bytes(b"x")
+    found = image_folder(tmp_path)
+    assert len(found) == 3 and found.pixels(0)[0, 0].argmax() == 1
+    assert found.unread == {".heic": 2, ".avif": 1, ".txt": 1} == flat_folder(tmp_path).unread
+    assert tell(found.unread) == "2 .heic, 1 .avif, 1 .txt"
+    assert per_class(found, 1).unread == found.unread  # for the preflight of a run
+    for name in ("1.jfif", "2.JPE"):
+        (tmp_path / "a" / name).unlink()
+    with pytest.raises(UserError, match="a: no image .*; 2 .heic are there; convert them"):
+        image_folder(tmp_path)
+
+
+def grey_png(path, array, bits):
+    """A grey PNG of 1, 2 or 4 bits, which PIL does not write."""
+    height, width = array.shape
+    shifted = np.unpackbits(array.astype(np.uint8)[:, :, None], axis=2)[:, :, -bits:].reshape(height, -1)
+    rows = np.packbits(shifted, axis=1)
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_label_maps_of_few_bits_keep_their_numbers(bits, tmp_path):
+    array = np.arange(35).reshape(5, 7) % 2**bits
+    grey_png(tmp_path / "x.png", array, bits)
+    assert (np.asarray(load_image(tmp_path / "x.png", None)).astype(int) == array).all()
+    scaled = np.asarray(load_image(tmp_path / "x.png", "L"))  # a photo: 0 to white
+    assert (scaled == array * (255 // (2**bits - 1))).all()
+    tiff = Image.fromarray((array * 17).astype(np.uint8))  # 8 bits are what they are
+    tiff.save(tmp_path / "8.tif")
+    assert (np.asarray(load_image(tmp_path / "8.tif", None)) == array * 17).all()
+
+
+def two_classes(root):
+    for name in ("a/1.png", "a/my cat 2.png", "b/1.png", "b/2.png"):
+        write(root / name)
+    return image_folder(root)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["b/2.png", "b/2.png  ", "\tb/2.png\t", "./b/2.png", "train/b/2.png", "set/train/b/2.png", "{root}/b/2.png",
+     "a/../b/2.png", "b//2.png", "b\\2.png", "b/2.png 1", "b/2.png\t1", "b/2.png,1", '"b/2.png" 1', "{root}/b/2.png 1 ",
+     "./train/b/2.png 1"],
+)  # fmt: skip
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lists_as_other_programs_write_them(line, end, tmp_path):
+    root = tmp_path / "set/train"
+    train = two_classes(root)
+    file = tmp_path / "list.txt"
+    file.write_bytes((end + line.format(root=root) + end + end).encode())
+    listed = list_file(file, root)
+    assert listed.paths() == [root / "b/2.png"] and listed.labels.tolist() == [1]
+    assert labelled_indices(train, file, 0, root, 0) == [3]
+
+
+def test_names_with_blanks_and_a_linked_root(tmp_path):
+    root = tmp_path / "set/train"
+    train = two_classes(root)
+    file = tmp_path / "list.txt"
+    for text, expected in (
+        ("a/my cat 2.png\n", [1]),
+        ("a/my cat 2.png 0\n", [1]),
+        ('"a/my cat 2.png" 0\n', [1]),
+        ("my cat 2.png\n2.png \n", [1, 3]),
+    ):
+        file.write_text(text)
+        assert labelled_indices(train, file, 0, root, 0) == expected, text
+    (tmp_path / "link").symlink_to(root)  # the list was written with the folder's own name
+    file.write_text(f"{root}/b/2.png\n")
+    assert list_file(file, tmp_path / "link").paths() == [tmp_path / "link/b/2.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("\n1.png\n", r"line 2: 2 training images are named 1.png \(.*a/1.png, .*b/1.png\); write `CLASS/image.jpg`"),
+        ("2.png\n9.png\n", "line 2: no training image is named 9.png"),
+        ("b/2.png\n\nb/9.png\n", "line 3: .*b/9.png does not exist"),
+        ("/elsewhere/b/2.png\n", "line 1: /elsewhere/b/2.png does not exist"),
+        ("{tmp}/out.png\nb/2.png\n", "line 1: .*out.png is in no class folder of"),
+        ("../../out.png\n", "line 1: .*out.png is in no class folder of"),
+        ("b/2.png 1\nb/1.png\n", "line 2: no label, other than line 1"),
+        ("b/1.png\nb/2.png 1\n", "line 2: a label, other than line 1"),
+        ("b/2.png 0\n", "line 1: label 0, but its folder is class 1"),
+        ("b/2.png dog\n", "line 1: expected .*, found 'b/2.png dog'"),
+        ("b/2.png 1 2\n", "line 1: expected .*, found"),
+    ],
+)
+def test_lists_that_do_not_fit_are_one_clear_line(text, message, tmp_path):
+    root = tmp_path / "set/train"
+    train = two_classes(root)
+    write(tmp_path / "out.png")
+    file = tmp_path / "list.txt"
+    file.write_text(text.format(tmp=tmp_path))
+    with pytest.raises(UserError, match=message) as caught:
+        labelled_indices(train, file, 0, root, 0)
+    assert "\n" not in str(caught.value)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def growth(visit):
+    """Bytes that a forked process gets for itself while `visit` goes through the numbers 0 to 9,999."""
+    gc.collect()
+    gc.freeze()  # a collection would write into objects that have nothing to do with it
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if not child:
+        for _ in range(2000):
+            visit(0)
+        before = own_memory(os.getpid())
+        for i in range(10_000):
+            visit(7919 * i % 10_000)
+        os.write(sender, b"%d" % (own_memory(os.getpid()) - before))
+        os._exit(0)
+    gc.unfreeze()
+    os.waitpid(child, 0)
+    return int(os.read(receiver, 20))
+
+
+def test_a_process_that_reads_a_list_gets_no_copy_of_it():
+    objects = [(Path(f"/data/set/train/n{i % 100:08d}/image_{i:08d}.JPEG"), 10**6 + i) for i in range(10_000)]
+    images = ImageList(objects, [])
+    some = images.take(range(0, 10_000, 2), range(5_000))
+    assert growth(lambda i: (str(objects[i][0]), objects[i][1])) > 1_500_000  # its references are counted
+    assert growth(lambda i: (images.file(i), images.label(i), some.file(i // 2), some.label(i // 2))) < 300_000
+    assert images.path(9999) == objects[9999][0] and some.path(2) == objects[4][0] and some.label(2) == 2
+
+
+def test_names_need_not_be_text(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/gr\xfcn"
+    os.mkdir(folder)
+    with open(folder + b"/\xff 1.png", "wb") as handle:
+        Image.new("RGB", (2, 2), (9, 8, 7)).save(handle, "PNG")
+    images = image_folder(tmp_path)
+    assert images.pixels(0)[0, 0].tolist() == [9, 8, 7] and os.fsencode(images.path(0)).endswith(b"gr\xfcn/\xff 1.png")
+    with pytest.raises(IndexError):
+        images.path(1)
+
+
+@pytest.mark.parametrize("sizes", [[(5, 4)] * 4, [(5, 4), (3, 7), (1, 1), (8, 2)]])
+def test_decoded_images_are_one_array(sizes, tmp_path):
+    rng = np.random.default_rng(0)
+    for i, size in enumerate(sizes):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(
+            tmp_path / f"{'ab'[i % 2]}/{i}.png"
+        )
+    plain, kept = image_folder(tmp_path), image_folder(tmp_path).cached()
+    assert plain.array is None and not plain.decoded and kept.decoded
+    if len({*sizes}) == 1:
+        assert kept.array.shape == (4, 4, 5, 3) and kept.array.dtype == np.uint8
+        assert np.shares_memory(kept.pixels(1), kept.array)  # no copy for each image
+    else:
+        assert kept.array is None
+    some, relabelled = kept.take([3, 0]), kept.take(slice(None), [7] * 4)
+    for i in range(4):
+        assert kept.pixels(i).dtype == np.uint8 and (kept.pixels(i) == plain.pixels(i)).all()
+        assert (np.asarray(kept.image(i)) == np.asarray(plain.image(i))).all() and kept.image(i).mode == "RGB"
+        assert (relabelled.pixels(i) == plain.pixels(i)).all() and relabelled[i][1] == 7
+    for j, i in enumerate((3, 0)):
+        assert (some.pixels(j) == plain.pixels(i)).all() and some.path(j) == plain.path(i)
+        assert some.label(j) == plain.label(i)
+    with pytest.raises(ValueError, match="2 labels for 4 images"):
+        kept.take(slice(None), [1, 2])
+    for thing in (plain, kept):  # also where processes are started anew and not forked
+        again = pickle.loads(pickle.dumps(thing))
+        assert (again.pixels(2) == plain.pixels(2)).all() and again.paths() == plain.paths()
+
+
+def test_arrays_are_image_lists():
+    array = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), dtype=np.uint8)
+    images = ArrayImages(array, [0, 0, 1, 1, 1, 0], ["a", "b"])
+    one = per_class(images, 1)
+    assert one.labels.tolist() == [0, 1] and (one.array == array[[0, 2]]).all() and one.path(1).name == "2"
+    assert (np.asarray(one.image(1)) == array[2]).all() and images.cached() is images
+    assert images.fingerprint() == ArrayImages(array.copy(), [0, 0, 1, 1, 1, 0], ["a", "b"]).fingerprint()
+    other = array.copy()
+    other[3, 0, 0, 0] ^= 1
+    assert images.fingerprint() != ArrayImages(other, [0, 0, 1, 1, 1, 0], ["a", "b"]).fingerprint()
+
+
+def test_fingerprints_are_of_the_content_and_not_of_the_place(tmp_path):
+    for place in ("one/set", "two"):
+        two_classes(tmp_path / place)
+    first, second = image_folder(tmp_path / "one/set"), image_folder(tmp_path / "two")
+    assert first.fingerprint() == second.fingerprint() == first.cached().fingerprint() and first.fingerprint()[0] == 4
+    assert fingerprint(first.paths()) == fingerprint(map(str, second.paths())) != first.fingerprint()  # without labels
+    changed = [second.take([0, 1, 2]), second.take([1, 0, 2, 3]), second.take(slice(None), [0, 0, 1, 0])]
+    (tmp_path / "two/b/2.png").rename(tmp_path / "two/b/3.png")
+    changed.append(image_folder(tmp_path / "two"))
+    (tmp_path / "two/b/3.png").rename(tmp_path / "two/b/2.png")
+    assert second.fingerprint() == first.fingerprint()
+    assert all(images.fingerprint() != first.fingerprint() for images in changed)
+    write(tmp_path / "two/b/2.png", size=(90, 90))
+    assert second.fingerprint() != first.fingerprint()
+    (tmp_path / "frames").mkdir()
+    empty = fingerprint([tmp_path / "frames"])
+    write(tmp_path / "frames/1.png")
+    assert fingerprint([tmp_path / "frames"]) != empty and fingerprint([])[0] == 0

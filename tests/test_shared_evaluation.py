@@ -192,6 +192,21 @@ def test_topk_counts():
     assert evaluation.topk(logits, torch.tensor([3, 0, 0])).tolist() == [0, 3]  # top-5 of four classes is everything
 
 
+def test_ties_are_counted_as_argmax_decides_them():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 3, (400, 7), generator=generator).float()  # most rows have ties
+    labels = torch.randint(0, 7, (400,), generator=generator)
+    order = [sorted(range(7), key=lambda c: (-row[c], c)) for row in logits.tolist()]  # equal ones by their number
+    for k in (1, 2, 5, 7):
+        expected = sum(int(y) in first[:k] for first, y in zip(order, labels))
+        assert evaluation.topk(logits, labels, (k,)).tolist() == [expected]
+    assert int(evaluation.topk(logits, labels)[0]) == int((logits.argmax(1) == labels).sum())
+    constant = torch.zeros(70, 7)  # a collapsed network guesses the first class, not whichever is right
+    assert evaluation.topk(constant, torch.arange(70) % 7, (1, 5)).tolist() == [10, 50]
+    broken = torch.full((7, 7), torch.nan)
+    assert evaluation.topk(broken, torch.arange(7), (1, 7)).tolist() == [0, 0]
+
+
 def test_frozen_means_every_tensor():
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     before = evaluation.freeze(net)

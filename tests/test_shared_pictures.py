@@ -60,6 +60,15 @@ def test_a_checkpoint_gives_its_flags_with_paths_as_paths(tmp_path: Path) -> Non
     assert flags == Namespace(data=Path("here"), n=3, more=1) and saved["model"] == {}
     with pytest.raises(UserError, match="not a checkpoint of job; make one with: bash make"):
         tiles.open_run(tmp_path / "a.pth", p, "bash make", ["bank"])
+    for name in ("margin", "depth"):  # newer than the file
+        p.add_argument(f"--{name}", type=int, default=7)
+    old = {"data": "here", "n": 3}
+    checkpoint.save(tmp_path / "a.pth", {"args": old})
+    assert tiles.open_run(tmp_path / "a.pth", p, "bash make")[1] == Namespace(data=Path("here"), n=3, margin=7, depth=7)
+    for entries in ({"args": old, "job": "other"}, {"args": {"n": 3}}, {"args": {**old, "margin": 1, "alien": 1}}):
+        checkpoint.save(tmp_path / "a.pth", entries)
+        with pytest.raises(UserError, match="not a checkpoint of job"):
+            tiles.open_run(tmp_path / "a.pth", p, "bash make")
 
 
 def test_pictures_are_not_smoothed_at_multiples_and_frames_surround_them() -> None:

@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from shared_utils import UserError, checkpoint
-from shared_utils.data import EpochSampler, Keyed
+from shared_utils.data import EpochSampler, Keyed, image_folder
 from shared_utils.flags import Parser, add_run_flags
 from shared_utils.run import Run
 
@@ -175,3 +177,91 @@ def test_a_reader_that_has_gone_is_no_traceback() -> None:
     started.stdout.close()
     assert (started.stderr.read(), started.wait()) == (b"", 141)
     started.stderr.close()
+
+
+# --- resuming by another version, and with the data in another place ------------------------------------------------
+
+
+def fill(root: Path, sizes: tuple[int, ...] = (4, 4, 4)) -> Path:
+    for i, size in enumerate(sizes):
+        (root / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (size, size), (20 * i, 0, 0)).save(root / "train" / "ab"[i % 2] / f"{i}.png")
+    return root
+
+
+def start(out: Path, data: Path, *more: str, margin: bool = False, reads: bool = True, save: bool = True) -> Run:
+    p = Parser(prog="shared.test")
+    p.add_argument("--data_dir", type=Path)
+    p.add_argument("--depth", type=int, default=3)
+    if margin:  # a flag of a later version
+        p.add_argument("--margin", type=float, default=0.5)
+    add_run_flags(p, "x")
+    flags = ["--output-dir", str(out), "--data_dir", str(data), "--device", "cpu", "--workers", "0", *more]
+    run = Run(p.parse_args(flags), "shared", "test")
+    if reads:
+        run.reads(image_folder(data / "train"))
+    run.preflight({})
+    if save:
+        run.step += 1
+        run.save()
+    run.close()
+    return run
+
+
+def test_a_flag_that_the_checkpoint_does_not_have_counts_as_its_default(tmp_path: Path) -> None:
+    data = fill(tmp_path / "data")
+    start(tmp_path / "out", data)
+    assert start(tmp_path / "out", data, margin=True, save=False).step == 1
+    assert start(tmp_path / "out", data, "--margin", "0.5", margin=True, save=False).step == 1
+    with pytest.raises(UserError, match=r"--margin was not there yet, 0.5 by default, is 0.25\); repeat"):
+        start(tmp_path / "out", data, "--margin", "0.25", margin=True)
+    with pytest.raises(UserError, match=r"saved with other flags \(--depth was 3, is 4\)"):
+        start(tmp_path / "out", data, "--depth", "4", margin=True)
+    start(tmp_path / "out", data, margin=True)  # from now on it is there
+    with pytest.raises(UserError, match="--margin was 0.5, is 0.25"):
+        start(tmp_path / "out", data, "--margin", "0.25", margin=True)
+
+
+def test_moved_data_goes_on_and_changed_data_does_not(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = fill(tmp_path / "data")
+    start(tmp_path / "out", data)
+    data = data.rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    assert start(tmp_path / "out", data, save=False).step == 1
+    assert "  data:" not in capsys.readouterr().out  # silent
+    more = fill(tmp_path / "more", (4, 4, 4, 4))
+    where = re.escape(str(tmp_path / "data"))
+    with pytest.raises(UserError, match=rf"other data \(3 files then, 4 now; it was --data-dir {where}\)"):
+        start(tmp_path / "out", more)
+    other = fill(tmp_path / "other", (4, 4, 64))
+    with pytest.raises(UserError, match="as many files, of other names, sizes or order"):
+        start(tmp_path / "out", other)
+    Image.new("RGB", (50, 50)).save(data / "train/a/0.png")  # changed where it is
+    with pytest.raises(UserError, match="saved on other data") as caught:
+        start(tmp_path / "out", data)
+    assert "\n" not in str(caught.value)
+    # who does not say what is read has to repeat the path
+    start(tmp_path / "plain", data, reads=False)
+    with pytest.raises(UserError, match="--data-dir was"):
+        start(tmp_path / "plain", other, reads=False)
+
+
+def test_checkpoints_of_before_the_hash_go_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data, other = fill(tmp_path / "data"), fill(tmp_path / "other", (4,) * 5)
+    start(tmp_path / "out", data)
+    saved = checkpoint.load(tmp_path / "out/checkpoint.pth")
+    assert saved["job"] == "shared.test" and saved.pop("data")[0][0] == 3
+    checkpoint.save(tmp_path / "out/checkpoint.pth", saved)
+    capsys.readouterr()
+    assert start(tmp_path / "out", data, save=False).step == 1
+    assert "older checkpoint" not in capsys.readouterr().out
+    assert start(tmp_path / "out", other, save=False).step == 1
+    assert f"was --data-dir {data}; this older checkpoint does not tell" in capsys.readouterr().out
+
+
+def test_the_preflight_says_what_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = fill(tmp_path / "data")
+    for name in ("x.heic", "y.heic", "z.avif"):
+        (data / "train/a" / name).write_bytes(b"x")
+    start(tmp_path / "out", data, save=False)
+    assert "  not read: 2 .heic, 1 .avif between the images\n" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from shared_utils import UserError, augment
-from shared_utils.data import EpochSampler, Keyed, sample_rng
+from shared_utils.data import EpochSampler, ImageList, Keyed, sample_rng
 from sscl import data as sscl_data
 from sscl import main
 from sscl.data import (
@@ -148,7 +148,7 @@ def test_views(root) -> None:
     alone = Keyed(Unlabelled(images, recipes, ("strong", "key"), "weak"), 0)[(0, 3)]
     assert alone["key"].shape == (3, 16, 16)
     idle = Unlabelled(images, recipes, ())
-    idle.images.samples = [(root / "nowhere.png", -1)] * 48  # nothing is decoded for nothing
+    idle.images = ImageList([(root / "nowhere.png", -1)] * 48, [])  # nothing is decoded for nothing
     assert idle[3] == {"index": 3}
     for weak in ("rrc", "shift"):
         for strong in STRONG:

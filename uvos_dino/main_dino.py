@@ -82,7 +82,7 @@ class Frames(Dataset):
     """All images in memory, 8 bits [N, 3, H, W]; indexed by the sampler's (epoch, index). UserError if too many."""
 
     def __init__(self, folders: list[list[Path]], size: tuple[int, int], every: int):
-        paths = [path for folder in folders for path in folder[::every]]
+        self.paths = paths = [path for folder in folders for path in folder[::every]]
         need = len(paths) * 3 * size[0] * size[1]
         if need > available_memory() / 2:
             raise UserError(
@@ -133,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.wd, fused=run.device.type == "cuda")
     trained: nn.Module = nn.parallel.DistributedDataParallel(student) if run.world > 1 else student
     run.track(student=student, teacher=teacher, optimizer=optimizer, dino_loss=criterion)
+    run.reads(frames.paths)
     run.preflight(
         {
             "data": f"{args.data_dir}: {len(frames)} images at {args.image_size[0]} x {args.image_size[1]}",

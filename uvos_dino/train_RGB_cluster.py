@@ -134,6 +134,7 @@ class Probe:
         self.args = args
         self.pictures: list[Tensor] = []  # of the last evaluation, one a sequence
         videos: list[Video] = open_videos(args.dataset, args.val_basepath, args.split)[: args.probe_videos]
+        self.files = [path for video in videos for path in (*video.frames, *video.masks.values())]
         binary = LAYOUTS[args.dataset].binary
         self.videos = [
             (
@@ -212,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     probe = Probe(args) if args.probe_every else None
 
     run.track(model_state_dict=model, optimizer_state_dict=optimizer, iteration=Iteration(run))
+    run.reads([path for video in videos for path in video], *([probe.files] if probe else []))
     run.preflight(facts(run, videos, model, counts, grid, loaded))
     if not steps:  # the random block
         run.save()
