@@ -143,7 +143,7 @@ def open_videos(dataset: str, root: Path, split: str, only: Sequence[str] = ()) 
     for name in only or names:
         frames = files_of(frames_in / name, layout.frame)
         if not frames:
-            raise UserError(f"{frames_in / name}: no frames ({source}); expected 00000.jpg, 00001.jpg, ...")
+            raise UserError(f"{frames_in / name}: no frames; expected 00000.jpg, 00001.jpg, ... ({source})")
         masks, others = by_frame(files_of(masks_in / name, layout.mask), frames)
         if others:
             raise UserError(

@@ -138,18 +138,13 @@ def score_video(found: Segmentation, video: Video, args: argparse.Namespace) -> 
     for t, path in annotations(found, video, args.skip_ends).items():
         truth.append(read_mask(path, layout.binary))
         labels.append(metrics.upsample(found.labels[t if t in found.labels else t - 1], *truth[-1].shape))
-    numbers, start = metrics.numbers_of(truth), next(iter(video.masks.values()))
-    if layout.late == "background":
-        largest = max(metrics.numbers_of([read_mask(start, layout.binary)]), default=0)
-        numbers = [number for number in numbers if number <= largest]
+    start = next(iter(video.masks.values()))
+    numbers, starts = metrics.counted(truth, read_mask(start, layout.binary), layout.late)
     if not numbers and not args.foreground:
         raise UserError(
             f"{start}: no object in the first annotated frame{' or later' * (layout.late != 'background')}, nothing to "
             "match; restore it, leave the video out (--sequences), or score FG-ARI and mIoU (--foreground)"
         )
-    starts = [0] * len(numbers)
-    if layout.late == "entered":
-        starts = [next(i for i, x in enumerate(truth) if (x == number).any()) for number in numbers]
     out: dict[str, Any] = {"clusters": found.clusters, "frames": len(truth), "objects": len(numbers)}
     out |= {"numbers": numbers, **{match: [] for match in MATCHES}}
     if numbers:

@@ -104,6 +104,24 @@ def numbers_of(truth: Iterable[np.ndarray]) -> list[int]:
     return np.flatnonzero(there).tolist()
 
 
+def counted(truth: Sequence[np.ndarray], first: np.ndarray, late: str) -> tuple[list[int], list[int]]:
+    """The objects that count in maps of numbers, and the place of the map from which each counts.
+
+    Args:
+        truth: the annotations that are scored; who occurs in none of them does not count.
+        first: the video's first annotation.
+        late: what becomes of an object that enters later. `background`: it is none, where its number is above those
+            of `first` (davis2017-evaluation); `entered`: it counts from its first annotation; `frames`: in all of them.
+    """
+    numbers = numbers_of(truth)
+    if late == "background":
+        numbers = [number for number in numbers if number <= max(numbers_of([first]), default=0)]
+    starts = [0] * len(numbers)
+    if late == "entered":
+        starts = [next(i for i, x in enumerate(truth) if (x == number).any()) for number in numbers]
+    return numbers, starts
+
+
 def renumber(truth: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
     """A map of numbers, uint8, with `numbers` as 1, 2, ...; void stays, all others become background."""
     table = np.zeros(256, np.uint8)

@@ -151,28 +151,33 @@ class Probe:
         layout, self.videos = LAYOUTS[args.dataset], []
         for video in videos[: args.probe_videos]:
             masks = {t: read_mask(path, layout.binary) for t, path in video.masks.items()}
-            first, numbers = masks[min(masks)], metrics.numbers_of(masks.values())
-            if layout.late == "background":
-                numbers = [number for number in numbers if number <= max(metrics.numbers_of([first]), default=0)]
+            truth = [masks[t] for t in sorted(masks)]
+            numbers, starts = metrics.counted(truth, truth[0], layout.late)
             if not numbers:
                 file = video.masks[min(masks)]
-                raise UserError(f"{file}: no object in the first annotated frame, --probe_every has nothing to match")
-            masks = {t: metrics.renumber(mask, numbers) for t, mask in masks.items()}
-            self.videos.append((read_video(video.frames, tuple(args.resolution)), masks, len(numbers)))
+                later = " or later" * (layout.late != "background")
+                raise UserError(
+                    f"{file}: no object in the first annotated frame{later}, --probe_every has nothing to match"
+                )
+            known = {t: metrics.renumber(mask, numbers) for t, mask in masks.items()}
+            present = {t: [start <= i for start in starts] for i, t in enumerate(sorted(masks))}  # objects that count
+            self.videos.append((read_video(video.frames, tuple(args.resolution)), known, present))
 
     def __call__(self, model: AttEncoder, device: torch.device) -> dict[str, float]:
         """`probe/clusters`, mean number of them, and `probe/J`, mean over objects and frames, matched by frame."""
         model.eval()
         counts, scores = [], []
         self.pictures = []
-        for frames, masks, objects in self.videos:
+        for frames, masks, present in self.videos:
             found = segment(model, frames, device, "imagenet", self.args.ratio, self.args.tau)
             counts.append(found.number)
             labels = found.labels.view(len(frames), -1, frames.shape[-1] // model.encoder.patch_size).numpy()
             self.pictures.append(self.picture(frames, labels))
             for t, mask in masks.items():
-                J = metrics.frame_ious(metrics.upsample(labels[t], *mask.shape), mask, found.number, objects)
-                scores.append(metrics.best_mean(J))
+                shown = metrics.upsample(labels[t], *mask.shape)
+                J = metrics.frame_ious(shown, mask, found.number, len(present[t]))[:, present[t]]
+                if any(present[t]):
+                    scores.append(metrics.best_mean(J))
         model.train()
         return {"probe/clusters": sum(counts) / len(counts), "probe/J": 100 * sum(scores) / len(scores)}
 

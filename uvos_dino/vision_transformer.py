@@ -218,9 +218,9 @@ def load(source: str, arch: str, patch_size: int) -> tuple[VisionTransformer, st
             raise UserError(f"--dino_path {error}") from None
     try:
         state = weights.as_dino(state, source)
+        encoder = for_weights(state, source)
     except UserError as error:
         raise UserError(f"--dino_path {error}") from None
-    encoder = for_weights(state, source)
     try:
         report = checkpoint.load_strict(encoder, state, drop=("head.*",))
     except UserError as error:
