@@ -198,6 +198,10 @@ def test_numbers_of_several_frames_place_nothing(tmp_path: Path) -> None:
     frames = [Path(f"cam{c}_{t}.jpg") for c in (1, 2) for t in range(3)]
     found, others = data.by_frame([Path("1.png"), Path("cam2_1.png")], frames)
     assert found == {4: Path("cam2_1.png")} and others == [Path("1.png")]
+    # The frame's own name in a file's name counts more than its last number.
+    frames = [Path(f"{t:05d}.jpg") for t in range(3)]
+    files = [Path(name) for name in ("00000_object_2.png", "mask2.png", "00001-v0.png")]
+    assert data.by_frame(files, frames) == ({0: files[0], 2: files[1], 1: files[2]}, [])
 
 
 def test_clips() -> None:
@@ -453,6 +457,11 @@ def test_masks_are_placed_by_the_names_of_their_frames(davis: Path, tmp_path: Pa
 
     results("whole")
     assert scored("whole")["frame"]["J-Mean"] == 100
+    folder = results("others")  # a Mac's helper files, pictures beside the masks, a capital suffix
+    for name in ("._00000.png", "00000_overlay.jpg"):
+        (folder / name).write_bytes(b"x")
+    (folder / "00001.png").rename(folder / "00001.PNG")
+    assert scored("others")["frame"]["J-Mean"] == 100
     results("last", "00004")  # as the release leaves it: the mask before it stands for it
     assert 90 < scored("last")["frame"]["J-Mean"] < 100
     results("ends", "00000", "00004")
@@ -649,6 +658,16 @@ def test_a_number_below_the_first_frames_largest_counts_when_it_enters(tmp_path:
     benchmark(tmp_path, "DAVIS2017", truth)
     found = score(tmp_path, "DAVIS2017", predict(tmp_path / "out", truth))
     assert found["sequences"]["x"]["numbers"] == [1, 3, 5] and found["frame"]["J&F-Mean"] == 100
+
+
+def test_an_object_in_the_skipped_ends_alone_does_not_count(tmp_path: Path) -> None:
+    truth = scene()
+    truth[1:][truth[1:] == 2] = 0
+    benchmark(tmp_path, "DAVIS2017", truth)
+    results = predict(tmp_path / "out", np.zeros_like(truth))
+    assert score(tmp_path, "DAVIS2017", results)["sequences"]["x"]["numbers"] == [1, 2]
+    ends = score(tmp_path, "DAVIS2017", results, "--skip_ends")
+    assert ends["sequences"]["x"]["numbers"] == [1] and ends["frame"]["J&F-Mean"] == 0
 
 
 def test_an_empty_first_annotation_stops_only_what_needs_it(tmp_path: Path, capsys) -> None:

@@ -161,8 +161,8 @@ def open_videos(dataset: str, root: Path, split: str, only: Sequence[str] = ()) 
 def by_frame(files: Sequence[Path], frames: Sequence[Path]) -> tuple[dict[int, Path], list[Path]]:
     """{number of a frame: the file that belongs to it}, and the files that belong to none or come second.
 
-    A file belongs to the frame of its name, else to that of the last number in its name (SegTrack-v2, MOVi), where a
-    single frame has this number.
+    A file belongs to the frame of its name (00003.png), else to the one whose name is a number in its own
+    (00003_object1.png), else to that of the last number in its name (SegTrack-v2, MOVi), where a single frame has it.
     """
     names = {path.stem: i for i, path in enumerate(frames)}
     counts = Counter(_number(path) for path in frames)
@@ -171,7 +171,9 @@ def by_frame(files: Sequence[Path], frames: Sequence[Path]) -> tuple[dict[int, P
     found: dict[int, Path] = {}
     others = []
     for path in files:
-        place = names.get(path.stem, numbers.get(_number(path)))
+        parts = {names[part] for part in re.findall(r"\d+", path.stem) if part in names}
+        whole = parts.pop() if len(parts) == 1 else numbers.get(_number(path))
+        place = names.get(path.stem, whole)
         if place is None or place in found:
             others.append(path)
         else:

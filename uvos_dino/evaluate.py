@@ -34,7 +34,7 @@ from uvos_dino.data import (
 )
 
 MATCHES = ("frame", "sequence")
-PICTURES = r".*\.(png|jpg|jpeg|bmp)"
+PNG, OTHERS = r".*\.png", r".*\.(jpg|jpeg|bmp)"  # the others may be pictures of the masks where there are PNGs
 COLUMNS = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
 
 
@@ -84,7 +84,7 @@ def read_results(folder: Path, video: Video) -> Segmentation:
             return Segmentation(labels, max(len(m) for m in masks.values()))
         except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError):
             raise UserError(f"{file}: neither labels of uvos_dino.eval_oneshot nor the release's masks") from None
-    paths = files_of(folder / video.name, PICTURES)
+    paths = files_of(folder / video.name, PNG) or files_of(folder / video.name, OTHERS)
     if not paths:
         raise UserError(f"{folder}: nothing for {video.name}; expected {video.name}.pth or {video.name}/00000.png, ...")
     files, others = by_frame(paths, video.frames)

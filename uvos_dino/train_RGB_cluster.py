@@ -54,7 +54,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--num_frames", type=positive, default=3, help="T, frames of a clip")
     a("--gap", type=natural, default=4, help="frames between them; smaller in short videos")
     a("--augment", type=boolean, default=True, help="grey, colour jitter and blur")
-    a("--dino_path", default="dino_deitsmall8_pretrain.pth", help="weights of DINO or DINOv2: a file "
+    a("--dino_path", "--encoder", default="dino_deitsmall8_pretrain.pth", help="weights of DINO or DINOv2: a file "
       "(.pth, .onnx), timm:NAME, or none (random)")  # fmt: skip
     a("--arch", choices=list(vision_transformer.ARCHS), default="vit_small", help="for --dino_path none")
     a("--patch_size", type=positive, default=8, help="for --dino_path none")
