@@ -216,6 +216,7 @@ def load(source: str, arch: str, patch_size: int) -> tuple[VisionTransformer, st
             state = weights.read_onnx(source) if source.endswith(".onnx") else checkpoint.read_weights(source)
         except UserError as error:
             raise UserError(f"--dino_path {error}") from None
+    others = weights.other_parts(state)
     try:
         state = weights.as_dino(state, source)
         encoder = for_weights(state, source)
@@ -226,4 +227,5 @@ def load(source: str, arch: str, patch_size: int) -> tuple[VisionTransformer, st
     except UserError as error:
         raise UserError(f"--dino_path {source}: {error}") from None
     what = f"width {encoder.embed_dim}, depth {encoder.depth}, patch {encoder.patch_size}"
-    return encoder, f"{source}: {what}; {report}"
+    beside = f"; {len(others)} tensors of another part left out ({others[0]}, ...)" if others else ""
+    return encoder, f"{source}: {what}; {report}{beside}"

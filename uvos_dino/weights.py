@@ -33,16 +33,21 @@ RENAMED = (
 SCALED = {"1": "attn.proj", "2": "mlp.fc2"}  # what each gamma of a block scales
 
 
+def other_parts(state: Mapping[str, Tensor]) -> list[str]:
+    """Names beside an encoder of transformers' (a decoder, a head), which `as_dino` leaves out."""
+    prefix = next((key.removesuffix(PATCHES) for key in state if key.endswith(PATCHES)), "")
+    return [key for key in state if not key.startswith(prefix)]
+
+
 def as_dino(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """The weights under DINO's names, LayerScale folded; what has another name stays, for a strict loader to refuse.
 
     UserError: register tokens, which this encoder has not, and a gamma that is missing or has no projection.
     """
     out = dict(state)
-    if prefix := next((key.removesuffix(PATCHES) for key in state if key.endswith(PATCHES)), None):
-        out = {key: value for key, value in out.items() if key.startswith(prefix)}  # a decoder beside it is dropped
-    if prefix is not None:
-        out = _from_transformers({key.removeprefix(prefix): value for key, value in out.items()}, source)
+    if (prefix := next((key.removesuffix(PATCHES) for key in state if key.endswith(PATCHES)), None)) is not None:
+        own = {key: value for key, value in state.items() if key.startswith(prefix)}
+        out = _from_transformers({key.removeprefix(prefix): value for key, value in own.items()}, source)
     # DINOv2's training files keep blocks in chunks, blocks.CHUNK.NUMBER
     out = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", key): value for key, value in out.items()}
     out.pop("mask_token", None)
