@@ -239,7 +239,16 @@ def open_unlabelled(args: argparse.Namespace) -> ImageList:
     if args.dataset != "folder":
         values = {**vars(args), "per_class": 0, "imbalance": 0, "label_seed": 0, "tests": ""}
         return open_sets(argparse.Namespace(**values)).train
-    return cached(flat_folder(root / "train" if (root / "train").is_dir() else root), args.cache)
+    folder = root / "train"
+    if not folder.is_dir():
+        names = [name for name in (getattr(args, "tests", None) or "").split(",") if name] + ["val", "test"]
+        if held := [name for name in names if (root / name).is_dir()]:
+            raise UserError(
+                f"{root}: {held[0]}/ is here and no train/, so test images would be trained on; add train/, or give "
+                "the folder of the training images"
+            )
+        folder = root
+    return cached(flat_folder(folder), args.cache)
 
 
 def cached(images: ImageList, cache: bool) -> ImageList:

@@ -411,7 +411,7 @@ for name, images, masks, names, mode, value in (
 for name, split, frames, masks, names in (
     ("DAVIS", "val", FRAMES, MASKS, "ImageSets/2016/val.txt"),
     ("DAVIS2017", "val", FRAMES, MASKS, "ImageSets/2017/val.txt"),
-    ("FBMS", "test", "FBMS/{0}/{1}.jpg", "Annotations/{0}/{1}.png", ""),
+    ("FBMS", "all", "FBMS/{0}/{1}.jpg", "Annotations/{0}/{1}.png", ""),
     ("STv2", "test", "STv2_img/JPEGImages/{0}/{1}.png", "STv2_gt&pred/STv2_gt/GroundTruth/{0}/{1}.png", ""),
     ("YTVIS", "train", "train/JPEGImages/{0}/{1}.jpg", "train/Annotations/{0}/{1}.png", ""),
     ("MOVi", "val", "val/{0}/rgba_{1}.jpg", "val/{0}/segmentation_{1}.png", ""),

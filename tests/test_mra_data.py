@@ -182,3 +182,8 @@ def test_unlabelled_images_are_training_images(tmp_path: Path) -> None:  # trap 
         image(tmp_path / name)
     found = data.open_unlabelled(parse("--data_path", str(tmp_path)))
     assert len(found) == 2 and found.labels.tolist() == [-1, -1] and all("train" in str(p) for p in found.paths())
+    (tmp_path / "train").rename(tmp_path / "training")  # no list and no folder names the training images
+    for tests in ("", "training"):
+        with pytest.raises(UserError, match=f"{tests or 'val'}/ is here and no train/, so test images would be"):
+            data.open_unlabelled(parse("--data_path", str(tmp_path), "--tests", tests))
+    assert len(data.open_unlabelled(parse("--data_path", str(tmp_path / "training")))) == 2

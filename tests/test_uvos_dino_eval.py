@@ -6,8 +6,10 @@ import math
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import cv2
@@ -91,12 +93,13 @@ def test_other_layouts(dataset: str, frames: str, masks: str, first: int, tmp_pa
             file = tmp_path / name.format(first + t)
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.full((8, 8), t, np.uint8)).save(file)
-    (video,) = data.open_videos(dataset, tmp_path, "val")
+    split = "all" if dataset == "FBMS" else "val"  # FBMS has no folder of its splits
+    (video,) = data.open_videos(dataset, tmp_path, split)
     assert len(video.frames) == 4 and list(video.masks) == [0, 2]
     assert video.masks[2].name.endswith(f"{first + 2}.png")
     video.masks[2].rename(video.masks[2].with_name(os.fsdecode(b"\xff\xe9.png")))
     with pytest.raises(UserError, match="\udcff\udce9.png: an annotation of no frame"):  # not one annotation less
-        data.open_videos(dataset, tmp_path, "val")
+        data.open_videos(dataset, tmp_path, split)
 
 
 def remove(*folders: Path) -> None:
@@ -117,6 +120,88 @@ def test_a_broken_tree_is_named(davis: Path, tmp_path: Path, change, said: str) 
     change(root)
     with pytest.raises(UserError, match=said):
         data.open_videos("DAVIS2017", root, "val")
+
+
+def picture(file: Path, pixels: np.ndarray, **how) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(file, **how)
+    return file
+
+
+def sequence(root: Path, name: str, count: int = 2) -> None:
+    """Frames and white annotations of DAVIS' layout."""
+    for t in range(count):
+        picture(root / f"JPEGImages/480p/{name}/{t:05d}.jpg", np.full((16, 16, 3), t, np.uint8))
+        picture(root / f"Annotations/480p/{name}/{t:05d}.png", np.eye(16, dtype=np.uint8) * 255)
+
+
+PAIRS = "/JPEGImages/480p/{0}/00000.jpg /Annotations/480p/{0}/00000.png\n"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "list_file", "line"),
+    [
+        ("DAVIS", "ImageSets/480p/val.txt", PAIRS),  # as the archive of 2016 has it
+        ("DAVIS", "ImageSets/1080p/val.txt", PAIRS.replace("480p", "1080p")),
+        ("DAVIS", "ImageSets/2016/val.txt", "{0}\n"),
+        ("DAVIS", "ImageSets/480p/val.txt", "\ufeff" + PAIRS.replace("/", "\\").replace("\n", " \r\n")),
+        ("DAVIS2017", "ImageSets/2017/val.txt", "{0}  \n\n"),
+        ("DAVIS2017", "ImageSets/2019/val.txt", "{0}/\n"),
+        ("FBMS", "ImageSets/val.txt", "{0}\n"),
+    ],
+)
+def test_the_publishers_list_is_read(dataset: str, list_file: str, line: str, tmp_path: Path) -> None:
+    for name in ("a train", "b val", "c-val"):
+        sequence(tmp_path, name.replace(" ", "_") if "/" in line or "\\" in line else name)
+    if dataset == "FBMS":
+        (tmp_path / "JPEGImages/480p").rename(tmp_path / "FBMS")
+        (tmp_path / "Annotations/480p").rename(tmp_path / "FBMS_annotation")
+    names = ["b_val" if "/" in line or "\\" in line else "b val", "c-val"]
+    file = tmp_path / list_file
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(line.format(name) for name in names), encoding="utf-8")
+    found = data.open_videos(dataset, tmp_path, "val")
+    assert [video.name for video in found] == names
+    said = data.said(dataset, tmp_path, "val", found)
+    assert "2 of 2 sequences" in said and str(file) in said and "4 annotated frames of 4" in said
+    with pytest.raises(UserError, match="--split vall: .*; choose from val, or give all: every sequence"):
+        data.open_videos(dataset, tmp_path, "vall")
+    assert len(data.open_videos(dataset, tmp_path, "all")) == 3
+    file.unlink()
+    with pytest.raises(
+        UserError, match=r"--split val: .* expected .*val.txt, from the publisher's archive, or give all"
+    ):
+        data.open_videos(dataset, tmp_path, "val")
+
+
+def test_a_split_that_is_a_folder_needs_no_list(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        picture(tmp_path / split / "JPEGImages/x/00000.jpg", np.zeros((8, 8), np.uint8))
+        picture(tmp_path / split / "Annotations/x/00000.png", np.ones((8, 8), np.uint8))
+    (video,) = found = data.open_videos("YTVIS", tmp_path, "val")
+    assert "val" in video.frames[0].parts and "every folder of" in data.said("YTVIS", tmp_path, "val", found)
+    with pytest.raises(UserError, match="no YTVIS here; expected .*vall/JPEGImages"):
+        data.open_videos("YTVIS", tmp_path, "vall")
+
+
+@pytest.mark.parametrize("name", ["{}.jpg", "frame{}.jpg", "img_{}_left.jpg", "{:03d}.JPG", "v2-10.{}.jpeg"])
+def test_frames_are_in_the_order_of_their_numbers(name: str, tmp_path: Path) -> None:
+    for t in range(1, 13):
+        picture(tmp_path / "x" / name.format(t), np.full((8, 8, 3), 20 * t, np.uint8), format="JPEG")
+    (frames,) = data.training_videos(tmp_path)
+    assert [path.name for path in frames] == [name.format(t) for t in range(1, 13)]
+    clip = data.read_video(frames, (8, 8))
+    assert (clip[:, 0, 0, 0].diff() > 0).all()
+
+
+def test_numbers_of_several_frames_place_nothing(tmp_path: Path) -> None:
+    frames = [Path(f"cam{c}_{t}.jpg") for c in (1, 2) for t in range(3)]
+    found, others = data.by_frame([Path("1.png"), Path("cam2_1.png")], frames)
+    assert found == {4: Path("cam2_1.png")} and others == [Path("1.png")]
+    # The frame's own name in a file's name counts more than its last number.
+    frames = [Path(f"{t:05d}.jpg") for t in range(3)]
+    files = [Path(name) for name in ("00000_object_2.png", "mask2.png", "00001-v0.png")]
+    assert data.by_frame(files, frames) == ({0: files[0], 2: files[1], 1: files[2]}, [])
 
 
 def test_clips() -> None:
@@ -145,7 +230,10 @@ def test_frames_are_resized_as_floats(tmp_path: Path) -> None:
     exact = cv2.resize(rgb / 255.0, (24, 16), interpolation=cv2.INTER_LINEAR)  # the release's float64
     ours = data.read_frame(tmp_path / "a.png", (16, 24)).permute(1, 2, 0)
     assert torch.allclose(ours.double(), torch.from_numpy(exact), atol=1e-6)
-    assert data.read_frame(tmp_path / "a.png", (-1, -1)).shape == (3, 16, 32)
+    for patch, shape in ((8, (3, 16, 32)), (14, (3, 14, 28)), (16, (3, 16, 32)), (7, (3, 21, 35))):
+        assert data.read_frame(tmp_path / "a.png", (-1, -1), patch).shape == shape
+    with pytest.raises(UserError, match="a.png: 21 x 35 pixels are less than a patch of 32"):
+        data.read_frame(tmp_path / "a.png", (-1, -1), 32)
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -369,6 +457,11 @@ def test_masks_are_placed_by_the_names_of_their_frames(davis: Path, tmp_path: Pa
 
     results("whole")
     assert scored("whole")["frame"]["J-Mean"] == 100
+    folder = results("others")  # a Mac's helper files, pictures beside the masks, a capital suffix
+    for name in ("._00000.png", "00000_overlay.jpg"):
+        (folder / name).write_bytes(b"x")
+    (folder / "00001.png").rename(folder / "00001.PNG")
+    assert scored("others")["frame"]["J-Mean"] == 100
     results("last", "00004")  # as the release leaves it: the mask before it stands for it
     assert 90 < scored("last")["frame"]["J-Mean"] < 100
     results("ends", "00000", "00004")
@@ -401,7 +494,7 @@ def test_annotations_in_colours_are_refused_and_black_and_white_ones_read(tmp_pa
     for mode in ("L", "RGB", "RGBA", "1"):
         Image.fromarray(mask).convert(mode).save(tmp_path / "mask.png")
         assert (data.read_mask(tmp_path / "mask.png", True) == exact).all(), mode
-    grey = np.array([0, 1, 2, 255], np.uint8).repeat(8).reshape(4, 8)
+    grey = np.array([0, 1, 2, 255], np.uint8).repeat(80).reshape(40, 8)
     palette = Image.fromarray(grey)
     palette.putpalette(davis_palette())
     palette.save(tmp_path / "mask.png")
@@ -413,6 +506,197 @@ def test_annotations_in_colours_are_refused_and_black_and_white_ones_read(tmp_pa
         for binary in (True, False):
             with pytest.raises(UserError, match=rf"bad{number}.png: colours, .* palette or grey PNG \(mode P or L\)"):
                 data.read_mask(tmp_path / f"bad{number}.png", binary)
+
+
+def disc(size: int = 96, radius: float = 30) -> np.ndarray:
+    """A filled circle [size, size], bool."""
+    y, x = np.ogrid[:size, :size]
+    return (x - size // 2) ** 2 + (y - size // 2) ** 2 <= radius**2
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a & b).sum() / (a | b).sum())
+
+
+def test_masks_with_in_between_values_are_cut_at_half(tmp_path: Path) -> None:
+    exact = disc()
+    white = exact.astype(np.uint8) * 255
+    big = Image.fromarray(disc(384, 120).astype(np.uint8) * 255)
+    soft = cv2.GaussianBlur(white, (0, 0), 3)
+    files = {
+        "jpeg": picture(tmp_path / "a.jpg", white, quality=60),
+        "jpeg in colours": picture(tmp_path / "b.jpg", np.stack([white] * 3, -1), quality=60),
+        "jpeg named png": picture(tmp_path / "c.png", white, format="JPEG"),
+        "antialiased": picture(tmp_path / "d.png", np.asarray(big.resize((96, 96), Image.Resampling.LANCZOS))),
+        "antialiased, RGBA": picture(tmp_path / "e.png", np.asarray(big.resize((96, 96)).convert("RGBA"))),
+        "soft": picture(tmp_path / "f.png", soft),
+        "with alpha": picture(tmp_path / "g.png", np.stack([soft, np.full_like(soft, 255)], -1)),
+    }
+    for name, file in files.items():
+        mask = data.read_mask(file, True)
+        assert set(np.unique(mask)) == {0, 1} and iou(mask == 1, exact) > 0.97, name
+    resaved = picture(tmp_path / "h.png", np.asarray(Image.open(files["jpeg"])))
+    assert iou(data.read_mask(resaved, True) == 1, exact) > 0.97
+    for file in (files["jpeg"], files["soft"]):
+        with pytest.raises(UserError, match="in-between grey values .* write it anew from the numbers"):
+            data.read_mask(file, False)
+
+
+def test_numbers_in_grey_levels_are_kept(tmp_path: Path) -> None:
+    """2 and 4 bits, a palette's colours as grey levels, levels of a set with one object: numbers, not brightness."""
+    numbers = np.zeros((48, 64), np.uint8)
+    numbers[4:20, 4:20], numbers[24:44, 8:30], numbers[10:40, 40:60] = 1, 2, 3
+    for depth in (1, 2, 4, 8):
+        stored = numbers & (2**depth - 1) if depth > 1 else numbers.clip(max=1)
+        file = tmp_path / f"{depth}.png"
+        write_png(file, stored, depth)
+        with Image.open(file) as image:
+            assert image.mode == ("1" if depth == 1 else "L")
+        assert (data.read_mask(file, False) == stored).all(), depth
+        assert (data.read_mask(file, True) == (stored > 0)).all(), depth
+    grey = np.array([0, 38, 75, 255], np.uint8)[numbers]
+    file = picture(tmp_path / "grey.png", grey)
+    assert (data.read_mask(file, False) == grey).all() and (data.read_mask(file, True) == (numbers > 0)).all()
+
+
+def write_png(file: Path, pixels: np.ndarray, depth: int) -> None:
+    """A grey PNG of 1, 2, 4 or 8 bits a pixel, which PIL reads and does not write."""
+    bits = np.unpackbits(pixels[..., None], axis=-1)[..., 8 - depth :].reshape(len(pixels), -1)
+    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in bits)
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    head = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], depth, 0, 0, 0, 0)
+    parts = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+
+def benchmark(root: Path, dataset: str, truth: np.ndarray, name: str = "x") -> None:
+    """A sequence [T, H, W] of numbers in the layout of `dataset`, all frames annotated."""
+    frames, masks = {
+        "DAVIS": ("JPEGImages/480p", "Annotations/480p"),
+        "DAVIS2017": ("JPEGImages/480p", "Annotations_unsupervised/480p"),
+        "YTVIS": ("val/JPEGImages", "val/Annotations"),
+    }[dataset]
+    for t, mask in enumerate(truth):
+        picture(root / frames / name / f"{t:05d}.jpg", np.zeros((*mask.shape, 3), np.uint8))
+        image = Image.fromarray(mask)
+        if dataset != "DAVIS":
+            image.putpalette(davis_palette())
+        (root / masks / name).mkdir(parents=True, exist_ok=True)
+        image.save(root / masks / name / f"{t:05d}.png")
+    for year in ("2016", "2017"):
+        (root / "ImageSets" / year).mkdir(parents=True, exist_ok=True)
+        with (root / "ImageSets" / year / "val.txt").open("a") as handle:
+            handle.write(f"{name}\n")
+
+
+def predict(folder: Path, maps: np.ndarray, name: str = "x", ending: str = "png", **how) -> Path:
+    for t, pixels in enumerate(maps):
+        picture(folder / name / f"{t:05d}.{ending}", pixels, **how)
+    return folder
+
+
+def score(root: Path, dataset: str, results: Path, *more: str) -> dict:
+    if dataset == "YTVIS":
+        shutil.rmtree(root / "ImageSets", ignore_errors=True)
+    assert evaluate.main(["--results", str(results), "--basepath", str(root), "--dataset", dataset, *more]) == 0
+    return json.loads((results / "result.json").read_text())
+
+
+def scene() -> np.ndarray:
+    """Four frames 40 x 60, the objects 1 and 2."""
+    truth = np.zeros((4, 40, 60), np.uint8)
+    truth[:, 4:16, 4:20], truth[:, 20:36, 30:50] = 1, 2
+    return truth
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), (1, 4), (38, 75), (3, 200)])
+def test_objects_are_the_numbers_that_occur(numbers: tuple[int, int], tmp_path: Path) -> None:
+    truth = np.array([0, *numbers], np.uint8)[scene()]
+    benchmark(tmp_path, "DAVIS2017", truth)
+    miss = np.zeros_like(truth)
+    miss[:, -3:, :5] = 1
+    missed = score(tmp_path, "DAVIS2017", predict(tmp_path / "miss", miss))
+    assert missed["sequences"]["x"]["numbers"] == list(numbers)
+    for match in evaluate.MATCHES:
+        assert missed[match]["J&F-Mean"] == 0
+    hit = score(tmp_path, "DAVIS2017", predict(tmp_path / "hit", scene()))
+    assert hit["frame"]["J&F-Mean"] == hit["sequence"]["J&F-Mean"] == 100 and hit["clusters"] == 2
+    rows = list(csv.reader((tmp_path / "hit/frame/per-sequence_results-val.csv").open()))
+    assert [row[0] for row in rows[1:]] == [f"x_{number}" for number in numbers]
+    own = score(tmp_path, "DAVIS2017", predict(tmp_path / "own", truth))  # grey levels 38 and 75: two clusters
+    assert own["frame"]["J&F-Mean"] == 100 and own["clusters"] == 2
+
+
+def test_objects_that_enter_late_count_as_in_the_set(tmp_path: Path) -> None:
+    truth = scene()
+    truth[:2][truth[:2] == 2] = 0  # the second object enters in the third frame
+    seen = np.where(scene() == 2, 2, 0).astype(np.uint8)  # it is found, and also where it is not yet
+    out = {}
+    for dataset in ("DAVIS2017", "YTVIS"):
+        benchmark(tmp_path / dataset, dataset, truth)
+        out[dataset] = score(tmp_path / dataset, dataset, predict(tmp_path / dataset / "out", seen))
+    assert out["DAVIS2017"]["sequences"]["x"]["numbers"] == [1]
+    assert out["DAVIS2017"]["frame"]["J&F-Mean"] == 0
+    assert out["YTVIS"]["sequences"]["x"]["numbers"] == [1, 2]
+    rows = out["YTVIS"]["sequences"]["x"]["sequence"]
+    assert [row[0] for row in rows] == [0, 1] and out["YTVIS"]["frame"]["J-Mean"] == 50
+    # A set with one object: every annotated frame counts; right is nothing where it is not there.
+    white = np.where(truth == 2, 255, 0).astype(np.uint8)
+    benchmark(tmp_path / "DAVIS", "DAVIS", white)
+    exact = score(tmp_path / "DAVIS", "DAVIS", predict(tmp_path / "DAVIS/exact", white))
+    early = score(tmp_path / "DAVIS", "DAVIS", predict(tmp_path / "DAVIS/early", seen))
+    assert exact["sequence"]["J-Mean"] == 100 and early["sequence"]["J-Mean"] == 50
+
+
+def test_a_number_below_the_first_frames_largest_counts_when_it_enters(tmp_path: Path) -> None:
+    """davis2017-evaluation counts 1..largest of the first annotation; one that never comes is not there."""
+    truth = np.array([0, 1, 5], np.uint8)[scene()]
+    truth[2:, 30:38, 4:14] = 3
+    benchmark(tmp_path, "DAVIS2017", truth)
+    found = score(tmp_path, "DAVIS2017", predict(tmp_path / "out", truth))
+    assert found["sequences"]["x"]["numbers"] == [1, 3, 5] and found["frame"]["J&F-Mean"] == 100
+
+
+def test_an_object_in_the_skipped_ends_alone_does_not_count(tmp_path: Path) -> None:
+    truth = scene()
+    truth[1:][truth[1:] == 2] = 0
+    benchmark(tmp_path, "DAVIS2017", truth)
+    results = predict(tmp_path / "out", np.zeros_like(truth))
+    assert score(tmp_path, "DAVIS2017", results)["sequences"]["x"]["numbers"] == [1, 2]
+    ends = score(tmp_path, "DAVIS2017", results, "--skip_ends")
+    assert ends["sequences"]["x"]["numbers"] == [1] and ends["frame"]["J&F-Mean"] == 0
+
+
+def test_an_empty_first_annotation_stops_only_what_needs_it(tmp_path: Path, capsys) -> None:
+    truth = scene()
+    truth[0] = 0
+    benchmark(tmp_path, "DAVIS2017", truth)
+    results = predict(tmp_path / "out", truth)
+    with pytest.raises(UserError, match=r"00000.png: no object in the first annotated frame.*--foreground"):
+        score(tmp_path, "DAVIS2017", results)
+    alone = score(tmp_path, "DAVIS2017", results, "--foreground")
+    assert alone["FG-ARI"] == alone["mIoU"] == 100 and alone["frame"] == {} and alone["sequences"]["x"]["objects"] == 0
+    assert "not in J and F, no object in the first annotated frame: x" in capsys.readouterr().out
+    benchmark(tmp_path, "DAVIS2017", scene(), "y")
+    both = score(tmp_path, "DAVIS2017", predict(tmp_path / "out", scene(), "y"), "--foreground")
+    assert both["frame"]["J&F-Mean"] == both["mIoU"] == 100
+    benchmark(tmp_path / "late", "YTVIS", truth)
+    late = score(tmp_path / "late", "YTVIS", predict(tmp_path / "late/out", truth))
+    assert late["frame"]["J&F-Mean"] == 100
+
+
+def test_soft_predictions_are_one_object(tmp_path: Path) -> None:
+    truth = np.stack([disc().astype(np.uint8) * 255] * 3)
+    benchmark(tmp_path, "DAVIS", truth)
+    soft = np.stack([cv2.GaussianBlur(x, (0, 0), 4) for x in truth])
+    for name, how in (("soft", {}), ("jpeg", {"ending": "jpg", "quality": 70})):
+        found = score(tmp_path, "DAVIS", predict(tmp_path / name, soft if name == "soft" else truth, **how))
+        assert found["clusters"] == 1 and found["frame"]["J-Mean"] > 97, name
+    many = metrics.upsample(np.arange(150, dtype=np.uint8).reshape(10, 15), 160, 240)  # clusters in grey, not a slope
+    assert not data.brightness([many]) and data.brightness([soft[0]])
 
 
 def test_a_white_mask_is_one_cluster(davis: Path, tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
 """uvos_dino's method: golden losses and clusterings, the block, the encoder, properties of the attention."""
 
 import math
+import re
+import sys
 from collections.abc import Callable
 
 import pytest
+import timm.models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from shared_utils import UserError, checkpoint
-from uvos_dino import clustering, losses, vision_transformer
+from uvos_dino import clustering, losses, vision_transformer, weights
 from uvos_dino.model_cluster import AttEncoder
 from uvos_dino.vision_transformer import VisionTransformer, build, for_weights
 
@@ -178,6 +181,114 @@ def test_dino_files_load_to_the_last_tensor(kind: str, tmp_path) -> None:
     assert (vit.embed_dim, vit.depth, vit.patch_size) == (128, 4, 8)
 
 
+def layer_scaled(depth: int = 3) -> timm.models.VisionTransformer:
+    """timm's network of DINOv2's kind, small, with a gamma of its own in each branch."""
+    torch.manual_seed(2)
+    net = timm.models.VisionTransformer(
+        img_size=56, patch_size=14, embed_dim=128, depth=depth, num_heads=2, init_values=1.0, num_classes=0
+    )
+    with torch.no_grad():
+        for name, value in net.named_parameters():
+            value.uniform_(-1, 1) if "gamma" in name else value.normal_(std=0.1)
+    return net.eval()
+
+
+def transformers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DINOv2's weights as transformers' Dinov2Model calls them, below `backbone.`, beside a decoder."""
+    out = {"decoder.final_conv.weight": torch.ones(1), "backbone.embeddings.mask_token": torch.ones(1, 128)}
+    fixed = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings"}
+    for key, value in state.items():
+        key = fixed.get(key, key).replace("patch_embed.proj", "embeddings.patch_embeddings.projection")
+        key = re.sub(r"^norm\.", "layernorm.", re.sub(r"^blocks", "encoder.layer", key))
+        key = re.sub(r"ls(\d)\.gamma", r"layer_scale\1.lambda1", key).replace("attn.proj", "attention.output.dense")
+        if "attn.qkv" in key:
+            for name, part in zip(("query", "key", "value"), value.chunk(3)):
+                out["backbone." + key.replace("attn.qkv", f"attention.attention.{name}")] = part
+        else:
+            out[f"backbone.{key}"] = value
+    return out
+
+
+def as_onnx(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[tuple[str, str, list[str]]]]:
+    """Tensors and nodes as torch's exporter writes them: matrices and the position table without their names."""
+    tensors, nodes = {}, []
+    for key, value in state.items():
+        module, _, kind = key.rpartition(".")
+        number = len(nodes)
+        if kind == "weight" and value.dim() == 2:
+            tensors[f"onnx::MatMul_{number}"] = value.T.contiguous()
+            nodes.append(("MatMul", f"/{module.replace('.', '/').replace('/layer/', '/layer.')}/MatMul",
+                          [f"x{number}", f"onnx::MatMul_{number}"]))  # fmt: skip
+        elif kind == "position_embeddings":
+            tensors |= {"onnx::Concat_1": value[:, :1], "onnx::Reshape_2": value[:, 1:]}
+            nodes += [("Reshape", "/backbone/embeddings/Reshape_1", ["onnx::Reshape_2", "shape"]),
+                      ("Concat", "/backbone/embeddings/Concat_2", ["onnx::Concat_1", "x"])]  # fmt: skip
+        elif kind != "mask_token":
+            tensors[key] = value
+    return tensors, nodes
+
+
+@pytest.mark.parametrize("kind", ["timm", "dinov2 in chunks", "gamma_1", "transformers", "onnx"])
+def test_layer_scale_is_folded_exactly(kind: str, tmp_path) -> None:
+    net = layer_scaled()
+    state = dict(net.state_dict())
+    if kind == "dinov2 in chunks":
+        state = {re.sub(r"^blocks\.(\d)", lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}", k): v for k, v in state.items()}
+        state["mask_token"] = torch.ones(1, 128)
+    elif kind == "gamma_1":
+        state = {re.sub(r"ls(\d)\.gamma", r"gamma_\1", k): v for k, v in state.items()}
+    elif kind in ("transformers", "onnx"):
+        state = transformers_names(state)
+    if kind == "onnx":
+        state = weights.named(*as_onnx(state))
+    checkpoint.save(tmp_path / "v2.pth", state)
+    vit, said = vision_transformer.load(str(tmp_path / "v2.pth"), "vit_small", 8)
+    vit.eval()
+    assert (vit.patch_size, vit.depth, vit.embed_dim) == (14, 3, 128) and "left new 0" in said
+    assert ("1 tensors of another part left out (decoder.final_conv.weight" in said) == (
+        kind in ("transformers", "onnx")
+    )
+    images = torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        exact = net.forward_features(images)
+        x, h, w = vit.tokens(images)
+        assert (h, w) == (4, 4) and torch.allclose(vit.norm(vit.blocks[-1](x)), exact, atol=2e-5)
+        assert torch.allclose(vit(images).cls, vit.keys_and_cls(images)[1], atol=1e-5)
+        assert vit.keys(torch.randn(1, 3, 28, 84)).shape == (1, 128, 2, 6)
+        unfolded = for_weights(state, "x") if kind == "timm" else None
+    if unfolded is not None:  # the gammas matter
+        checkpoint.load_strict(unfolded, state, drop=("*gamma",))
+        with torch.no_grad():
+            assert not torch.allclose(unfolded.norm(unfolded.blocks[-1](unfolded.tokens(images)[0])), exact, atol=0.1)
+
+
+def test_layer_scale_that_is_not_whole_is_refused(tmp_path) -> None:
+    def refused(state: dict[str, Tensor], said: str) -> None:
+        checkpoint.save(tmp_path / "v2.pth", state)
+        with pytest.raises(UserError, match=rf"--dino_path .*v2.pth: {said}"):
+            vision_transformer.load(str(tmp_path / "v2.pth"), "vit_small", 8)
+
+    state = dict(layer_scaled().state_dict())
+    refused({k: v for k, v in state.items() if k != "blocks.1.ls2.gamma"}, "blocks.1.ls2.gamma is missing")
+    refused({k: v for k, v in state.items() if k != "blocks.2.attn.proj.bias"}, "blocks.2.attn.proj.bias is missing")
+    refused(state | {"blocks.0.ls1.gamma": torch.ones(64)}, r"blocks.0.ls1.gamma has the shape \(64,\)")
+    refused(state | {"register_tokens": torch.ones(1, 4, 128)}, "register_tokens: an encoder with register tokens")
+    names = transformers_names(state)
+    lost = "backbone.encoder.layer.1.attention.attention.key.bias"
+    refused({k: v for k, v in names.items() if k != lost}, "blocks.1.attention.attention.key.bias is missing")
+    tensors, nodes = as_onnx(names)
+    refused(weights.named(tensors, nodes[1:]), r"not a DINO ViT \(pos_embed is missing\)")
+    refused(weights.named(tensors, nodes[:-1]), "blocks.2.mlp.fc2.weight is missing")  # no node tells its name
+
+
+def test_onnx_needs_its_package_and_a_whole_file(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "vit.onnx"
+    file.write_bytes(b"not a graph")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UserError, match="--dino_path .*vit.onnx: the package onnx, .*pip install onnx"):
+        vision_transformer.load(str(file), "vit_small", 8)
+
+
 def test_other_files_are_refused(tmp_path) -> None:
     state = build("vit_mini", 8, 32).state_dict()
     checkpoint.save(tmp_path / "short.pth", {k: v for k, v in state.items() if k != "blocks.2.mlp.fc1.bias"})
@@ -187,7 +298,7 @@ def test_other_files_are_refused(tmp_path) -> None:
         for_weights({"conv1.weight": torch.ones(1)}, "resnet.pth")
     with pytest.raises(UserError, match="no such file"):
         vision_transformer.load("nowhere.pth", "vit_small", 8)
-    with pytest.raises(UserError, match="must be multiples of the encoder's patch, 8"):
+    with pytest.raises(UserError, match="must be multiples of the encoder's patch, 8, such as 32 64"):
         build("vit_mini", 8).grid(30, 64)
     assert "RANDOM" in vision_transformer.load("none", "vit_mini", 16)[1]
 

@@ -83,7 +83,7 @@ def test_every_arm_trains(arm: str, davis: Path, tmp_path: Path) -> None:
 def test_tensorboard_has_the_promised_names(davis: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = train(davis, tmp_path, *f"--probe_every 2 --val_basepath {davis} --probe_videos 1".split())
+    log = train(davis, tmp_path, *f"--probe_every 2 --val_basepath {davis} --split all --probe_videos 1".split())
     assert ["probe/clusters" in row and "probe/J" in row for row in log] == [True, True, False, True]
     events = EventAccumulator(str(tmp_path))
     events.Reload()
@@ -194,9 +194,13 @@ def test_bad_flags_are_one_line(davis: Path, tmp_path: Path, more: list[str], sa
 
 def test_a_probe_without_an_object_is_named(davis: Path, tmp_path: Path) -> None:
     root = shutil.copytree(davis, tmp_path / "davis")
-    Image.fromarray(np.zeros((32, 48), np.uint8)).save(root / "Annotations" / "480p" / "aa" / "00000.png")
-    with pytest.raises(UserError, match="00000.png: no object in the first annotated frame"):
-        train(davis, tmp_path / "out", *f"--probe_every 2 --val_basepath {root} --probe_videos 1".split())
+    for file in (root / "Annotations" / "480p" / "aa").iterdir():
+        Image.fromarray(np.zeros((32, 48), np.uint8)).save(file)
+    more = f"--probe_every 2 --val_basepath {root} --probe_videos 1".split()
+    with pytest.raises(UserError, match="00000.png: no object in the first annotated frame or later"):
+        train(davis, tmp_path / "out", *more, "--split", "all")
+    with pytest.raises(UserError, match="--split val: .* has no list of that name; expected .*2016/val.txt"):
+        train(davis, tmp_path / "out", *more)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(davis: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +213,9 @@ def test_a_list_chooses_the_videos(davis: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("bb\n")
     (video,) = script.chosen_videos(davis / "JPEGImages", tmp_path / "list.txt")
     assert video[0].parent.name == "bb" and len(video) == 8
+    (tmp_path / "list.txt").write_text("/JPEGImages/480p/bb/00000.jpg /Annotations/480p/bb/00000.png\n")
+    (same,) = script.chosen_videos(davis / "JPEGImages", tmp_path / "list.txt")
+    assert same == video
     (tmp_path / "list.txt").write_text("cc\n")
     with pytest.raises(UserError, match="cc: no such video"):
         script.chosen_videos(davis / "JPEGImages", tmp_path / "list.txt")

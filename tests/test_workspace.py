@@ -26,7 +26,7 @@ from shared_utils.results import BEGIN, END, papers
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [paper.folder for paper in papers(ROOT)]
 HEADINGS = ["Idea", "Run", "Evaluate", "Results", "Differences", "Layout", "Citation"]
-# import name of each requirement whose name differs; pydensecrf (CRF) is an optional import that is never installed
+# import name of each requirement whose name differs; pydensecrf (CRF) and onnx (weights) are optional and not installed
 IMPORTS = {
     "onedl-mmengine": "mmengine",
     "onedl-mmcv": "mmcv",
@@ -35,7 +35,7 @@ IMPORTS = {
     "opencv-python": "cv2",
     "pillow": "PIL",
 }
-OPTIONAL = {"pydensecrf"}
+OPTIONAL = {"pydensecrf", "onnx"}
 
 
 def requirements(path: Path) -> list[Requirement]:

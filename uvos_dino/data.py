@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,27 +30,43 @@ class Layout(NamedTuple):
 
     frames: str
     masks: tuple[str, ...]  # the first that exists
-    lists: str  # file of sequence names; where it is absent, every folder of frames counts
-    binary: bool  # one object, any value above 0; else the value is the object and 255 is void
+    lists: tuple[str, ...]  # files of sequence names; the first that exists
+    binary: bool  # one object; else the value is the object and 255 is void
+    late: str  # objects that are not in the first annotated frame, see `LATE`
+    whole: bool = False  # where there are no lists at all, the folder is the set (the split has a folder, or is none)
     frame: str = r".*\.(jpg|jpeg|png|bmp)"
     mask: str = r".*\.png"
 
 
+# What an object that enters after the first annotated frame counts: `background` (davis2017-evaluation takes numbers
+# up to the largest of the first annotation), `entered` (its frames from the first that has it), `frames` (all annotated
+# frames, also those before it; the sets with one object).
+LATE = ("background", "entered", "frames")
+ALL = "all"  # the split of every folder of frames, whatever the lists say
 LAYOUTS = {
-    "DAVIS": Layout("JPEGImages/480p", ("Annotations/480p",), "ImageSets/2016/{split}.txt", True),
+    # The archive of 2016 has pairs of files in ImageSets/480p (and the same in 1080p), that of 2017 the names of its
+    # 2016 sequences in ImageSets/2016.
+    "DAVIS": Layout(
+        "JPEGImages/480p", ("Annotations/480p",),
+        ("ImageSets/2016/{split}.txt", "ImageSets/480p/{split}.txt", "ImageSets/1080p/{split}.txt"), True, "frames",
+    ),
+    # The test sets of the unsupervised task are lists of 2019.
     "DAVIS2017": Layout(
-        "JPEGImages/480p", ("Annotations_unsupervised/480p", "Annotations/480p"), "ImageSets/2017/{split}.txt", False
+        "JPEGImages/480p", ("Annotations_unsupervised/480p", "Annotations/480p"),
+        ("ImageSets/2019/{split}.txt", "ImageSets/2017/{split}.txt"), False, "background",
     ),
-    "FBMS": Layout("FBMS", ("FBMS_annotation", "Annotations"), "ImageSets/{split}.txt", True),
+    "FBMS": Layout("FBMS", ("FBMS_annotation", "Annotations"), ("ImageSets/{split}.txt",), True, "frames"),
     "STv2": Layout(
-        "STv2_img/JPEGImages", ("STv2_gt&pred/STv2_gt/GroundTruth",), "ImageSets/{split}.txt", True,
-        mask=r".*\.(png|bmp|jpg)",
+        "STv2_img/JPEGImages", ("STv2_gt&pred/STv2_gt/GroundTruth",), ("ImageSets/{split}.txt",), True, "frames", True,
+        mask=r".*\.(png|bmp|jpg|jpeg)",
     ),
-    "YTVIS": Layout("{split}/JPEGImages", ("{split}/Annotations",), "ImageSets/{split}.txt", False),
+    "YTVIS": Layout(
+        "{split}/JPEGImages", ("{split}/Annotations",), ("ImageSets/{split}.txt",), False, "entered", True
+    ),
     # Frames and annotations lie in one folder, with flow and depth: a name that is not UTF-8 tells none of them, and
     # counts as an annotation, which then belongs to no frame.
     "MOVi": Layout(
-        "{split}", ("{split}",), "ImageSets/{split}.txt", False, r"rgba?_\d+\.(png|jpg)",
+        "{split}", ("{split}",), ("ImageSets/{split}.txt",), False, "entered", True, r"rgba?_\d+\.(png|jpg)",
         r"(seg\w*_\d+|.*[\udc80-\udcff].*)\.png",
     ),
 }  # fmt: skip
@@ -66,37 +83,68 @@ def _number(path: Path) -> int | None:
     return int(found[-1]) if found else None
 
 
-def _names(root: Path, layout: Layout, split: str) -> list[str]:
-    file = root / layout.lists.format(split=split)
-    if file.is_file():  # DAVIS-2016 lists pairs of files, DAVIS-2017 names
-        words = (line.split() for line in read_text(file, "a sequence a line").splitlines())
-        names = [Path(first[0]).parts[-2] if "/" in first[0] else first[0] for first in words if first]
-        return list(dict.fromkeys(names))
+def read_names(file: Path) -> list[str]:
+    """Sequences of a list, each once, in its order: a name a line, or files of the sequence (DAVIS-2016: a frame and
+    its annotation), whose folder has its name.
+    """
+    names = []
+    for line in read_text(file, "a sequence a line").splitlines():
+        line = line.strip().replace("\\", "/")
+        first = line.split()[0] if line else ""
+        if "/" in first and Path(first).suffix:
+            names.append(Path(first).parts[-2])
+        elif line:
+            names.append(Path(line).parts[-1])
+    return list(dict.fromkeys(names))
+
+
+def _names(root: Path, dataset: str, split: str) -> tuple[list[str], str]:
+    """Sequences of a split, and where their names come from. UserError for a split that no list names."""
+    layout = LAYOUTS[dataset]
     folder = root / layout.frames.format(split=split)
-    return subfolders(folder, "sequence") if folder.is_dir() else []
+    files = [root / name.format(split=split) for name in layout.lists]
+    file = next((file for file in files if file.is_file()), None)
+    if file is not None:
+        return read_names(file), f"named by {file}"
+    there = sorted({other.stem for file in files for other in file.parent.glob("*.txt") if other.name[0] != "."})
+    if not folder.is_dir() or (layout.whole and not there) or split == ALL:
+        return (subfolders(folder, "sequence") if folder.is_dir() else []), f"every folder of {folder}"
+    what = f"choose from {', '.join(there)}" if there else f"expected {files[0]}, from the publisher's archive"
+    raise UserError(f"--split {split}: {root} has no list of that name; {what}, or give {ALL}: every sequence")
+
+
+def said(dataset: str, root: Path, split: str, videos: Sequence[Video]) -> str:
+    """What was taken, in a line."""
+    names, source = _names(root, dataset, split)
+    annotated = sum(len(video.masks) for video in videos)
+    return (
+        f"{dataset} in {root}, split {split}: {len(videos)} of {len(names)} sequences ({source}), {annotated} "
+        f"annotated frames of {sum(len(video.frames) for video in videos)}"
+    )
 
 
 def open_videos(dataset: str, root: Path, split: str, only: Sequence[str] = ()) -> list[Video]:
     """The sequences of a benchmark in the order of its list.
 
     Raises:
-        UserError: no sequence, one without frames or annotations, or a name of `only` that is not there.
+        UserError: no sequence, a split without its list, a sequence without frames or annotations, or a name of `only`
+            that is not there.
     """
     layout = LAYOUTS[dataset]
     frames_in = root / layout.frames.format(split=split)
     candidates = [root / name.format(split=split) for name in layout.masks]
     masks_in = next((folder for folder in candidates if folder.is_dir()), candidates[0])
-    names = _names(root, layout, split)
+    names, source = _names(root, dataset, split)
     if not names:
         raise UserError(f"{root}: no {dataset} here; expected {frames_in}/SEQUENCE/*.jpg and {masks_in}/SEQUENCE/*.png")
     if unknown := sorted(set(only) - set(names)):
         raise UserError(f"--sequences {unknown[0]}: not in {dataset} {split}; there are {', '.join(names[:4])}, ...")
     videos = []
     for name in only or names:
-        frames = _files(frames_in / name, layout.frame)
+        frames = files_of(frames_in / name, layout.frame)
         if not frames:
-            raise UserError(f"{frames_in / name}: no frames; expected 00000.jpg, 00001.jpg, ...")
-        masks, others = by_frame(_files(masks_in / name, layout.mask), frames)
+            raise UserError(f"{frames_in / name}: no frames; expected 00000.jpg, 00001.jpg, ... ({source})")
+        masks, others = by_frame(files_of(masks_in / name, layout.mask), frames)
         if others:
             raise UserError(
                 f"{others[0]}: an annotation of no frame in {frames_in / name} (or a second one of its frame); restore "
@@ -113,15 +161,19 @@ def open_videos(dataset: str, root: Path, split: str, only: Sequence[str] = ()) 
 def by_frame(files: Sequence[Path], frames: Sequence[Path]) -> tuple[dict[int, Path], list[Path]]:
     """{number of a frame: the file that belongs to it}, and the files that belong to none or come second.
 
-    A file belongs to the frame of its name, else to that of the last number in its name (SegTrack-v2, MOVi).
+    A file belongs to the frame of its name (00003.png), else to the one whose name is a number in its own
+    (00003_object1.png), else to that of the last number in its name (SegTrack-v2, MOVi), where a single frame has it.
     """
     names = {path.stem: i for i, path in enumerate(frames)}
-    numbers = {_number(path): i for i, path in enumerate(frames)}
+    counts = Counter(_number(path) for path in frames)
+    numbers = {number: i for i, path in enumerate(frames) if counts[number := _number(path)] == 1}
     numbers.pop(None, None)
     found: dict[int, Path] = {}
     others = []
     for path in files:
-        place = names.get(path.stem, numbers.get(_number(path)))
+        parts = {names[part] for part in re.findall(r"\d+", path.stem) if part in names}
+        whole = parts.pop() if len(parts) == 1 else numbers.get(_number(path))
+        place = names.get(path.stem, whole)
         if place is None or place in found:
             others.append(path)
         else:
@@ -129,11 +181,18 @@ def by_frame(files: Sequence[Path], frames: Sequence[Path]) -> tuple[dict[int, P
     return found, others
 
 
-def _files(folder: Path, pattern: str) -> list[Path]:
+def natural_order(path: Path) -> tuple[Any, ...]:
+    """Key that sorts names by the numbers in them: 2 before 10, with and without leading zeros."""
+    parts = re.split(r"(\d+)", path.name)  # text, number, text, ...
+    return [(part, 0) if i % 2 == 0 else ("", int(part)) for i, part in enumerate(parts)], path.name
+
+
+def files_of(folder: Path, pattern: str) -> list[Path]:
+    """Files of a folder whose whole name matches, in natural order, hidden ones aside; none where it is missing."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if re.fullmatch(pattern, path.name, re.IGNORECASE)]
-    return sorted(path for path in found if not path.name.startswith("."))
+    return sorted((path for path in found if not path.name.startswith(".")), key=natural_order)
 
 
 def training_videos(root: Path) -> list[list[Path]]:
@@ -142,24 +201,29 @@ def training_videos(root: Path) -> list[list[Path]]:
     UserError when there is none.
     """
     folders = sorted(folder for folder, _ in walk(root)) if root.is_dir() else []
-    videos = [frames for folder in folders if (frames := _files(folder, r".*\.(jpg|jpeg)"))]
+    videos = [frames for folder in folders if (frames := files_of(folder, r".*\.(jpg|jpeg)"))]
     if not videos:
         raise UserError(f"{root}: no folder of *.jpg frames here; expected VIDEO/00000.jpg, ... (--data_dir)")
     return videos
 
 
-def read_frame(path: Path, size: tuple[int, int]) -> Tensor:
-    """[3, H, W] in 0..1, stretched to (H, W); (-1, -1): its own size, cut to multiples of 8 by scaling."""
+def read_frame(path: Path, size: tuple[int, int], patch: int = 8) -> Tensor:
+    """[3, H, W] in 0..1, stretched to (H, W); (-1, -1): its own size, cut to multiples of `patch` by scaling.
+
+    UserError for a frame that is smaller than a patch.
+    """
     rgb: Any = np.asarray(load_image(path), np.float32) / 255
-    height, width = size if size[0] > 0 else (rgb.shape[0] // 8 * 8, rgb.shape[1] // 8 * 8)
+    height, width = size if size[0] > 0 else (rgb.shape[0] // patch * patch, rgb.shape[1] // patch * patch)
+    if not height or not width:
+        raise UserError(f"{path}: {rgb.shape[0]} x {rgb.shape[1]} pixels are less than a patch of {patch}")
     if rgb.shape[:2] != (height, width):
         rgb = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_LINEAR)
     return torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)
 
 
-def read_video(frames: Sequence[Path], size: tuple[int, int]) -> Tensor:
-    """[T, 3, H, W] in 0..1. UserError for a frame of another size where `size` keeps the frames' own."""
-    out = [read_frame(path, size) for path in frames]
+def read_video(frames: Sequence[Path], size: tuple[int, int], patch: int = 8) -> Tensor:
+    """[T, 3, H, W] in 0..1, see `read_frame`. UserError where frames keep their own size and one has another."""
+    out = [read_frame(path, size, patch) for path in frames]
     odd = next((path for path, x in zip(frames, out) if x.shape != out[0].shape), None)
     if odd is not None:
         raise UserError(f"{odd}: another size than {frames[0].name}; give a --resolution")
@@ -172,20 +236,77 @@ def normalise(x: Tensor, norm: str) -> Tensor:
     return (x - mean) / std
 
 
-def read_mask(path: Path, binary: bool) -> np.ndarray:
-    """Object numbers [H, W] uint8 of an annotation, 255: void; palette files give their indices.
+HALF = 128  # a mask in grey levels is cut here
 
-    UserError for a picture in colours, which do not say which object is which; one in black and white alone is read.
+
+def brightness(maps: Sequence[np.ndarray]) -> bool:
+    """Whether 8-bit grey maps [H, W] of a video hold brightness, to be cut at half, rather than numbers of objects.
+
+    Numbers fill areas. In-between levels of a scaled, antialiased or compressed black and white mask lie on edges, and
+    a soft map has slopes, so few of their pixels have the level of all eight neighbours. Black and white alone is
+    brightness; numbers up to 16 alone are numbers.
     """
-    mask = np.asarray(load_image(path, None))
-    if mask.ndim == 3 and (mask[..., :1] == mask[..., :3]).all() and set(np.unique(mask[..., 0])) <= {0, 255}:
-        mask = mask[..., 0]
-    if mask.ndim != 2 or mask.max(initial=0) > 255:
+    levels = np.flatnonzero(sum(np.bincount(x.ravel(), minlength=256) for x in maps))
+    if levels.max(initial=0) <= 16:
+        return False
+    low = 16 if ((levels > 16) & (levels < 250)).any() else 0
+    flat = between = 0
+    for x in maps:
+        inside = (x > low) & (x < 250)
+        flat += int((inside & (cv2.erode(x, np.ones((3, 3))) == cv2.dilate(x, np.ones((3, 3))))).sum())
+        between += int(inside.sum())
+    return flat < between * (0.5 if len(levels) > 64 else 0.1) or not between
+
+
+def read_stored(path: Path) -> tuple[np.ndarray, str]:
+    """Stored numbers [H, W] uint8 of a picture (palette files: indices), and what they are.
+
+    Returns: `numbers` (palette, or less than 8 bits), `grey` (8 bits: numbers or brightness, see `brightness`) or
+    `light` (JPEG, or RGB in black and white: brightness).
+
+    UserError for a picture in colours, which do not say which object is which.
+    """
+    image = load_image(path, None)
+    pixels = np.asarray(image)
+    lossy = image.format in ("JPEG", "MPO")
+    if image.mode in ("LA", "PA"):
+        pixels = pixels[..., 0]
+    if image.mode == "L" and image.format == "PNG":  # PIL stretches 2 and 4 bits to 0..255
+        with open(path, "rb") as handle:
+            depth = handle.read(25)[24]
+        if depth < 8:
+            return pixels // (255 // (2**depth - 1)), "numbers"
+    if pixels.ndim == 3 and (np.ptp(pixels[..., :3].astype(np.int16), -1) <= 16 * lossy).all():
+        grey = pixels[..., 1]
+        if lossy or brightness([grey]):
+            return grey, "light"
+    if pixels.ndim != 2 or pixels.max(initial=0) > 255:
         raise UserError(
             f"{path}: colours, or numbers above 255, where numbers of objects are expected; convert it to a palette or "
             "grey PNG (mode P or L) of these numbers, or of 0 and 255"
         )
-    return (mask > 0).astype(np.uint8) if binary else mask.astype(np.uint8)
+    kind = "light" if lossy else "grey" if image.mode in ("L", "LA") else "numbers"
+    return pixels.astype(np.uint8), kind
+
+
+def read_mask(path: Path, binary: bool) -> np.ndarray:
+    """Object numbers [H, W] uint8 of an annotation, 255: void; palette files give their indices.
+
+    Binary sets: 1 where a grey mask is at least half white (see `brightness`), or where a number is above 0.
+
+    UserError for a picture in colours, and for a soft or compressed one where objects have numbers.
+    """
+    pixels, kind = read_stored(path)
+    soft = kind == "light" or (kind == "grey" and brightness([pixels]))
+    if binary:
+        return (pixels >= HALF if soft else pixels > 0).astype(np.uint8)
+    levels = np.unique(pixels)
+    if soft and (kind == "light" or len(levels) > 32) and not set(levels) <= {0, 255}:
+        raise UserError(
+            f"{path}: in-between grey values of a scaled, soft or JPEG mask, where numbers of objects are expected; "
+            "write it anew from the numbers, without scaling them or with the nearest pixel"
+        )
+    return pixels
 
 
 def clip_indices(length: int, frames: int, gap: int, rng: random.Random | None = None) -> list[int]:

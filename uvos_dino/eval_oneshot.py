@@ -18,7 +18,7 @@ from shared_utils.flags import Parser, add_machine_flags, at_least, boolean, not
 from shared_utils.mini import davis_palette
 from shared_utils.run import cli, plain, provenance, set_threads
 from uvos_dino import evaluate, metrics
-from uvos_dino.data import LAYOUTS, NORMS, Video, open_videos, read_mask, read_video
+from uvos_dino.data import LAYOUTS, NORMS, Video, open_videos, read_mask, read_video, said
 from uvos_dino.inference import load_model, segment
 
 PNG_LIMIT = 254  # clusters that a palette file can hold: 0 is background, 255 void
@@ -30,7 +30,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--resume_path", "--pretrained", type=Path, required=True, help="checkpoint: a run's, or the released one")
     a("--num_heads", type=positive, help="heads of the block; default: the checkpoint's flag, else 8")
     a("--resolution", type=at_least(-1), nargs=2, default=[320, 480], metavar=("H", "W"), help="-1 -1: the frames' own "
-      "size, cut to multiples of 8")  # fmt: skip
+      "size, cut to multiples of the encoder's patch")  # fmt: skip
     a("--eval_norm", choices=list(NORMS), default="release", help="release: Kinetics' statistics, unlike in training")
     a("--drop_last_frame", type=boolean, default=True, help="leave the last frame out, as released; its mask is then "
       "the one before it")  # fmt: skip
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.resolution[0] > 0:
         model.encoder.grid(*args.resolution)
     print(f"uvos_dino/eval -> {args.save_path}\n  device: {device}\n  model: {loaded}")
-    print(f"  data: {args.dataset} in {args.basepath}: {len(videos)} sequences")
+    print(f"  data: {said(args.dataset, args.basepath, args.split, videos)}")
     print("  flags: " + " ".join(f"--{k} {v}" for k, v in plain(args).items() if v is not None), flush=True)
     try:
         args.save_path.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     for video in videos:
         started = time.perf_counter()
         last = max(1, len(video.frames) - 1) if args.drop_last_frame else len(video.frames)
-        frames = read_video(video.frames[:last], tuple(args.resolution))  # [T, 3, H, W]
+        frames = read_video(video.frames[:last], tuple(args.resolution), model.encoder.patch_size)  # [T, 3, H, W]
         found = segment(
             model, frames, device, args.eval_norm, args.ratio, args.tau, args.frame_batch, 1e9 * args.memory_gb,
             args.bf16,

@@ -19,9 +19,22 @@ from shared_utils import UserError, checkpoint, mini
 from shared_utils.flags import Parser, natural
 from shared_utils.run import cli
 from uvos_dino import metrics
-from uvos_dino.data import LAYOUTS, Video, by_frame, open_videos, read_mask
+from uvos_dino.data import (
+    ALL,
+    HALF,
+    LAYOUTS,
+    Video,
+    brightness,
+    by_frame,
+    files_of,
+    open_videos,
+    read_mask,
+    read_stored,
+    said,
+)
 
 MATCHES = ("frame", "sequence")
+PNG, OTHERS = r".*\.png", r".*\.(jpg|jpeg|bmp)"  # the others may be pictures of the masks where there are PNGs
 COLUMNS = ("J&F-Mean", "J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
 
 
@@ -30,7 +43,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     a = p.add_argument
     a("--basepath", "--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="root of the benchmark")
     a("--dataset", choices=list(LAYOUTS), default="DAVIS2017")
-    a("--split", default="val")
+    a("--split", default="val", help=f"a list of the publisher's, or {ALL}: every folder of frames")
     a("--sequences", type=lambda text: text.split(","), default=[], help="only these, comma-separated")
     a("--synthetic", action="store_true", help="the mini data, generated, instead of --basepath")
     a("--match", choices=MATCHES, default="frame", help="which matching is printed first (both are computed): a "
@@ -39,7 +52,8 @@ def add_flags(p: argparse.ArgumentParser) -> None:
       "(the official package: 20, the release: 300)")  # fmt: skip
     a("--skip_ends", action="store_true", help="leave the first and last annotated frame of a sequence out, as "
       "DAVIS-2016's own evaluation does")  # fmt: skip
-    a("--foreground", action="store_true", help="also FG-ARI and mIoU (MOVi-E, YouTube-VIS)")
+    a("--foreground", action="store_true", help="also FG-ARI and mIoU (MOVi-E, YouTube-VIS); a video in which no "
+      "object counts for J and F then has these two alone")  # fmt: skip
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -70,7 +84,7 @@ def read_results(folder: Path, video: Video) -> Segmentation:
             return Segmentation(labels, max(len(m) for m in masks.values()))
         except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError):
             raise UserError(f"{file}: neither labels of uvos_dino.eval_oneshot nor the release's masks") from None
-    paths = sorted((folder / video.name).glob("*.png"))
+    paths = files_of(folder / video.name, PNG) or files_of(folder / video.name, OTHERS)
     if not paths:
         raise UserError(f"{folder}: nothing for {video.name}; expected {video.name}.pth or {video.name}/00000.png, ...")
     files, others = by_frame(paths, video.frames)
@@ -79,10 +93,13 @@ def read_results(folder: Path, video: Video) -> Segmentation:
             f"{folder / video.name}: masks of no frame: {few(path.name for path in others)}; expected the names of "
             f"{video.frames[0].parent}: {video.frames[0].stem}.png, ..."
         )
-    numbers = {t: read_mask(path, False).astype(np.int16) for t, path in files.items()}
-    if set().union(*(np.unique(x).tolist() for x in numbers.values())) == {0, 255}:
-        numbers = {t: x // 255 for t, x in numbers.items()}  # white: one object, not the 255th
-    return Segmentation({t: x - 1 for t, x in numbers.items()}, int(max(x.max() for x in numbers.values())))
+    stored = {t: read_stored(path) for t, path in files.items()}
+    maps, kinds = {t: pixels for t, (pixels, _) in stored.items()}, {kind for _, kind in stored.values()}
+    if "light" in kinds or (kinds == {"grey"} and brightness(list(maps.values()))):  # one object, white or soft
+        maps = {t: (x >= HALF).astype(np.uint8) for t, x in maps.items()}
+    there = metrics.numbers_of(maps.values())
+    maps = {t: np.where(x == metrics.VOID, 0, metrics.renumber(x, there)) for t, x in maps.items()}
+    return Segmentation({t: x.astype(np.int16) - 1 for t, x in maps.items()}, len(there))
 
 
 def annotations(found: Segmentation, video: Video, skip_ends: bool) -> dict[int, Path]:
@@ -111,23 +128,32 @@ def few(names: Iterable[str]) -> str:
 
 
 def score_video(found: Segmentation, video: Video, args: argparse.Namespace) -> dict[str, Any]:
-    """Statistics of every object for both matchings, the number of clusters, and what --foreground asks for."""
+    """Statistics of every object for both matchings, the number of clusters, and what --foreground asks for.
+
+    The objects are the numbers that occur in the frames that are scored, as the set counts them (`Layout.late`).
+    """
     metrics.check_proposals(video.name, found.clusters, args.max_proposals)
-    binary = LAYOUTS[args.dataset].binary
-    start = next(iter(video.masks.values()))
-    first = read_mask(start, binary)
-    objects = int(first[first != metrics.VOID].max(initial=0))
-    if not objects:
-        raise UserError(f"{start}: no object in the first annotated frame, nothing to match")
+    layout = LAYOUTS[args.dataset]
     labels, truth = [], []
     for t, path in annotations(found, video, args.skip_ends).items():
-        truth.append(read_mask(path, binary))
+        truth.append(read_mask(path, layout.binary))
         labels.append(metrics.upsample(found.labels[t if t in found.labels else t - 1], *truth[-1].shape))
-    scores = metrics.video_scores(labels, truth, found.clusters, objects)
-    out: dict[str, Any] = {"clusters": found.clusters, "frames": len(truth), "objects": objects}
-    for match in MATCHES:
-        best = metrics.matched(scores, match)
-        out[match] = [[*metrics.statistics(best.J[o]), *metrics.statistics(best.F[o])] for o in range(objects)]
+    start = next(iter(video.masks.values()))
+    numbers, starts = metrics.counted(truth, read_mask(start, layout.binary), layout.late)
+    if not numbers and not args.foreground:
+        raise UserError(
+            f"{start}: no object in the first annotated frame{' or later' * (layout.late != 'background')}, nothing to "
+            "match; restore it, leave the video out (--sequences), or score FG-ARI and mIoU (--foreground)"
+        )
+    out: dict[str, Any] = {"clusters": found.clusters, "frames": len(truth), "objects": len(numbers)}
+    out |= {"numbers": numbers, **{match: [] for match in MATCHES}}
+    if numbers:
+        known = [metrics.renumber(x, numbers) for x in truth]
+        scores = metrics.video_scores(labels, known, found.clusters, len(numbers))
+        for match in MATCHES:
+            best = metrics.matched(scores, match, starts)
+            for J, F, start_at in zip(best.J, best.F, starts):
+                out[match].append([*metrics.statistics(J[start_at:]), *metrics.statistics(F[start_at:])])
     if args.foreground:
         whole = np.stack(labels), np.stack(truth)
         out["FG-ARI"], out["mIoU"] = metrics.rand_index(*whole), metrics.mean_iou(*whole, found.clusters)
@@ -135,7 +161,9 @@ def score_video(found: Segmentation, video: Video, args: argparse.Namespace) -> 
 
 
 def summary(videos: Mapping[str, dict[str, Any]], match: str) -> dict[str, float]:
-    """The official global numbers in per cent: means over all objects of all sequences."""
+    """The official global numbers in per cent: means over all objects of all sequences; empty where none counts."""
+    if not any(video[match] for video in videos.values()):
+        return {}
     jm, jr, jd, fm, fr, fd = np.mean([row for video in videos.values() for row in video[match]], 0)
     return dict(zip(COLUMNS, (100 * float(v) for v in ((jm + fm) / 2, jm, jr, jd, fm, fr, fd))))
 
@@ -146,12 +174,13 @@ def write_csvs(folder: Path, videos: Mapping[str, dict[str, Any]], split: str) -
         (folder / match).mkdir(parents=True, exist_ok=True)
         with open(folder / match / f"global_results-{split}.csv", "w", newline="") as handle:
             writer = csv.writer(handle, lineterminator="\n")
-            writer.writerows([COLUMNS, [f"{v / 100:.3f}" for v in summary(videos, match).values()]])
+            writer.writerow(COLUMNS)
+            writer.writerow([f"{v / 100:.3f}" for v in summary(videos, match).values()])
         with open(folder / match / f"per-sequence_results-{split}.csv", "w", newline="") as handle:
             writer = csv.writer(handle, lineterminator="\n")
             writer.writerow(("Sequence", "J-Mean", "F-Mean"))
             for name, video in videos.items():
-                for number, row in enumerate(video[match], 1):
+                for number, row in zip(video["numbers"], video[match]):
                     writer.writerow((f"{name}_{number}", f"{row[0]:.3f}", f"{row[3]:.3f}"))
 
 
@@ -162,7 +191,10 @@ def score(args: argparse.Namespace, videos: list[Video], folder: Path, meta: Map
     result["clusters"] = float(np.mean([row["clusters"] for row in rows.values()]))
     if args.foreground:
         for name in ("FG-ARI", "mIoU"):
-            result[name] = 100 * float(np.nanmean([row[name] for row in rows.values()]))
+            defined = [row[name] for row in rows.values() if not np.isnan(row[name])]
+            result[name] = 100 * float(np.mean(defined)) if defined else float("nan")
+    if without := [name for name, row in rows.items() if not row["objects"]]:
+        print(f"  not in J and F, no object in the first annotated frame: {few(without)}")
     try:
         write_csvs(folder, rows, args.split)
         (folder / "result.json").write_text(json.dumps({**result, "sequences": rows, **meta}, indent=1) + "\n")
@@ -180,6 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.synthetic:
         args.dataset, args.basepath = "DAVIS2017", mini.ensure("davis")
     videos = open_videos(args.dataset, args.basepath, args.split, args.sequences)
+    print(f"  data: {said(args.dataset, args.basepath, args.split, videos)}")
     return score(args, videos, args.results, {})
 
 

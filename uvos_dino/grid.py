@@ -14,7 +14,7 @@ from shared_utils import checkpoint, mini
 from shared_utils.flags import Parser, positive, runs_root
 from shared_utils.run import cli
 from uvos_dino import evaluate
-from uvos_dino.data import open_videos
+from uvos_dino.data import open_videos, said
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.synthetic:
         args.dataset, args.basepath = "DAVIS2017", mini.ensure("davis")
     videos = open_videos(args.dataset, args.basepath, args.split, args.sequences)
+    print(f"  data: {said(args.dataset, args.basepath, args.split, videos)}")
     cells = torch.arange(args.rows * args.cols, dtype=torch.int16).view(args.rows, args.cols)
     for video in videos:
         labels = cells.expand(len(video.frames), -1, -1).clone()  # [T, rows, cols]

@@ -5,7 +5,7 @@ all pairs is one joint histogram, boundaries are found once, and only what lies 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -95,6 +95,40 @@ def ious(joint: np.ndarray) -> np.ndarray:
     return np.divide(inter, union, out=np.ones_like(inter), where=union > 0)
 
 
+def numbers_of(truth: Iterable[np.ndarray]) -> list[int]:
+    """The objects that occur in maps [H, W] of numbers, rising; 0 is background, 255 void."""
+    there = np.zeros(256, bool)
+    for x in truth:
+        there[np.unique(x)] = True
+    there[[0, VOID]] = False
+    return np.flatnonzero(there).tolist()
+
+
+def counted(truth: Sequence[np.ndarray], first: np.ndarray, late: str) -> tuple[list[int], list[int]]:
+    """The objects that count in maps of numbers, and the place of the map from which each counts.
+
+    Args:
+        truth: the annotations that are scored; who occurs in none of them does not count.
+        first: the video's first annotation.
+        late: what becomes of an object that enters later. `background`: it is none, where its number is above those
+            of `first` (davis2017-evaluation); `entered`: it counts from its first annotation; `frames`: in all of them.
+    """
+    numbers = numbers_of(truth)
+    if late == "background":
+        numbers = [number for number in numbers if number <= max(numbers_of([first]), default=0)]
+    starts = [0] * len(numbers)
+    if late == "entered":
+        starts = [next(i for i, x in enumerate(truth) if (x == number).any()) for number in numbers]
+    return numbers, starts
+
+
+def renumber(truth: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
+    """A map of numbers, uint8, with `numbers` as 1, 2, ...; void stays, all others become background."""
+    table = np.zeros(256, np.uint8)
+    table[list(numbers)], table[VOID] = np.arange(1, len(numbers) + 1), VOID
+    return table[truth]
+
+
 def frame_ious(labels: np.ndarray, truth: np.ndarray, clusters: int, objects: int) -> np.ndarray:
     """J [K, O] of a frame alone; K is at least O."""
     return ious(joint_counts(labels, truth, max(clusters, objects), objects)[0])
@@ -108,7 +142,7 @@ def best_mean(J: np.ndarray) -> float:
 def frame_scores(labels: np.ndarray, truth: np.ndarray, clusters: int, objects: int) -> tuple[np.ndarray, np.ndarray]:
     """J and F [K, O] of a frame: cluster numbers [H, W] (0..K-1; others: none) against objects 1..O, 255: void.
 
-    Numbers above O count as background: the official package takes the number of objects from the first frame.
+    Numbers above O count as background. `renumber` makes 1..O of the objects that count.
     """
     K, H, W = clusters, *truth.shape
     joint, own, gt = joint_counts(labels, truth, K, objects)
@@ -164,17 +198,21 @@ def video_scores(labels: Iterable[np.ndarray], truth: Iterable[np.ndarray], clus
     return Scores(np.stack([j for j, _ in pairs], -1), np.stack([f for _, f in pairs], -1))
 
 
-def matched(scores: Scores, match: str) -> Scores:
+def matched(scores: Scores, match: str, starts: Sequence[int] = ()) -> Scores:
     """J and F of each object in each frame [O, T], after a Hungarian assignment on J + F.
 
     Args:
         match: `frame`: a new assignment in every frame (the release); `sequence`: one, on the means (official).
+        starts: frame from which each object counts, [O]; before it the object takes no cluster. Default: the first.
     """
     total = scores.J + scores.F  # [K, O, T]
+    T = total.shape[-1]
+    counts = np.arange(T) >= np.array(starts or [0] * total.shape[1])[:, None]  # [O, T]
+    total = total * counts
     if match == "sequence":
-        pairs = [linear_sum_assignment(-total.mean(-1))] * total.shape[-1]
+        pairs = [linear_sum_assignment(-total.sum(-1) / counts.sum(-1))] * T
     else:
-        pairs = [linear_sum_assignment(-total[..., t]) for t in range(total.shape[-1])]
+        pairs = [linear_sum_assignment(-total[..., t]) for t in range(T)]
     order = [(row[np.argsort(col)], np.sort(col)) for row, col in pairs]
     return Scores(*(np.stack([x[r, c, t] for t, (r, c) in enumerate(order)], -1) for x in scores))
 
@@ -217,11 +255,8 @@ def rand_index(labels: np.ndarray, truth: np.ndarray) -> float:
 
 def mean_iou(labels: np.ndarray, truth: np.ndarray, clusters: int) -> float:
     """mIoU: IoU of each object over the whole video [T, H, W] with its cluster (Hungarian), the mean."""
-    objects = np.unique(truth[truth != VOID])
-    objects = objects[objects > 0]
-    if not len(objects):
+    objects = numbers_of([truth])
+    if not objects:
         return math.nan
-    gt = np.full(256, VOID, np.int64)  # objects numbered 1..O
-    gt[0], gt[objects] = 0, np.arange(1, len(objects) + 1)
-    gt[VOID] = VOID
-    return best_mean(ious(joint_counts(labels, gt[truth], max(clusters, len(objects)), len(objects))[0]))
+    gt = renumber(truth, objects)
+    return best_mean(ious(joint_counts(labels, gt, max(clusters, len(objects)), len(objects))[0]))

@@ -53,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         for t, file in video.masks.items():
             truth = read_mask(file, False)
             shown = metrics.upsample(labels[t], *truth.shape)
-            best.append(metrics.best_mean(metrics.frame_ious(shown, truth, found.number, int(truth.max()))))
+            numbers = metrics.numbers_of([truth])
+            truth = metrics.renumber(truth, numbers)
+            best.append(metrics.best_mean(metrics.frame_ious(shown, truth, found.number, len(numbers))))
         said = f"{found.number} cluster{'s' * (found.number > 1)}\nJ {100 * np.mean(best):.0f}"
         rows.append([name, *(tiles.tile(metrics.coloured(labels[t], *size), SIDE) for t in chosen), tiles.words(said)])
     strip = tiles.grid(rows, 3)

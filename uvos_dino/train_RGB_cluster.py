@@ -15,11 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from shared_utils import UserError, checkpoint, distributed, mini
-from shared_utils.data import EpochSampler, Keyed, mix_key, read_text
+from shared_utils.data import EpochSampler, Keyed, mix_key
 from shared_utils.flags import Parser, add_run_flags, boolean, natural, not_negative, positive
 from shared_utils.run import Run, cli
 from uvos_dino import losses, metrics, vision_transformer
-from uvos_dino.data import LAYOUTS, ClipAugment, Clips, Video, open_videos, read_mask, read_video, training_videos
+from uvos_dino.data import (
+    ALL,
+    LAYOUTS,
+    ClipAugment,
+    Clips,
+    Video,
+    open_videos,
+    read_mask,
+    read_names,
+    read_video,
+    said,
+    training_videos,
+)
 from uvos_dino.inference import segment
 from uvos_dino.model_cluster import AttEncoder
 
@@ -42,7 +54,8 @@ def get_parser() -> argparse.ArgumentParser:
     a("--num_frames", type=positive, default=3, help="T, frames of a clip")
     a("--gap", type=natural, default=4, help="frames between them; smaller in short videos")
     a("--augment", type=boolean, default=True, help="grey, colour jitter and blur")
-    a("--dino_path", default="dino_deitsmall8_pretrain.pth", help="DINO weights: a file, timm:NAME, or none (random)")
+    a("--dino_path", "--encoder", default="dino_deitsmall8_pretrain.pth", help="weights of DINO or DINOv2: a file "
+      "(.pth, .onnx), timm:NAME, or none (random)")  # fmt: skip
     a("--arch", choices=list(vision_transformer.ARCHS), default="vit_small", help="for --dino_path none")
     a("--patch_size", type=positive, default=8, help="for --dino_path none")
     a("--num_t", type=positive, default=1, help="blocks")
@@ -64,7 +77,7 @@ def get_parser() -> argparse.ArgumentParser:
       "0: none")  # fmt: skip
     a("--dataset", choices=list(LAYOUTS), default="DAVIS", help="layout of --val_basepath")
     a("--val_basepath", type=Path, help="benchmark that is probed; default: the mini data with --synthetic")
-    a("--split", default="val")
+    a("--split", default="val", help=f"a list of the publisher's, or {ALL}: every folder of frames")
     a("--probe_videos", type=positive, default=4, help="the first so many sequences")
     a("--ratio", type=positive, default=10, help="r: every r-th frame gives keys, when probing")
     a("--tau", type=float, default=1.0, help="threshold of the clustering, when probing")
@@ -133,36 +146,40 @@ class Probe:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.pictures: list[Tensor] = []  # of the last evaluation, one a sequence
-        videos: list[Video] = open_videos(args.dataset, args.val_basepath, args.split)[: args.probe_videos]
+        videos: list[Video] = open_videos(args.dataset, args.val_basepath, args.split)
+        self.data = said(args.dataset, args.val_basepath, args.split, videos)
+        videos = videos[: args.probe_videos]
         self.files = [path for video in videos for path in (*video.frames, *video.masks.values())]
-        binary = LAYOUTS[args.dataset].binary
-        self.videos = [
-            (
-                read_video(video.frames, tuple(args.resolution)),
-                {t: read_mask(path, binary) for t, path in video.masks.items()},
-            )
-            for video in videos
-        ]
-        for video, (_, masks) in zip(videos, self.videos):
-            if not (masks[min(masks)] % metrics.VOID).any():
+        layout, self.videos = LAYOUTS[args.dataset], []
+        for video in videos:
+            masks = {t: read_mask(path, layout.binary) for t, path in video.masks.items()}
+            truth = [masks[t] for t in sorted(masks)]
+            numbers, starts = metrics.counted(truth, truth[0], layout.late)
+            if not numbers:
                 file = video.masks[min(masks)]
-                raise UserError(f"{file}: no object in the first annotated frame, --probe_every has nothing to match")
+                later = " or later" * (layout.late != "background")
+                raise UserError(
+                    f"{file}: no object in the first annotated frame{later}, --probe_every has nothing to match"
+                )
+            known = {t: metrics.renumber(mask, numbers) for t, mask in masks.items()}
+            present = {t: [start <= i for start in starts] for i, t in enumerate(sorted(masks))}  # objects that count
+            self.videos.append((read_video(video.frames, tuple(args.resolution)), known, present))
 
     def __call__(self, model: AttEncoder, device: torch.device) -> dict[str, float]:
         """`probe/clusters`, mean number of them, and `probe/J`, mean over objects and frames, matched by frame."""
         model.eval()
         counts, scores = [], []
         self.pictures = []
-        for frames, masks in self.videos:
+        for frames, masks, present in self.videos:
             found = segment(model, frames, device, "imagenet", self.args.ratio, self.args.tau)
             counts.append(found.number)
             labels = found.labels.view(len(frames), -1, frames.shape[-1] // model.encoder.patch_size).numpy()
             self.pictures.append(self.picture(frames, labels))
-            first = next(iter(masks.values()))
-            objects = int(first[first != metrics.VOID].max())
             for t, mask in masks.items():
-                J = metrics.frame_ious(metrics.upsample(labels[t], *mask.shape), mask, found.number, objects)
-                scores.append(metrics.best_mean(J))
+                shown = metrics.upsample(labels[t], *mask.shape)
+                J = metrics.frame_ious(shown, mask, found.number, len(present[t]))[:, present[t]]
+                if any(present[t]):
+                    scores.append(metrics.best_mean(J))
         model.train()
         return {"probe/clusters": sum(counts) / len(counts), "probe/J": 100 * sum(scores) / len(scores)}
 
@@ -214,7 +231,8 @@ def main(argv: list[str] | None = None) -> int:
 
     run.track(model_state_dict=model, optimizer_state_dict=optimizer, iteration=Iteration(run))
     run.reads([path for video in videos for path in video], *([probe.files] if probe else []))
-    run.preflight(facts(run, videos, model, counts, grid, loaded))
+    told = facts(run, videos, model, counts, grid, loaded)
+    run.preflight({**told, "probed": f"the first {len(probe.videos)} of {probe.data}"} if probe else told)
     if not steps:  # the random block
         run.save()
 
@@ -261,8 +279,16 @@ def chosen_videos(root: Path, file: Path | None) -> list[list[Path]]:
         return videos
     if not file.is_file():
         raise UserError(f"--train_list {file}: no such file")
-    by_name = {video[0].parent.name: video for video in videos}
-    names = read_text(file, "--train_list, a video a line").split()
+    by_name: dict[str, list[Path]] = {}
+    for video in videos:
+        folder = video[0].parent
+        if folder.name in by_name:
+            raise UserError(
+                f"--train_list {file}: {folder} and {by_name[folder.name][0].parent} have one name; give --basepath "
+                "the folder that holds one of them"
+            )
+        by_name[folder.name] = video
+    names = read_names(file)
     absent = [name for name in names if name not in by_name]
     if absent or not names:
         raise UserError(f"--train_list {file}: {absent[0] if absent else 'nothing'}: no such video below {root}")
@@ -275,7 +301,8 @@ def facts(
     """What the preflight prints."""
     args = run.args
     return {
-        "data": f"{args.basepath}: {len(videos)} videos, {sum(map(len, videos))} frames, stretched to "
+        "data": f"{args.basepath}: {len(videos)} videos"
+        f"{f' named by {args.train_list}' if args.train_list else ''}, {sum(map(len, videos))} frames, stretched to "
         f"{args.resolution[0]} x {args.resolution[1]} = {grid[0]} x {grid[1]} patches",
         "encoder": loaded,
         "batch": f"{args.batch_size * run.world} clips of {args.num_frames} frames = {run.world} processes x "

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from shared_utils import UserError, checkpoint
+from uvos_dino import weights
 
 HEAD_DIM = 64  # of DINO's ViT-T, S and B alike
 NORM_EPS = 1e-6
@@ -82,7 +83,10 @@ class VisionTransformer(nn.Module):
         """Patches (h, w) of an image; UserError when its sides are no multiples of the patch."""
         p = self.patch_size
         if height % p or width % p or not height or not width:
-            raise UserError(f"resolution {height} {width}: both must be multiples of the encoder's patch, {p}")
+            near = " ".join(str(max(1, round(side / p)) * p) for side in (height, width))
+            raise UserError(
+                f"resolution {height} {width}: both must be multiples of the encoder's patch, {p}, such as {near}"
+            )
         return height // p, width // p
 
     def positions(self, h: int, w: int) -> Tensor:
@@ -185,8 +189,9 @@ def load(source: str, arch: str, patch_size: int) -> tuple[VisionTransformer, st
     """The encoder of `--dino_path` and a line that says what was loaded.
 
     Args:
-        source: a file (DINO backbone, DINO full checkpoint: its teacher, a run of main_dino), `timm:NAME` for hub
-            weights such as timm:vit_small_patch8_224.dino, or `none`: random weights of `arch`.
+        source: a file (DINO or DINOv2 backbone, DINO full checkpoint: its teacher, a run of main_dino; FILE.onnx: an
+            export of torch), `timm:NAME` for hub weights such as timm:vit_small_patch8_224.dino or
+            timm:vit_small_patch14_dinov2.lvd142m, or `none`: random weights of `arch`.
 
     Raises:
         UserError: a file that is no DINO ViT or lacks a single tensor; nothing is left random in silence.
@@ -207,11 +212,20 @@ def load(source: str, arch: str, patch_size: int) -> tuple[VisionTransformer, st
                 f"--dino_path {source}: no such file; give DINO's dino_deitsmall8_pretrain.pth or a run of "
                 "uvos_dino/run_dino.sh, timm:vit_small_patch8_224.dino, or none for random weights"
             )
-        state = checkpoint.read_weights(source)
-    encoder = for_weights(state, source)
+        try:
+            state = weights.read_onnx(source) if source.endswith(".onnx") else checkpoint.read_weights(source)
+        except UserError as error:
+            raise UserError(f"--dino_path {error}") from None
+    others = weights.other_parts(state)
+    try:
+        state = weights.as_dino(state, source)
+        encoder = for_weights(state, source)
+    except UserError as error:
+        raise UserError(f"--dino_path {error}") from None
     try:
         report = checkpoint.load_strict(encoder, state, drop=("head.*",))
     except UserError as error:
         raise UserError(f"--dino_path {source}: {error}") from None
     what = f"width {encoder.embed_dim}, depth {encoder.depth}, patch {encoder.patch_size}"
-    return encoder, f"{source}: {what}; {report}"
+    beside = f"; {len(others)} tensors of another part left out ({others[0]}, ...)" if others else ""
+    return encoder, f"{source}: {what}; {report}{beside}"

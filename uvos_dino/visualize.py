@@ -17,7 +17,7 @@ from shared_utils.flags import Parser, positive, runs_root
 from shared_utils.mini import davis_palette
 from shared_utils.run import cli
 from uvos_dino import clustering, metrics
-from uvos_dino.data import LAYOUTS, NORMS, normalise, open_videos, read_video
+from uvos_dino.data import ALL, LAYOUTS, NORMS, normalise, open_videos, read_video
 from uvos_dino.eval_oneshot import chosen_device
 from uvos_dino.inference import encode_frames, load_model
 
@@ -28,7 +28,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--resume_path", "--pretrained", type=Path, required=True, help="checkpoint of a run, or the released one")
     a("--basepath", "--data_dir", type=Path, default=Path("data"), help="root of the benchmark")
     a("--dataset", choices=list(LAYOUTS), default="DAVIS2017")
-    a("--split", default="val")
+    a("--split", default="val", help=f"a list of the publisher's, or {ALL}: every folder of frames")
     a("--sequences", type=lambda text: text.split(","), default=[], help="the first of them is drawn")
     a("--synthetic", action="store_true", help="the mini data, generated, instead of --basepath")
     a("--resolution", type=positive, nargs=2, default=[320, 480], metavar=("H", "W"))
