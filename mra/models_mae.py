@@ -54,6 +54,11 @@ def unpatchify(t: Tensor, p: int) -> Tensor:
     return t.reshape(b, g * p, g * p, d // (p * p)).permute(0, 3, 1, 2)
 
 
+def wide(t: Tensor) -> Tensor:
+    """At least float32: what autocast narrowed is wide again, float64 stays."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def len_keep(patches: int, ratio: float) -> int:
     """Visible patches, MAE's own rule: int(L * (1 - r)) in binary floating point (L = 100, r = .9 leaves 9)."""
     return int(patches * (1 - ratio))
@@ -230,7 +235,7 @@ class MAE(nn.Module):
 
     def loss(self, x: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Mean over the erased patches of the squared error, a number."""
-        error = (pred.float() - self.target(x.float())).square().mean(2)  # [B, L]
+        error = (wide(pred) - self.target(wide(x))).square().mean(2)  # [B, L]
         return (error * mask).sum() / mask.sum()
 
     def forward(self, x: Tensor, noise: Tensor, ratio: float = 0.75) -> tuple[Tensor, Tensor, Tensor]:

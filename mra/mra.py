@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mra import models_mae
-from mra.models_mae import MAE, mask_from_scores, patchify, unpatchify
+from mra.models_mae import MAE, mask_from_scores, patchify, unpatchify, wide
 from shared_utils import UserError
 from shared_utils.augment import MEAN, STD
 from shared_utils.flags import ints
@@ -25,11 +25,6 @@ STRATEGIES = ("attn", "attn_inverse", "random")
 SOURCES = ("out_dot", "last_attn")
 COMPOSE = ("paste", "full", "erase")
 Stats = tuple[Sequence[float], Sequence[float]]  # mean and std of the channels
-
-
-def wide(t: Tensor) -> Tensor:
-    """At least float32: what autocast narrowed is wide again, float64 stays."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def attention_scores(mae: MAE, tokens: Tensor, source: str = "out_dot") -> Tensor:
