@@ -316,7 +316,7 @@ def told_targets(mae: MAE) -> bool | None:
     slope = float((pred.mean(1) @ mean) / (mean @ mean))
     if pixel_share > 0.5 and slope > 0.5:
         return False
-    return True if normed_share > 0.3 and abs(slope) < 0.2 else None
+    return True if normed_share > 0.15 and abs(slope) < 0.1 else None
 
 
 def same_table(table: Tensor, fixed: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""MAE against its release: numbers that facebookresearch/mae gave on fixed inputs, and wrong variants that miss them."""
+"""MAE against its release: numbers that facebookresearch/mae gave on fixed inputs; wrong variants miss them."""
 
 import json
 from collections.abc import Callable
