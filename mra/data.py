@@ -325,7 +325,7 @@ def _affine(make: Callable[[float, Image.Image], tuple[float, ...]]) -> Callable
     )
 
 
-# Operations of FixMatch's RandAugment at levels 1 to 9, in the ranges of the paper's table.
+# Operations of FixMatch's RandAugment at levels 1 to 9, in the ranges of kekmodel/FixMatch-pytorch.
 FIXMATCH_OPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
     "identity": lambda image, level: image,
     "autocontrast": lambda image, level: ImageOps.autocontrast(image),

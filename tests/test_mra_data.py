@@ -215,9 +215,9 @@ def test_images_that_stay_as_they_are() -> None:
         assert made is not None
         augment = made()
         with sample_rng(1):
-            return float(np.mean([np.array_equal(augment(picture), picture) for _ in range(1500)]))
+            return float(np.mean([np.array_equal(augment(picture), picture) for _ in range(800)]))
 
-    assert 0.25 < unchanged("fixmatch") < 0.33 and unchanged("randaugment") < 0.02
+    assert 0.24 < unchanged("fixmatch") < 0.34 and unchanged("randaugment") < 0.02
 
 
 def test_fixmatch_s_operations_by_hand() -> None:
