@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
 from mra import nets
-from mra.data import POLICIES
+from mra.data import PADDINGS, POLICIES, train_transform
 from mra.mra import MRA, attention_scores, score_entropy
 from shared_utils import UserError, augment, distributed
 from shared_utils.data import EpochSampler, ImageList, mix_key, sample_rng
@@ -32,14 +32,22 @@ def add_training_flags(p: argparse.ArgumentParser) -> None:
     a("--stem", choices=nets.STEMS, default="imagenet", help="of ResNet-18 to 50; cifar: 3x3 without pooling")
     a("--pretrained", help="weights to start from, a public torchvision file or a run; default: none")
     a("--crop", choices=["resized", "padded"], default="resized", help="random resized crop, or padded by an eighth")
+    a("--padding_mode", choices=PADDINGS, default="reflect", help="of padded crops; constant: black")
     a("--min_scale", type=float, default=0.08, help="least area of a resized crop")
-    a("--policy", choices=list(POLICIES), default="none", help="torchvision's augmentation policies, before MRA")
+    a("--policy", choices=list(POLICIES), default="none", help="before MRA: FixMatch's RandAugment (magnitude drawn, "
+      "each operation with probability 0.5), or torchvision's policies")  # fmt: skip
+    a("--color_jitter", type=not_negative, default=0.0, help="brightness, contrast and saturation, in random order")
+    a("--lighting", type=not_negative, default=0.0, help="std of the noise along ImageNet's principal colours")
     a("--mix", choices=MIXES, default="none", help="after MRA, so that pasted rectangles stay whole")
     a("--mix_alpha", type=float, default=1.0, help="share ~ Beta(alpha, alpha) of mixup and cutmix")
     a("--mix_prob", type=float, default=1.0, help="probability that a batch is mixed")
     a("--cutout_size", type=natural, default=0, help="side of the hole; 0: half of the image")
     a("--head_lr_mult", type=float, default=1.0, help="learning rate of the linear layer over that of the rest")
     a("--momentum", type=not_negative, default=0.9)
+    a("--nesterov", action=argparse.BooleanOptionalAction, default=False)
+    a("--warmup_epochs", type=natural, default=0, help="linear, lr / n in the first of n epochs")
+    a("--lr_decay", type=float, default=0.1, help="factor at each epoch of --schedule")
+    add_decay_flag(p, True)
     a("--sync_bn", action="store_true", help="batch norm over all processes")
     a(
         "--eval_every",
@@ -50,17 +58,34 @@ def add_training_flags(p: argparse.ArgumentParser) -> None:
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
 
 
+def add_decay_flag(p: argparse.ArgumentParser, default: bool) -> None:
+    p.add_argument(
+        "--decay_bias_norm", action=argparse.BooleanOptionalAction, default=default,
+        help="weight decay on biases and batch norm too",
+    )  # fmt: skip
+
+
 def check_training_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags out of range, before anything is loaded."""
     nets.check_size(args.arch, args.input_size)
     if not 0 <= args.momentum < 1:
         raise UserError(f"--momentum {args.momentum}: must lie in 0..1 (1 excluded)")
-    if not args.lr > 0 or not args.mix_alpha > 0 or not args.head_lr_mult > 0:
-        raise UserError("--lr, --mix_alpha and --head_lr_mult must be above 0")
+    if args.nesterov and not args.momentum:
+        raise UserError("--nesterov needs a --momentum above 0; give one, or --no-nesterov")
+    if not args.lr > 0 or not args.mix_alpha > 0 or not args.head_lr_mult > 0 or not args.lr_decay > 0:
+        raise UserError("--lr, --lr_decay, --mix_alpha and --head_lr_mult must be above 0")
     if not 0 <= args.mix_prob <= 1 or not 0 < args.min_scale <= 1:
         raise UserError("--mix_prob must lie in 0..1, and --min_scale above 0 and up to 1")
     if args.batch_size % world or args.batch_size // world < 2:
         raise UserError(f"--batch_size {args.batch_size} does not give each of {world} processes the same 2 or more")
+
+
+def training_transform(args: argparse.Namespace) -> Any:
+    """What an image of a classifier's training goes through before MRA."""
+    return train_transform(
+        args.input_size, args.crop, args.policy, args.mean_std, args.min_scale, args.padding_mode, args.color_jitter,
+        args.lighting,
+    )  # fmt: skip
 
 
 def epochs_of(text: str) -> list[int]:
@@ -72,17 +97,27 @@ def epochs_of(text: str) -> list[int]:
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
-    """Cosine to 0, or a tenth at each epoch of --schedule; by epoch."""
+    """Cosine to 0, or --lr_decay at each epoch of --schedule; by epoch, from 0. It rises over the --warmup_epochs."""
+    if epoch < args.warmup_epochs:
+        return args.lr * (epoch + 1) / args.warmup_epochs
     if args.decay == "cos":
         return args.lr * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
-    return args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
+    return args.lr * args.lr_decay ** sum(epoch >= milestone for milestone in args.schedule)
 
 
 def optimizer_of(args: argparse.Namespace, network: nn.Module, nesterov: bool = False) -> torch.optim.SGD:
-    head = [q for name, q in network.named_parameters() if name.startswith("fc.")]
-    body = [q for name, q in network.named_parameters() if not name.startswith("fc.")]
-    groups = [{"params": body, "scale": 1.0}, {"params": head, "scale": args.head_lr_mult}]
-    fused = body[0].device.type == "cuda" or None
+    """SGD; --head_lr_mult for the linear layer; biases and batch norm without weight decay, if so asked."""
+    groups: list[dict[str, Any]] = []
+    for decayed in (True, False):
+        for head, scale in ((False, 1.0), (True, args.head_lr_mult)):
+            params = [
+                q
+                for name, q in network.named_parameters()
+                if name.startswith("fc.") == head and (args.decay_bias_norm or q.ndim > 1) == decayed
+            ]
+            if params:
+                groups.append({"params": params, "scale": scale, "weight_decay": args.wd if decayed else 0.0})
+    fused = next(network.parameters()).device.type == "cuda" or None
     return torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.wd, nesterov=nesterov, fused=fused)
 
 

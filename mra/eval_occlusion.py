@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     mae, about = load_mae(args, args.input_size, device) if args.mae_ckpt else (None, "none: random cells alone")
     if mae is not None and args.cell % mae.p:
         raise UserError(f"--cell {args.cell}: must be a multiple of the autoencoder's patch of {mae.p}")
-    if mae is not None and mae.norm_pix_loss and not args.denorm_with_true_stats:
+    if mae is not None and mae.norm_pix_loss is not False and not args.denorm_with_true_stats:
         MRA(mae)  # says what is wrong, before the curves take their time
     print(
         f"{args.checkpoint}: {len(images)} images of {name}, cells of {args.cell} pixels; autoencoder {about}",

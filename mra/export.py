@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         state = network.state_dict()
     else:
         size = args.input_size or flags.get("input_size", 224)
-        mae, report, *_ = models_mae.load(args.pretrained, size)
+        mae, report, *_ = models_mae.load(args.pretrained, size, norm_pix="no")  # the encoder alone is taken
         print(report)
         state = {key: value for key, value in mae.state_dict().items() if key.startswith(ENCODER)}
         lines = vit_lines(size, mae.p, *mae.size.enc)

@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     # Data: base, validation and novel classes; all episodes are drawn before training starts
     splits = data.read_fewshot(args.data_path)
     train = data.cached(splits["train"], args.cache)
-    train.transform = data.train_transform(args.input_size, args.crop, args.policy, args.mean_std, args.min_scale)
+    train.transform = engine.training_transform(args)
     episodes: dict[tuple[str, int], Tensor] = {}
     for split, shots, count in (("val", (1,), min(600, args.episodes)), ("test", (1, 5), args.episodes)):
         splits[split].transform = data.test_transform(args.input_size, args.mean_std)
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     started = nets.load_pretrained(network, args.pretrained) if args.pretrained else "random weights"
     distributed.convert_norm(network, "sync" if args.sync_bn else "local")
     network.to(run.device).to(memory_format=torch.channels_last)
-    optimizer = engine.optimizer_of(args, network)
+    optimizer = engine.optimizer_of(args, network, args.nesterov)
     info = engine.Info(train.classes)
     run.track(state_dict=network, optimizer=optimizer, info=info)
     on_support = operator if args.mra_on_support else None

@@ -37,7 +37,8 @@ def get_parser() -> Parser:
     a("--arch", choices=nets.ARCHS, default="wrn28-2")
     a("--width", type=natural, default=0, help="channels of the first stage; 0: the network's own")
     a("--stem", choices=nets.STEMS, default="imagenet")
-    a("--strong", choices=list(data.POLICIES), default="randaugment", help="policy of the strong branch, before MRA")
+    a("--strong", choices=list(data.POLICIES), default="fixmatch", help="policy of the strong branch, before "
+      "MRA: RandAugment as FixMatch draws it (magnitude drawn, each with p = 0.5), or torchvision's")  # fmt: skip
     a("--strong_cutout", action=argparse.BooleanOptionalAction, default=True, help="FixMatch's, after MRA")
     a("--iterations", type=positive, default=2**20, help="steps, a whole number of epochs")
     a("--epoch_steps", type=positive, default=1024, help="steps of an epoch: between tests and checkpoints")
@@ -48,7 +49,10 @@ def get_parser() -> Parser:
     a("--lr", type=float, default=0.03, help="times cos(7 pi k / 16 K) at step k of K")
     a("--wd", "--weight_decay", type=not_negative, default=5e-4, help="1e-3 for CIFAR-100")
     a("--momentum", type=not_negative, default=0.9, help="Nesterov's")
+    engine.add_decay_flag(p, False)
     a("--ema", type=float, default=0.999, help="decay of the moving average of the weights")
+    a("--bn_momentum", type=float, default=0.001, help="share of a batch in batch norm's running statistics: 1 - "
+      "--ema, so that weights and statistics look back as far")  # fmt: skip
     a("--sync_bn", action="store_true", help="batch norm over all processes")
     a("--image_every", type=positive, default=1000, help="steps between pictures in tensorboard")
     add_run_flags(p, "mra/fixmatch/default")
@@ -65,6 +69,8 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
         raise UserError(f"--iterations {args.iterations} is no multiple of --epoch_steps {args.epoch_steps}")
     if args.batch_size % world:
         raise UserError(f"--batch_size {args.batch_size} does not divide over {world} processes")
+    if not 0 < args.bn_momentum <= 1:
+        raise UserError(f"--bn_momentum {args.bn_momentum}: must lie above 0 and up to 1")
     if not 0 <= args.threshold <= 1 or not 0 <= args.ema < 1 or args.lambda_u < 0 or not args.lr > 0:
         raise UserError("--threshold must lie in 0..1, --ema in 0..1 (1 excluded), --lambda_u from 0, --lr above 0")
 
@@ -135,7 +141,12 @@ class Both:
 
 
 class Ema:
-    """Moving average of the weights; batch-norm statistics are taken over as they are."""
+    """Moving average of the weights; batch-norm statistics are taken over as they are.
+
+    So do the TensorFlow release (it averages trainable variables alone), TorchSSL and kekmodel/FixMatch-pytorch; their
+    statistics fit averaged weights because a batch enters them with 0.001 (--bn_momentum): they average over as many
+    steps as the weights. With PyTorch's 0.1 they are those of the last ten steps of another network.
+    """
 
     def __init__(self, network: nn.Module, decay: float):
         self.network, self.decay = copy.deepcopy(network).requires_grad_(False), decay
@@ -194,6 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     # Model
     operator, about_mra = build(args, size, run.device, data.STATS[stats])
     network = nets.build(args.arch, len(train.classes), args.width, args.stem)
+    nets.set_bn_momentum(network, args.bn_momentum)
     distributed.convert_norm(network, "sync" if args.sync_bn else "local")
     network.to(run.device).to(memory_format=torch.channels_last)
     ema = Ema(network, args.ema)

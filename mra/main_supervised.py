@@ -18,14 +18,28 @@ from shared_utils.evaluation import write_result
 from shared_utils.flags import Parser, add_run_flags, not_negative, positive
 from shared_utils.run import Run, cli
 
-# epochs, batch, lr, decay, milestones, weight decay: the community's recipes, the paper's own are not known
-PRESETS: dict[str, tuple[int, int, float, str, str, float]] = {
-    "cutmix": (300, 256, 0.1, "step", "75,150,225", 1e-4),  # CutMix's ImageNet recipe, whose baseline is 76.3
-    "short": (100, 256, 0.1, "cos", "", 1e-4),
-    "cifar": (200, 128, 0.1, "cos", "", 5e-4),
-    "finegrained": (100, 64, 0.01, "cos", "", 5e-4),
-    "longtail_cifar": (200, 128, 0.1, "step", "160,180", 2e-4),
-    "longtail_imagenet": (100, 256, 0.1, "cos", "", 5e-4),
+# The community's recipes, the paper's own are not known. FILLED: flags without a default of their own, see `resolve`.
+FILLED = ("epochs", "batch_size", "lr", "decay", "schedule", "wd")
+OWN: dict[str, Any] = {
+    "warmup_epochs": 0, "lr_decay": 0.1, "nesterov": False, "color_jitter": 0.0, "lighting": 0.0,
+    "padding_mode": "reflect",
+}  # fmt: skip
+CUTMIX_PROB = {"cifar": 0.5, "longtail_cifar": 0.5}  # CutMix's release: half of CIFAR's batches, all of ImageNet's
+PRESETS: dict[str, tuple[tuple[int, int, float, str, str, float], dict[str, Any]]] = {
+    # CutMix's ImageNet recipe, whose baseline is 76.3 (clovaai/CutMix-PyTorch, train.py)
+    "cutmix": (
+        (300, 256, 0.1, "step", "75,150,225", 1e-4),
+        {"nesterov": True, "color_jitter": 0.4, "lighting": 0.1},
+    ),
+    "short": ((100, 256, 0.1, "cos", "", 1e-4), {}),
+    "cifar": ((200, 128, 0.1, "cos", "", 5e-4), {"padding_mode": "constant"}),
+    "finegrained": ((100, 64, 0.01, "cos", "", 5e-4), {}),
+    # LDAM-DRW's recipe (kaidic/LDAM-DRW, cifar_train.py): 0.01 of the learning rate from epoch 160, 0.0001 from 180
+    "longtail_cifar": (
+        (200, 128, 0.1, "step", "160,180", 2e-4),
+        {"warmup_epochs": 5, "lr_decay": 0.01, "padding_mode": "constant"},
+    ),
+    "longtail_imagenet": ((100, 256, 0.1, "cos", "", 5e-4), {}),
 }
 
 
@@ -36,7 +50,8 @@ def get_parser() -> Parser:
     data.add_label_flags(p)
     add_mra_flags(p)
     engine.add_training_flags(p)
-    a("--preset", choices=list(PRESETS), default="short", help="defaults of the flags that follow")
+    a("--preset", choices=list(PRESETS), default="short", help="defaults of the flags that follow, and of "
+      "--warmup_epochs, --lr_decay, --nesterov, --color_jitter, --lighting, --padding_mode, --mix_prob")  # fmt: skip
     a("--epochs", type=positive)
     a("--batch_size", type=positive, help="images a step, all processes together")
     a("--lr", type=float)
@@ -44,12 +59,16 @@ def get_parser() -> Parser:
     a("--schedule", help="epochs of --decay step, with commas")
     a("--wd", "--weight_decay", type=not_negative)
     add_run_flags(p, "mra/supervised/default")
+    p.set_defaults(mix_prob=None, **dict.fromkeys(OWN))
     return p
 
 
 def resolve(args: argparse.Namespace) -> None:
     """Fill in --preset's defaults."""
-    for name, value in zip(("epochs", "batch_size", "lr", "decay", "schedule", "wd"), PRESETS[args.preset]):
+    recipe, more = PRESETS[args.preset]
+    values: dict[str, Any] = dict(zip(FILLED, recipe, strict=True)) | OWN | more
+    values["mix_prob"] = CUTMIX_PROB.get(args.preset, 1.0) if args.mix == "cutmix" else 1.0
+    for name, value in values.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.schedule = engine.epochs_of(args.schedule)
@@ -74,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Data: geometry and colour here, MRA on the device
     train, tests = data.open_sets(args)
-    train.transform = data.train_transform(args.input_size, args.crop, args.policy, args.mean_std, args.min_scale)
+    train.transform = engine.training_transform(args)
     for images in tests.values():
         images.transform = data.test_transform(args.input_size, args.mean_std)
     sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world)
@@ -88,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     started = nets.load_pretrained(network, args.pretrained) if args.pretrained else "random weights"
     distributed.convert_norm(network, "sync" if args.sync_bn else "local")
     network.to(run.device).to(memory_format=torch.channels_last)
-    optimizer = engine.optimizer_of(args, network)
+    optimizer = engine.optimizer_of(args, network, args.nesterov)
     info = engine.Info(train.classes)
     run.track(state_dict=network, optimizer=optimizer, info=info)
     steps = sampler.steps_per_epoch

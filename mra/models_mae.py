@@ -54,6 +54,11 @@ def unpatchify(t: Tensor, p: int) -> Tensor:
     return t.reshape(b, g * p, g * p, d // (p * p)).permute(0, 3, 1, 2)
 
 
+def wide(t: Tensor) -> Tensor:
+    """At least float32: what autocast narrowed is wide again, float64 stays."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def len_keep(patches: int, ratio: float) -> int:
     """Visible patches, MAE's own rule: int(L * (1 - r)) in binary floating point (L = 100, r = .9 leaves 9)."""
     return int(patches * (1 - ratio))
@@ -163,7 +168,8 @@ class MAE(nn.Module):
                 raise UserError(f"a width of {width} does not divide over {h} heads")
         if img_size % p or img_size < p:
             raise UserError(f"images of {img_size} pixels do not divide into patches of {p}")
-        self.size, self.img_size, self.norm_pix_loss = size, img_size, norm_pix_loss
+        self.size, self.img_size = size, img_size
+        self.norm_pix_loss: bool | None = norm_pix_loss  # None: a file that does not tell it, see `told_targets`
         self.p, self.grid = p, img_size // p
         self.patches = self.grid**2
 
@@ -230,7 +236,7 @@ class MAE(nn.Module):
 
     def loss(self, x: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Mean over the erased patches of the squared error, a number."""
-        error = (pred.float() - self.target(x.float())).square().mean(2)  # [B, L]
+        error = (wide(pred) - self.target(wide(x))).square().mean(2)  # [B, L]
         return (error * mask).sum() / mask.sum()
 
     def forward(self, x: Tensor, noise: Tensor, ratio: float = 0.75) -> tuple[Tensor, Tensor, Tensor]:
@@ -284,11 +290,54 @@ def size_of(state: Mapping[str, Tensor], flags: Mapping[str, Any], heads: Sequen
     return Size(p, (de, depth, int(told[0])), (dd, dec_depth, int(told[1])))
 
 
+def soft_images(count: int, size: int) -> Tensor:
+    """Colours that change slowly over each image [count, 3, size, size], in the range of normalised photos."""
+    generator = torch.Generator().manual_seed(0)
+    k = torch.arange(3.0)[:, None]  # half periods along a side
+    waves = torch.cos(math.pi * k * (torch.arange(size) + 0.5) / size)  # [3, size]
+    shared, own = (torch.randn(count, c, 3, 3, generator=generator) / (1 + k + k.T) for c in (1, 3))
+    return torch.einsum("nckl,ky,lx->ncyx", shared + own, waves, waves).clamp(-2, 2)
+
+
+@torch.no_grad()
+def told_targets(mae: MAE) -> bool | None:
+    """Whether the network paints normalised patches (True) or pixels (False), by what it makes of soft images.
+
+    Pixels of an erased patch follow from its neighbours', so a network of either kind explains its own targets and not
+    the other's; and normalised patches have mean 0, whatever the colour. None: it explains neither (not trained).
+    """
+    x = soft_images(4, mae.img_size)
+    noise = torch.rand(len(x), mae.patches, generator=torch.Generator().manual_seed(0))
+    _, pred, mask = mae(x, noise, 0.75)
+    pixels, pred = patchify(x, mae.p)[mask > 0], pred[mask > 0]  # [E, p * p * 3]
+    mean = pixels.mean(1)
+    normed = (pixels - mean[:, None]) / (pixels.var(1, keepdim=True) + 1e-6).sqrt()
+    pixel_share, normed_share = (float(1 - (pred - t).square().sum() / t.square().sum()) for t in (pixels, normed))
+    slope = float((pred.mean(1) @ mean) / (mean @ mean))
+    if pixel_share > 0.5 and slope > 0.5:
+        return False
+    return True if normed_share > 0.15 and abs(slope) < 0.1 else None
+
+
+def same_table(table: Tensor, fixed: Tensor) -> bool:
+    """Whether `table` is the fixed one, as it is or as half precision rounded it (bfloat16: by up to 2^-9)."""
+    return table.shape == fixed.shape and torch.allclose(table.float(), fixed, rtol=0, atol=2**-9 + 1e-4)
+
+
+def _on_grid(mae: MAE, grid: int) -> MAE:
+    """A copy of the network for images of `grid` x `grid` patches."""
+    with torch.random.fork_rng(devices=[]):
+        other = MAE(grid * mae.p, mae.size)
+    tables = {key: getattr(other, key).detach() for key in ("pos_embed", "decoder_pos_embed")}
+    checkpoint.load_strict(other, mae.state_dict() | tables)
+    return other.requires_grad_(False).eval()
+
+
 class Loaded(NamedTuple):
     mae: MAE
     report: str  # one line for the preflight
     md5: str  # of the file
-    norm_pix: bool
+    norm_pix: bool | None  # None: not known
 
 
 def load(path: Path, img_size: int, heads: Sequence[int] = (0, 0), norm_pix: str = "auto") -> Loaded:
@@ -298,8 +347,7 @@ def load(path: Path, img_size: int, heads: Sequence[int] = (0, 0), norm_pix: str
 
     Args:
         heads: of encoder and decoder, where neither the file nor the registry tells; 0, 0: they do.
-        norm_pix: whether its targets were normalised patches: yes, no, or auto (the run's flag; the public `_full`
-            files are, the `visualize` files are not).
+        norm_pix: whether its targets were normalised patches: yes, no, or auto (the run's flag, else `told_targets`).
 
     Raises:
         UserError: no file, not MAE weights, a decoder key missing, shapes that fit nothing.
@@ -315,19 +363,20 @@ def load(path: Path, img_size: int, heads: Sequence[int] = (0, 0), norm_pix: str
             mae = MAE(img_size, size)
         own = math.isqrt(state["pos_embed"].shape[1] - 1)
         for key in ("pos_embed", "decoder_pos_embed"):
-            fixed = sincos_positions(state[key].shape[2], own)[None]
-            if state[key].shape != fixed.shape or not torch.allclose(state[key].float(), fixed, atol=1e-4):
+            if not same_table(state[key], sincos_positions(state[key].shape[2], own)[None]):
                 raise UserError(f"{key} is not the fixed sin-cos table of {own} x {own} patches")
-            state[key] = getattr(mae, key).detach() if own != mae.grid else state[key]
+            state[key] = getattr(mae, key).detach()
         checkpoint.load_strict(mae, state)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    if norm_pix == "auto":
-        normalised = bool(flags.get("norm_pix_loss", "_full" in Path(path).name))
-    else:
-        normalised = norm_pix == "yes"
-    mae.norm_pix_loss = normalised
     mae.requires_grad_(False).eval()
+    normalised: bool | None = norm_pix == "yes"
+    if norm_pix == "auto":
+        normalised = flags.get("norm_pix_loss")
+        if normalised is None:  # asked on the grid that it was trained on
+            native = mae if own == mae.grid else _on_grid(mae, own)
+            normalised = told_targets(native)
+    mae.norm_pix_loss = normalised
     md5 = hashlib.md5(Path(path).read_bytes(), usedforsecurity=False).hexdigest()
     ours = flags.get("model") in SIZES or (isinstance(saved, Mapping) and "progress" in saved)
     millions = sum(q.numel() for q in mae.parameters()) / 1e6

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mra import models_mae
-from mra.models_mae import MAE, mask_from_scores, patchify, unpatchify
+from mra.models_mae import MAE, mask_from_scores, patchify, unpatchify, wide
 from shared_utils import UserError
 from shared_utils.augment import MEAN, STD
 from shared_utils.flags import ints
@@ -25,11 +25,6 @@ STRATEGIES = ("attn", "attn_inverse", "random")
 SOURCES = ("out_dot", "last_attn")
 COMPOSE = ("paste", "full", "erase")
 Stats = tuple[Sequence[float], Sequence[float]]  # mean and std of the channels
-
-
-def wide(t: Tensor) -> Tensor:
-    """At least float32: what autocast narrowed is wide again, float64 stays."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def attention_scores(mae: MAE, tokens: Tensor, source: str = "out_dot") -> Tensor:
@@ -85,7 +80,7 @@ class MRA:
         true_stats: undo normalised targets with the erased patches' own mean and std. That leaks them.
 
     Raises:
-        UserError: values out of range; an autoencoder with normalised targets and no `true_stats`.
+        UserError: values out of range; an autoencoder with normalised targets and no `true_stats`, or unknown ones.
     """
 
     def __init__(
@@ -105,6 +100,11 @@ class MRA:
         for value, known in ((strategy, STRATEGIES), (source, SOURCES), (compose, COMPOSE)):
             if value not in known:
                 raise UserError(f"{value}: unknown; choose from {', '.join(known)}")
+        if mae.norm_pix_loss is None and compose != "erase":
+            raise UserError(
+                "what it paints of soft colours fits neither pixels nor normalised patches (untrained, or on other "
+                "images): give --mae_norm_pix yes or no, as it was trained"
+            )
         if mae.norm_pix_loss and not true_stats and compose != "erase":
             raise UserError(
                 "the autoencoder predicts normalised patches, not pixels (grey blocks): take one trained without "
@@ -197,7 +197,8 @@ def add_mae_flags(p: argparse.ArgumentParser) -> None:
     a = p.add_argument
     a("--mae_ckpt", type=Path, help="autoencoder with its decoder: a run of mra.main_pretrain, or a public MAE file")
     a("--mae_heads", type=_two, default="0,0", help="heads of encoder and decoder where the file does not tell; 0,0")
-    a("--mae_norm_pix", choices=["auto", "yes", "no"], default="auto", help="whether its targets were normalised")
+    a("--mae_norm_pix", choices=["auto", "yes", "no"], default="auto", help="whether its targets were normalised "
+      "patches; auto: the flag of its run, else by what it makes of soft images")  # fmt: skip
     a("--denorm_with_true_stats", action="store_true", help="take such an autoencoder; leaks the erased patches' "
       "mean and contrast")  # fmt: skip
     a("--attn_source", choices=SOURCES, default="out_dot", help="a_i: <z_cls, z_i>, or the last block's attention")

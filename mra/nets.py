@@ -66,7 +66,10 @@ def conv(a: int, b: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Wide(nn.Module):
-    """Pre-activation block of a wide ResNet; leaky ReLU of slope 0.1, as FixMatch has it."""
+    """Pre-activation block of a wide ResNet; leaky ReLU of slope 0.1, as FixMatch has it.
+
+    The shortcut of a block that changes the shape takes the activated maps, as Zagoruyko and Komodakis have it.
+    """
 
     def __init__(self, a: int, b: int, stride: int):
         super().__init__()
@@ -123,12 +126,14 @@ def build(arch: str, classes: int, width: int = 0, stem: str = "imagenet") -> An
     w = width or 16
     if arch.startswith("wrn"):
         depth, k = (int(v) for v in arch[3:].split("-"))
+        stages, first = (4, 2) if arch == "wrn37-2" else (3, 1)  # TorchSSL's for the 96 pixels of STL-10
         layers: list[nn.Module] = [conv(3, w)]
         a = w
-        for stage in range(3):
+        for stage in range(stages):
             b = w * k * 2**stage
-            for i in range((depth - 1) // 6 if depth % 6 == 1 else (depth - 4) // 6):
-                layers.append(Wide(a, b, 2 if stage and i == 0 else 1))
+            # the depth counts the first convolution, a shortcut for each stage and two convolutions for each block
+            for i in range((depth - 1 - stages) // (2 * stages)):
+                layers.append(Wide(a, b, (2 if stage else first) if i == 0 else 1))
                 a = b
         return Classifier(nn.Sequential(*layers, nn.BatchNorm2d(a), nn.LeakyReLU(0.1)), a, classes)
     per_stage = (int(arch.removeprefix("resnet")) - 2) // 6
@@ -140,6 +145,13 @@ def build(arch: str, classes: int, width: int = 0, stem: str = "imagenet") -> An
             layers.append(Residual(a, b, 2 if stage and i == 0 else 1))
             a = b
     return Classifier(nn.Sequential(*layers), a, classes)
+
+
+def set_bn_momentum(network: nn.Module, momentum: float) -> None:
+    """Share of a batch in the running statistics of every batch norm (PyTorch's momentum; TensorFlow's is 1 - it)."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = momentum
 
 
 def load_pretrained(network: nn.Module, file: Path) -> str:

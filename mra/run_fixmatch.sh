@@ -18,10 +18,11 @@ where=$tier
 root=${DATA_ROOT:-data}
 case "$tier" in
   mini)
-    # Eight generated shapes, 10 labels each and 4,000 images without; 40 steps, half a minute on one core.
+    # Eight generated shapes, 10 labels each and 4,000 images without; 40 steps, half a minute on one core. Averages of
+    # weights and batch-norm statistics look back ten steps in place of a thousand.
     flags=(
-      --synthetic --input_size 48 --per_class 10 --arch resnet8 --iterations 40 --epoch_steps 20
-      --batch_size 16 --mu 2 --threshold 0.6 --ema 0.9 --lr 0.05 --workers 0 --threads 1 --log-every 2
+      --synthetic --input_size 48 --per_class 10 --arch resnet8 --attn_source last_attn --iterations 40 --epoch_steps 20
+      --batch_size 16 --mu 2 --threshold 0.6 --ema 0.9 --bn_momentum 0.1 --lr 0.05 --workers 0 --threads 1 --log-every 2
     )
     ;;
   small)

@@ -19,8 +19,8 @@ where=$tier
 case "$tier" in
   mini)
     # Cells of 8 pixels, 200 images of test_b, shares 0 to 0.9 in three orders: seconds.
-    flags=(--cell 8 --images 200 --threads 1)
-    picture=(--synthetic --input_size 48)
+    flags=(--cell 8 --images 200 --threads 1 --attn_source last_attn)
+    picture=(--synthetic --input_size 48 --attn_source last_attn)
     ;;
   small)
     # All test images; half a minute on one core. The attention is the one that the classifiers were trained with.

@@ -17,10 +17,11 @@ out=${RUNS:-runs}/mra/pretrain/$tier
 case "$tier" in
   mini)
     # MAE (section 2.5 of the spec in README.md) at toy size: 4,000 generated images of 48 pixels, 36 patches, 0.6 M
-    # parameters, 2 epochs, about 20 seconds on one core; the loss falls from about 2 to 0.9.
+    # parameters, 6 epochs, about a minute on one core; the loss falls from about 2.2 to 0.7. After 2 epochs the last
+    # block's attention keeps 32 % of the object where random masks keep 60, after 6 epochs 65 %.
     flags=(
       --synthetic --input_size 48 --model mae_tiny_patch8 --resident
-      --batch_size 64 --epochs 2 --warmup_epochs 1 --lr 0.001 --workers 0 --threads 1 --log-every 10
+      --batch_size 64 --epochs 6 --warmup_epochs 1 --lr 0.001 --workers 0 --threads 1 --log-every 10
     )
     ;;
   small)

@@ -20,7 +20,7 @@ case "$tier" in
   mini)
     # 40 images of each of eight shapes, whose textures give them away in training; half a minute on one core.
     flags=(
-      --synthetic --input_size 48 --per_class 40 --arch resnet8 --crop padded
+      --synthetic --input_size 48 --per_class 40 --arch resnet8 --crop padded --attn_source last_attn
       --batch_size 32 --epochs 12 --wd 5e-4 --eval_every 4 --workers 0 --threads 1 --log-every 5
     )
     ;;

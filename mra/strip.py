@@ -11,7 +11,7 @@ import torch
 
 from mra import data
 from mra.main_pretrain import get_parser as training_parser
-from mra.mra import add_mra_flags, build
+from mra.mra import SOURCES, add_mra_flags, build
 from mra.visualize import rows
 from shared_utils import UserError, tiles
 from shared_utils.flags import Parser, natural
@@ -22,6 +22,9 @@ COMMAND = "bash mra/run_pretrain.sh"
 
 def get_parser() -> Parser:
     p = tiles.strip_parser("mra", __doc__)
+    p.add_argument(
+        "--attn_source", choices=SOURCES, default="last_attn", help="score of a patch; default: the small tier's"
+    )
     p.add_argument(
         "--anchors", type=natural, nargs="+", default=[0, 900, 2100, 3300], help="numbers of training images"
     )
@@ -38,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     tiles.check_numbers(args.anchors, len(images))
     operator_flags = Parser()
     add_mra_flags(operator_flags)
-    own = operator_flags.parse_args(["--mae_ckpt", str(args.pretrained)])
+    own = operator_flags.parse_args(["--mae_ckpt", str(args.pretrained), "--attn_source", args.attn_source])
     operator, _ = build(own, flags.input_size, device)
     if operator is None:
         raise UserError(f"{args.pretrained}: no autoencoder in it")

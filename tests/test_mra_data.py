@@ -1,5 +1,6 @@
 """The data of mra: the generated set, few labels, long tails, readers of public layouts, masks, few-shot splits."""
 
+import random
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from mra import data, main_supervised, textures
 from shared_utils import UserError
+from shared_utils.data import sample_rng
 
 
 def image(path: Path, value: int = 100, size: tuple[int, int] = (20, 20)) -> None:
@@ -187,3 +189,100 @@ def test_unlabelled_images_are_training_images(tmp_path: Path) -> None:  # trap 
         with pytest.raises(UserError, match=f"{tests or 'val'}/ is here and no train/, so test images would be"):
             data.open_unlabelled(parse("--data_path", str(tmp_path), "--tests", tests))
     assert len(data.open_unlabelled(parse("--data_path", str(tmp_path / "training")))) == 2
+
+
+# --- the strong branch and the colours of CutMix's recipe -------------------------------------------------------------
+
+
+def board(side: int = 16) -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(20, 200, (side, side, 3)).astype(np.uint8))
+
+
+def test_fixmatch_s_randaugment_draws_levels_and_applies_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    applied: list[tuple[str, int]] = []
+    for name in data.FIXMATCH_OPS:
+        monkeypatch.setitem(data.FIXMATCH_OPS, name, lambda im, v, name=name: applied.append((name, v)) or im)
+    augment, picture, count, per_image = data.FixMatchAugment(), board(), 6000, []
+    with sample_rng(0):
+        for _ in range(count):
+            before = len(applied)
+            augment(picture)
+            per_image.append(len(applied) - before)
+    share = np.bincount(per_image, minlength=3) / count  # two operations, each with probability 0.5
+    assert np.abs(share - [0.25, 0.5, 0.25]).max() < 0.02
+    names = np.array([sum(name == n for n, _ in applied) for name in data.FIXMATCH_OPS]) / len(applied)
+    assert len(names) == 14 and np.abs(names - 1 / 14).max() < 0.015
+    levels = np.bincount([v for _, v in applied], minlength=11) / len(applied)
+    assert levels[0] == levels[10] == 0 and np.abs(levels[1:10] - 1 / 9).max() < 0.02
+
+
+def test_images_that_stay_as_they_are() -> None:
+    """(0.5 + 0.5 / 14)^2 = 28.7 % at least; with torchvision's RandAugment (1 / 14)^2."""
+    picture = board()
+
+    def unchanged(policy: str) -> float:
+        made = data.POLICIES[policy]
+        assert made is not None
+        augment = made()
+        with sample_rng(1):
+            return float(np.mean([np.array_equal(augment(picture), picture) for _ in range(800)]))
+
+    assert 0.24 < unchanged("fixmatch") < 0.34 and unchanged("randaugment") < 0.02
+
+
+def test_fixmatch_s_operations_by_hand() -> None:
+    picture = board(20)
+    x = np.asarray(picture).astype(int)
+
+    def made(name: str, level: int) -> np.ndarray:
+        with sample_rng(0):
+            return np.asarray(data.FIXMATCH_OPS[name](picture, level)).astype(int)
+
+    for level in (1, 5, 9):
+        factor = 0.05 + 0.9 * level / 10
+        assert np.abs(made("brightness", level) - np.floor(x * factor)).max() <= 1
+        bits = 4 + int(4 * level / 10)
+        assert np.array_equal(made("posterize", level), x - x % 2 ** (8 - bits))
+        threshold = 256 - int(256 * level / 10)
+        assert np.array_equal(made("solarize", level), np.where(x < threshold, x, 255 - x))
+        shift = int(0.3 * level / 10 * 20)
+        for name, axis in (("translate_x", 1), ("translate_y", 0)):
+            moved = made(name, level)
+            kept = [np.roll(x, s, axis) for s in (shift, -shift)]
+            inside = (slice(6, -6), slice(6, -6))
+            assert any(np.array_equal(moved[inside], k[inside]) for k in kept)
+            assert (moved == 0).all(2).sum() == shift * 20  # black comes in from outside
+    assert np.array_equal(made("identity", 5), x)
+    for name in ("shear_x", "shear_y", "rotate"):
+        ways = set()
+        for seed in range(8):
+            with sample_rng(seed):
+                ways.add(np.asarray(data.FIXMATCH_OPS[name](picture, 9)).tobytes())
+        assert len(ways) == 2  # either way, by the same amount
+
+
+def test_jitter_and_lighting_by_loop() -> None:
+    """As in CutMix's release: blends with black, the mean grey and the grey picture; noise along three colours."""
+    x = torch.rand(3, 4, 5)
+    with sample_rng(3):
+        order = random.sample(("brightness", "contrast", "saturation"), 3)
+        shares = [random.uniform(-0.4, 0.4) for _ in range(3)]
+    expected = x.clone()
+    for kind, share in zip(order, shares):
+        grey = 0.299 * expected[0] + 0.587 * expected[1] + 0.114 * expected[2]
+        other = {"brightness": 0 * grey, "contrast": grey.mean() + 0 * grey, "saturation": grey}[kind]
+        expected = torch.stack([(1 - share) * c + share * other for c in expected])
+    with sample_rng(3):
+        torch.testing.assert_close(data.Jitter(0.4)(x), expected)
+    with sample_rng(4):
+        factors = [float(data.Jitter(0.4)(torch.ones(3, 1, 1))[0]) for _ in range(500)]
+    assert 0.6 <= min(factors) < 0.63 and 1.37 < max(factors) <= 1.4  # brighter than 1: not cut
+    with sample_rng(5):
+        alpha = 0.1 * torch.randn(3)
+    shift = [
+        sum(float(data.Lighting.VECTORS[c, i] * data.Lighting.VALUES[i] * alpha[i]) for i in range(3)) for c in range(3)
+    ]
+    with sample_rng(5):
+        out = data.Lighting(0.1)(x)
+    torch.testing.assert_close(out, x + torch.tensor(shift).view(3, 1, 1))

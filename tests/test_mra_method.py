@@ -1,5 +1,6 @@
 """MRA's method: patches, positions, masks, the autoencoder, the operator; an independent loop in float64 beside it."""
 
+import argparse
 import math
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mra import models_mae
 from mra.models_mae import MAE, Size, len_keep, mask_from_scores, patchify, sincos_positions, unpatchify
-from mra.mra import COMPOSE, MRA, STRATEGIES, attention_scores, pixel_mask, score_entropy
+from mra.mra import COMPOSE, MRA, STRATEGIES, add_mra_flags, attention_scores, build, pixel_mask, score_entropy
 from shared_utils import UserError, checkpoint
+from shared_utils.flags import Parser
 
 TINY = Size(4, (16, 2, 2), (8, 1, 2))
 P, S = 4, 16  # 4 x 4 patches of 4 pixels
@@ -567,13 +569,62 @@ def test_learned_positions_and_unknown_heads_are_refused(tmp_path: Path) -> None
         models_mae.load(save(tmp_path / "a.pth", mae, args=FLAGS), S)
 
 
+PAINTER = Size(4, (32, 1, 2), (32, 1, 2))
+
+
+def painter(norm_pix: bool) -> MAE:
+    """An autoencoder that was trained a little on bent ramps of colour, towards either kind of target."""
+    torch.manual_seed(0)
+    mae, steps = MAE(16, PAINTER, norm_pix), 150
+    optimizer = torch.optim.AdamW(mae.parameters(), 6e-3, betas=(0.9, 0.95))
+    generator, t = torch.Generator().manual_seed(7), torch.linspace(-1, 1, 16)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 6e-3 * min((step + 1) / 10, 1 - step / steps)
+        c = torch.randn(32, 5, 3, 1, 1, generator=generator)
+        x = c[:, 0] + c[:, 1] * t + c[:, 2] * t[:, None] + c[:, 3] * t**2 + c[:, 4] * t[:, None] ** 2
+        loss, _, _ = mae(x, torch.rand(32, 16, generator=generator), 0.6)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return mae
+
+
+def test_targets_are_told_by_what_is_painted_whatever_the_file_s_name(tmp_path: Path) -> None:  # trap 9
+    pixels, normed, nothing = painter(False), painter(True), MAE(16, PAINTER)
+    for mae, name, expected in (
+        (normed, "mae_visualize_vit_base.pth", True), (normed, "weights.pth", True),
+        (pixels, "mae_pretrain_vit_base_full.pth", False), (pixels, "weights.pth", False), (nothing, "a.pth", None),
+    ):  # fmt: skip
+        file = save(tmp_path / name, mae)
+        for size in (16, 24):  # asked on the grid of the file, whichever is wanted
+            loaded = models_mae.load(file, size, (2, 2))
+            assert loaded.norm_pix is expected and loaded.mae.norm_pix_loss is expected
+        state = {k: v.half() for k, v in torch.load(file)["model"].items()}
+        checkpoint.save(file, {"model": state})
+        assert models_mae.load(file, 16, (2, 2)).norm_pix is expected
+        assert models_mae.load(file, 16, (2, 2), "yes").norm_pix is True
+        assert models_mae.load(file, 16, (2, 2), "no").norm_pix is False
+    with pytest.raises(
+        UserError, match="a.pth: .*fits neither pixels nor normalised patches.*--mae_norm_pix yes or no"
+    ):
+        build(operator_flags(tmp_path / "a.pth"), 16, torch.device("cpu"))
+    MRA(models_mae.load(tmp_path / "a.pth", 16, (2, 2)).mae, compose="erase")  # paints nothing
+
+
+def operator_flags(file: Path, *more: str) -> argparse.Namespace:
+    parser = Parser()
+    add_mra_flags(parser)
+    return parser.parse_args(["--mae_ckpt", str(file), "--mae_heads", "2,2", *more])
+
+
 def test_normalised_targets_need_the_true_statistics(tmp_path: Path) -> None:  # trap 9
     mae = tiny()
-    full = save(tmp_path / "mae_pretrain_vit_base_full.pth", mae)
+    other = save(tmp_path / "other.pth", mae)
     for file, norm, expected in (
-        (full, "auto", True), (full, "no", False),
-        (save(tmp_path / "mae_visualize_vit_base.pth", mae), "auto", False),
+        (other, "yes", True), (other, "no", False), (other, "auto", None),
         (save(tmp_path / "own.pth", mae, args=FLAGS | {"norm_pix_loss": True}), "auto", True),
+        (save(tmp_path / "mae_pretrain_vit_base_full.pth", mae, args=FLAGS), "auto", False),  # the run's flag is known
     ):  # fmt: skip
         loaded = models_mae.load(file, S, (2, 2), norm)
         assert loaded.norm_pix is expected
@@ -581,10 +632,31 @@ def test_normalised_targets_need_the_true_statistics(tmp_path: Path) -> None:  #
             with pytest.raises(UserError, match="grey blocks.*--denorm_with_true_stats"):
                 MRA(loaded.mae)
             MRA(loaded.mae, true_stats=True)
+        elif expected is None:
+            for true_stats in (False, True):
+                with pytest.raises(UserError, match="--mae_norm_pix yes or no"):
+                    MRA(loaded.mae, true_stats=true_stats)
         else:
             MRA(loaded.mae)
             with pytest.raises(UserError, match="leave it away"):
                 MRA(loaded.mae, true_stats=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_positions_of_another_precision_are_the_fixed_ones(dtype: torch.dtype, tmp_path: Path) -> None:
+    mae = tiny()
+    state = {k: v.to(dtype) for k, v in mae.state_dict().items()}
+    checkpoint.save(tmp_path / "a.pth", {"model": state, "args": FLAGS})
+    loaded = models_mae.load(tmp_path / "a.pth", S).mae
+    assert torch.equal(loaded.pos_embed[0], sincos_positions(16, 4)) and loaded.pos_embed.dtype == torch.float32
+    assert torch.equal(loaded.norm.weight, mae.norm.weight.to(dtype).float())
+    again = {k: v.float() for k, v in state.items()}  # rounded once, stored wide
+    checkpoint.save(tmp_path / "b.pth", {"model": again, "args": FLAGS})
+    assert torch.equal(models_mae.load(tmp_path / "b.pth", S).mae.decoder_pos_embed, mae.decoder_pos_embed)
+    state["decoder_pos_embed"] = state["decoder_pos_embed"] + 0.01
+    checkpoint.save(tmp_path / "c.pth", {"model": state, "args": FLAGS})
+    with pytest.raises(UserError, match="decoder_pos_embed is not the fixed sin-cos table of 4 x 4"):
+        models_mae.load(tmp_path / "c.pth", S)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """The training scripts of mra: arms and tasks, exact resume, two processes, bad input, occlusion, the picture."""
 
 import argparse
+import copy
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -241,10 +243,94 @@ def test_shot_groups_and_schedules() -> None:
     info = engine.Info(["a"])
     info.history = [{"top1": top1, "epoch": float(epoch)} for epoch, top1 in enumerate((1.0, 3.0, 3.0, 2.0))]
     assert info.result("top1") == {"top1": 2.0, "epoch": 3.0, "top1_best": 3.0, "best_epoch": 1}
-    args = main_supervised.get_parser().parse_args(["--preset", "cutmix", "--batch_size", "64"])
+
+
+def resolved(*flags: str) -> argparse.Namespace:
+    args = main_supervised.get_parser().parse_args(list(flags))
     main_supervised.resolve(args)
+    return args
+
+
+def test_cutmix_s_recipe() -> None:
+    """clovaai/CutMix-PyTorch: ImageNet with jitter, lighting and Nesterov; half of CIFAR's batches are mixed."""
+    args = resolved("--preset", "cutmix", "--batch_size", "64", "--mix", "cutmix")
     assert (args.epochs, args.batch_size, args.lr, args.schedule, args.wd) == (300, 64, 0.1, [75, 150, 225], 1e-4)
     assert [engine.learning_rate(args, e) for e in (0, 75, 224, 225)] == pytest.approx([0.1, 0.01, 1e-3, 1e-4])
+    assert (args.color_jitter, args.lighting, args.nesterov, args.mix_prob) == (0.4, 0.1, True, 1.0)
+    names = [type(t).__name__ for t in engine.training_transform(args).transforms]
+    assert names == ["Compose", "ToTensor", "Jitter", "Lighting", "Normalize"]
+    off = resolved("--preset", "cutmix", "--no-nesterov", "--color_jitter", "0", "--lighting", "0")
+    names = [type(t).__name__ for t in engine.training_transform(off).transforms]
+    assert not off.nesterov and names == ["Compose", "ToTensor", "Normalize"]
+    net = nets.build("resnet8", 3, 4)
+    assert engine.optimizer_of(args, net, args.nesterov).defaults["nesterov"] is True
+    for preset, mix, expected in (
+        ("cifar", "cutmix", 0.5), ("longtail_cifar", "cutmix", 0.5), ("cifar", "mixup", 1.0), ("short", "cutmix", 1.0),
+    ):  # fmt: skip
+        assert resolved("--preset", preset, "--mix", mix).mix_prob == expected
+    assert resolved("--preset", "cifar", "--mix", "cutmix", "--mix_prob", "0.9").mix_prob == 0.9
+    y = torch.arange(8) % 4
+    x, args = torch.randn(8, 3, 8, 8), resolved("--preset", "cifar", "--mix", "cutmix")
+    mixed = [engine.mixed(args, x, y, 4, (0, step))[1].ndim == 2 for step in range(400)]
+    assert 0.42 < np.mean(mixed) < 0.58
+
+
+def test_the_small_tier_s_recipe_is_what_its_rows_were_measured_with() -> None:
+    args = resolved("--crop", "padded")
+    assert (args.nesterov, args.padding_mode, args.warmup_epochs, args.decay_bias_norm) == (False, "reflect", 0, True)
+    assert (args.color_jitter, args.lighting, args.mix_prob, args.policy) == (0, 0, 1.0, "none")
+    groups = engine.optimizer_of(args, nets.build("resnet8", 3, 4)).param_groups
+    assert [group["weight_decay"] for group in groups] == [args.wd, args.wd]
+
+
+def test_the_long_tail_s_recipe() -> None:
+    """kaidic/LDAM-DRW, cifar_train.py: five epochs of warm-up, a hundredth from epoch 160, 0.0001 from 180."""
+    args = resolved("--preset", "longtail_cifar")
+    assert (args.epochs, args.batch_size, args.lr, args.wd, args.padding_mode) == (200, 128, 0.1, 2e-4, "constant")
+    rates = [engine.learning_rate(args, e) for e in range(200)]
+    assert rates[:6] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1])
+    assert rates[159:161] + rates[179:181] == pytest.approx([0.1, 1e-3, 1e-3, 1e-5])
+    assert len(set(np.round(rates, 9))) == 7
+    chosen = data.long_tail(torch.arange(50_000) % 10, 10, 100, 0)
+    counts = torch.bincount(torch.tensor(chosen) % 10)  # the release's numbers of images
+    assert counts.tolist() == [int(5000 * 0.01 ** (c / 9)) for c in range(10)]
+
+
+@pytest.mark.parametrize(("crop", "dark"), [("constant", True), ("reflect", False)])
+def test_padding(crop: str, dark: bool) -> None:
+    white = Image.new("RGB", (16, 16), (255, 255, 255))
+    torch.manual_seed(0)
+    shape = data.geometry(16, "padded", padding_mode=crop)
+    assert any((np.asarray(shape(white)) == 0).any() for _ in range(20)) == dark
+
+
+def test_weight_decay_on_biases_and_batch_norm_is_a_flag() -> None:
+    net = nets.build("resnet8", 3, 4)
+    exempt = {id(q) for q in net.parameters() if q.ndim == 1}
+    fixmatch = main_fixmatch.get_parser().parse_args([])
+    assert fixmatch.decay_bias_norm is False and fixmatch.bn_momentum == 0.001 and fixmatch.strong == "fixmatch"
+    for args, free in ((fixmatch, exempt), (resolved("--no-decay_bias_norm", "--head_lr_mult", "3"), exempt),
+                       (resolved(), set())):  # fmt: skip
+        groups = engine.optimizer_of(args, net).param_groups
+        assert {id(q) for g in groups if not g["weight_decay"] for q in g["params"]} == free
+        assert {g["weight_decay"] for g in groups} <= {0.0, args.wd}
+        assert sorted(id(q) for g in groups for q in g["params"]) == sorted(id(q) for q in net.parameters())
+        heads = {id(q) for g in groups if g["scale"] != 1 for q in g["params"]}
+        assert heads == ({id(q) for q in net.fc.parameters()} if args.head_lr_mult != 1 else set())
+
+
+def test_wrn37_2_is_torchssl_s() -> None:
+    """Four stages of four blocks, the first with stride 2; TorchSSL's has 5.93 M parameters, biases with them."""
+    net = nets.build("wrn37-2", 10)
+    assert round(sum(q.numel() for q in net.parameters()) / 1e6, 2) == 5.93
+    blocks = [m for m in net.body if isinstance(m, nets.Wide)]
+    assert [m.conv1.stride[0] for m in blocks] == [2, 1, 1, 1] * 4
+    assert [m.conv2.out_channels for m in blocks] == [32] * 4 + [64] * 4 + [128] * 4 + [256] * 4
+    with torch.no_grad():
+        assert net.body(torch.zeros(1, 3, 96, 96)).shape == (1, 256, 6, 6)
+    assert [m.conv1.stride[0] for m in nets.build("wrn28-2", 10).body if isinstance(m, nets.Wide)] == [
+        1, 1, 1, 1, 2, 1, 1, 1, 2, 1, 1, 1,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", [a for a in nets.ARCHS if a not in ("wrn28-8", "wrn28-10", "resnet34", "resnet50")])
@@ -255,7 +341,7 @@ def test_networks(arch: str) -> None:
         assert net.features(x).shape == (2, net.num_features)
         assert torch.equal(net(x), net.fc(net.features(x))) and net(x).shape == (2, 7)
     convs = sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in net.modules())
-    depth = {"resnet18": 17, "resnet8": 7, "resnet20": 19, "resnet32": 31, "resnet12": 12, "wrn28-2": 25, "wrn37-2": 37}
+    depth = {"resnet18": 17, "resnet8": 7, "resnet20": 19, "resnet32": 31, "resnet12": 12, "wrn28-2": 25, "wrn37-2": 33}
     assert convs == depth[arch]
 
 
@@ -394,6 +480,61 @@ def test_ema_by_hand() -> None:
     assert bool((ema.network[1].running_mean == 3).all())
 
 
+def test_averaged_weights_are_tested_with_statistics_of_their_own_time() -> None:
+    """With a momentum of 1 - ema the statistics serve the averaged weights as well as statistics measured for them.
+
+    With a larger one they are another network's, the last few steps', and the same weights fail.
+    """
+    torch.manual_seed(1)
+    patterns = torch.randn(4, 3, 8, 8)
+
+    def batch(n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        y = torch.randint(4, (n,), generator=generator)
+        return patterns[y] + 3 * torch.randn(n, 3, 8, 8, generator=generator), y
+
+    x, y = batch(1000, torch.Generator().manual_seed(99))
+    start = nets.build("resnet8", 4, 4)
+    found = {}
+    for momentum in (0.04, 0.6):
+        net, generator = copy.deepcopy(start).train(), torch.Generator().manual_seed(1)
+        nets.set_bn_momentum(net, momentum)
+        ema = main_fixmatch.Ema(net, 0.96)
+        optimizer = torch.optim.SGD(net.parameters(), 0.3, 0.9, nesterov=True)
+        for _ in range(100):
+            images, labels = batch(16, generator)
+            optimizer.zero_grad()
+            F.cross_entropy(net(images), labels).backward()
+            optimizer.step()
+            ema.update(net)
+        own = copy.deepcopy(ema.network).train()
+        nets.set_bn_momentum(own, 1.0)  # those of the next batch alone
+        with torch.no_grad():
+            own(batch(500, generator)[0])
+            for name, network in (("tested", ema.network), ("own", own)):
+                right = network.eval()(x).argmax(1) == y
+                found[name, momentum] = 100 * float(right.float().mean())
+    assert found["own", 0.04] == found["own", 0.6] > 80  # the same weights
+    assert found["tested", 0.04] > found["own", 0.04] - 6
+    assert found["tested", 0.6] < found["own", 0.04] - 12
+
+
+def test_batch_norm_of_a_fixmatch_run(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    update = main_fixmatch.Ema.update
+
+    def watch(self, network):
+        seen.extend(m.momentum for n in (network, self.network) for m in n.modules() if isinstance(m, nn.BatchNorm2d))
+        update(self, network)
+
+    monkeypatch.setattr(main_fixmatch.Ema, "update", watch)
+    for flags, expected in (([], 0.001), (["--bn_momentum", "0.25"], 0.25)):
+        train("fixmatch", images, tmp_path / str(expected), "--iterations", "1", "--epoch_steps", "1", *flags)
+        assert seen and set(seen) == {expected}
+        state = checkpoint.load(tmp_path / str(expected) / "checkpoint.pth")
+        assert torch.equal(state["ema"]["shadow"]["body.1.running_mean"], state["state_dict"]["body.1.running_mean"])
+        seen.clear()
+
+
 def test_fewshot(novel: Path, mae: Path, tmp_path: Path) -> None:
     base = train("fewshot", novel, tmp_path / "a", "--mae_ckpt", str(mae))
     train("fewshot", novel, tmp_path / "b", "--mae_ckpt", str(mae), "--mra_on_support")
@@ -441,7 +582,8 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Run, "log", patched)
 
 
-LONG = {"pretrain": ["--resident"], "supervised": ["--mask_strategy", "random", "--mra_prob", "0.7", "--mix", "cutmix"],
+LONG = {"pretrain": ["--resident"], "supervised": ["--mask_strategy", "random", "--mra_prob", "0.7", "--mix", "cutmix",
+        "--color_jitter", "0.4", "--lighting", "0.1", "--nesterov", "--no-decay_bias_norm", "--warmup_epochs", "1"],
         "fixmatch": ["--mask_strategy", "random"], "fewshot": ["--epochs", "2"]}  # fmt: skip
 
 
@@ -566,6 +708,10 @@ def test_two_processes_resume_to_the_bit(images: Path, mae: Path, tmp_path: Path
         ("fixmatch", "--ema 1", r"--ema in 0..1"),
         ("fixmatch", "--momentum 0", r"--momentum 0.0: Nesterov's must lie"),
         ("fixmatch", "--wd -1", r"--wd -1: must not be negative"),
+        ("fixmatch", "--bn_momentum 0", r"--bn_momentum 0.0: must lie above 0"),
+        ("supervised", "--nesterov --momentum 0", r"--nesterov needs a --momentum above 0"),
+        ("supervised", "--lr_decay 0", r"--lr_decay, --mix_alpha and --head_lr_mult must be above 0"),
+        ("supervised", "--color_jitter -1", r"--color_jitter -1: must not be negative"),
         ("supervised", "--momentum -1", r"--momentum -1: must not be negative"),
         ("supervised", "--decay step --schedule a,b", r"--schedule a,b: epochs with commas"),
         ("fewshot", "--data_path {tmp}/nowhere", r"nowhere/train: no such folder"),
@@ -703,10 +849,25 @@ def test_the_small_tier_is_tested_with_the_attention_that_it_was_trained_with(tm
     fake.write_text('#!/bin/sh\necho "$@"\n')
     fake.chmod(0o755)
     env = {**os.environ, "SKIP_ENV": "1", "PYTHON": str(fake), "SET": "texture", "RUNS": str(tmp_path)}
-    for script in ("supervised", "occlusion"):
-        command = ["bash", str(ROOT / f"mra/run_{script}.sh"), "small"]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-        assert all("--attn_source last_attn" in line for line in done.stdout.splitlines()) and done.stdout
+    for script in ("supervised", "occlusion", "fixmatch", "fewshot"):
+        for tier in ("small", "mini"):
+            command = ["bash", str(ROOT / f"mra/run_{script}.sh"), tier]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("-m mra.")]
+            assert lines and all("--attn_source last_attn" in line for line in lines)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("cifar10", ["--mix_prob 0.5"]), ("texture", [])])
+def test_the_small_tier_mixes_half_of_cifar_s_batches(name: str, expected: list[str], tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\necho "$@"\n')
+    fake.chmod(0o755)
+    env = {**os.environ, "SKIP_ENV": "1", "PYTHON": str(fake), "SET": name, "RUNS": str(tmp_path)}
+    env |= {"ARMS": "cutmix mixup", "MAE": "a.pth"}
+    subprocess.run(["bash", str(ROOT / "mra/run_arms.sh"), "small"], env=env, capture_output=True, check=True)
+    logs = tmp_path / "mra/arms/small" / name
+    found = re.findall("--mix_prob [0-9.]+", (logs / "cutmix-seed0.log").read_text())
+    assert found == expected and "--mix_prob" not in (logs / "mixup-seed0.log").read_text()
 
 
 def test_the_command_line(tmp_path: Path) -> None:
