@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from shared_utils import UserError, augment
 from shared_utils.data import ImageList, image_folder, list_file, per_class, read_text
 
-HALF = (0.5, 0.5, 0.5)  # mean and standard deviation everywhere: the range of the decoder's tanh
+HALF = (0.5, 0.5, 0.5)  # mean and standard deviation of pretraining: the range of the decoder's tanh
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -24,6 +24,14 @@ def normalise(x: Tensor) -> Tensor:
 def denormalise(x: Tensor) -> Tensor:
     """-1..1 -> 0..1, for pictures."""
     return (x.float() / 2 + 0.5).clamp(0, 1)
+
+
+def as_input(x: Tensor, norm: str) -> Tensor:
+    """Images in -1..1 -> what a network of this normalisation takes (`sage.weights.NORMS`)."""
+    if norm == "half":
+        return x
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (augment.MEAN, augment.STD))
+    return ((x + 1) / 2 - mean) / std
 
 
 class Solarize:
@@ -57,19 +65,19 @@ def as_bytes(size: int) -> T.Compose:
     return T.Compose([T.Resize(size), T.CenterCrop(size), T.PILToTensor()])
 
 
-def _half(transform: T.Compose) -> T.Compose:
-    """The same pipeline with mean and standard deviation 0.5."""
-    return T.Compose([*transform.transforms[:-1], T.Normalize(HALF, HALF)])
+def _normalised(transform: T.Compose, norm: str) -> T.Compose:
+    """The same pipeline, which ends in ImageNet's mean and standard deviation, or in 0.5 and 0.5."""
+    return transform if norm == "imagenet" else T.Compose([*transform.transforms[:-1], T.Normalize(HALF, HALF)])
 
 
-def plain(size: int = 224) -> T.Compose:
-    """Evaluation: shorter side to size * 256 / 224, centre crop, -1..1."""
-    return _half(augment.plain(size))
+def plain(size: int = 224, norm: str = "half") -> T.Compose:
+    """Evaluation: shorter side to size * 256 / 224, centre crop; -1..1, or as the backbone saw (`norm`)."""
+    return _normalised(augment.plain(size), norm)
 
 
-def linear_train(size: int = 224) -> T.Compose:
-    """Training of a probe and fine-tuning: random resized crop (8 to 100 % of the area), flip, -1..1."""
-    return _half(augment.linear_train(size))
+def linear_train(size: int = 224, norm: str = "half") -> T.Compose:
+    """Training of a probe and fine-tuning: random resized crop (8 to 100 % of the area), flip, `norm` as in `plain`."""
+    return _normalised(augment.linear_train(size), norm)
 
 
 class Views(Dataset):

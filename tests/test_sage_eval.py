@@ -55,7 +55,7 @@ def weights(tmp_path_factory) -> Path:
         for value in model.target_net.parameters():
             value.add_(1)
     path = tmp_path_factory.mktemp("pretrained") / "checkpoint.pth"
-    flags = {"arch": "resnet10", "width": 8, "stem": "cifar_pool", "img_size": 16}
+    flags = {"arch": "resnet10", "width": 8, "stem": "cifar_pool", "img_size": 16, "evaluator_norm": "half"}
     checkpoint.save(path, {"state_dict": model.state_dict(), "args": flags})
     return path
 
@@ -279,7 +279,8 @@ def test_fine_tuning_and_linear_of_a_fine_grained_set(data, weights, tmp_path):
     [
         (main_lincls, "--data_dir {tmp}/nowhere", "nowhere/train: no such folder"),
         (main_knn, "--pretrained {tmp}/none.pth", "none.pth: no such checkpoint"),
-        (main_lincls, "--pretrained {tmp}/foreign.pth", "foreign.pth, taken as resnet50, width 64.*missing"),
+        (main_lincls, "--pretrained {tmp}/foreign.pth", "foreign.pth: does not say which mean and standard deviation"),
+        (main_lincls, "--pretrained {tmp}/foreign.pth --normalise half", "foreign.pth, taken as resnet50, width 64.*missing"),
         (main_semi, "--arch resnet18 --fraction 0.5", "taken as resnet18, width 8.*missing"),
         (main_lincls, "--total_epochs 0", "--total_epochs 0: must be at least 1"),
         (main_attributes, "--penalty -1", "--penalty -1: must not be negative"),
@@ -308,7 +309,7 @@ def test_command_line_error_is_one_line_and_exit_code_2(tmp_path):
 def test_export_for_detection_and_segmentation(tmp_path, capsys):
     model = SaGe(build("resnet50"), 16, 8)
     path = tmp_path / "w.pth"
-    flags = {"arch": "resnet50", "width": 64, "stem": "imagenet"}
+    flags = {"arch": "resnet50", "width": 64, "stem": "imagenet", "evaluator_norm": "half"}
     checkpoint.save(path, {"state_dict": model.state_dict(), "args": flags})
     source = model.online_net[0].state_dict()
     for kind in ("torchvision", "detectron2", "release"):
