@@ -35,6 +35,7 @@ FOLDERS = {
     "CUB": "CUB_200_2011",
 }
 DATASETS = (*FOLDERS, "cross", "folder")
+CROPS = ("resized", "padded", "rfs")
 # sha256 (first 16 digits) of the lines "split class", splits in the order above, classes sorted; and classes a split.
 FROZEN: dict[str, tuple[str, tuple[int, int, int]]] = {
     "miniImagenet": ("ece8a4b35ab6212d", (64, 16, 20)),
@@ -201,14 +202,20 @@ def pixels(image: Image.Image) -> Tensor:
 
 
 def training_pipeline(size: int, augment: bool, crop: str) -> Callable[[Image.Image], Tensor]:
-    """--train_aug: a random crop (`resized`, or `padded` by size/8 as for CIFAR), jitter, flip; else the test's."""
+    """--train_aug: a random crop of `CROPS`, jitter, flip; else the test's pipeline.
+
+    `padded` by size / 8, with CloserLookFewShot's jitter; `rfs` by 8 pixels, for CIFAR 4, with torchvision's.
+    """
     if not augment:
         return evaluation_pipeline(size)
+    jitter: Callable = ImageJitter()
+    first: list[Callable] = [T.RandomResizedCrop(size)]
     if crop == "padded":
-        first: list[Callable] = [T.Resize((size, size)), T.RandomCrop(size, padding=size // 8)]
-    else:
-        first = [T.RandomResizedCrop(size)]
-    return T.Compose([*first, ImageJitter(), T.RandomHorizontalFlip(), pixels])
+        first = [T.Resize((size, size)), T.RandomCrop(size, padding=size // 8)]
+    elif crop == "rfs":
+        first = [T.Resize((size, size)), T.RandomCrop(size, padding=4 if size <= 40 else 8)]
+        jitter = T.ColorJitter(0.4, 0.4, 0.4)
+    return T.Compose([*first, jitter, T.RandomHorizontalFlip(), pixels])
 
 
 def evaluation_pipeline(size: int) -> Callable[[Image.Image], Tensor]:

@@ -52,7 +52,10 @@ def get_parser() -> argparse.ArgumentParser:
     add_data_flags(p)
     a("--model", default="Conv4", help=", ".join(MODELS))
     a("--width", type=natural, default=0, help="channels of the first stage; 0: the published width")
-    a("--drop_block", type=float, default=0.1, help="rate in the last two blocks of ResNet12")
+    a("--drop_block", type=float, default=0.1, help="rate of ResNet12's dropout and, in its last two blocks, DropBlock")
+    a("--drop_block_steps", type=natural, default=40_000, help="steps over which DropBlock's rate rises from 0 "
+      "(MetaOptNet); 0: the whole rate at once")  # fmt: skip
+    a("--drop_block_size", type=natural, default=0, help="side of its squares; 0: 5, or 2 for CIFAR (MetaOptNet)")
     a("--method", default="baseline++", help=f"{', '.join(METHODS)} (baseline++: cosine with class norms, scale 2)")
     a(
         "--num_classes",
@@ -64,7 +67,8 @@ def get_parser() -> argparse.ArgumentParser:
     a("--test_n_way", type=positive, default=5, help="classes of a validation episode, and what n_query is scaled by")
     a("--n_shot", type=positive, default=5, help="support images of a class in an episode")
     a("--train_aug", action="store_true", help="random crop, colour jitter, flip")
-    a("--crop", choices=["resized", "padded"], default="resized", help="random crop of --train_aug")
+    a("--crop", choices=data.CROPS, help="of --train_aug: resized, padded by an eighth, or rfs, padded by 8 pixels "
+      "(CIFAR 4) with its jitter (default: rfs with --recipe rfs, else resized)")  # fmt: skip
     a("--aet", choices=["aet", "avt", "none"], default="aet", help="L_AT: squared error, variational, or none")
     a(
         "--aet_lambda",
@@ -129,6 +133,10 @@ def default_epochs(args: argparse.Namespace) -> int:
     return 200 if args.dataset == "CUB" else 400
 
 
+def default_crop(args: argparse.Namespace) -> str:
+    return "rfs" if args.recipe == "rfs" else "resized"
+
+
 def resolve(args: argparse.Namespace) -> None:
     """Fill in what depends on other flags, and write the mini data where it is asked for."""
     if args.synthetic:
@@ -147,6 +155,7 @@ def resolve(args: argparse.Namespace) -> None:
     if args.epoch_steps < 0:
         args.epoch_steps = 100 if args.method == "protonet" and args.recipe == "closerlook" else steps
     args.stop_epoch = default_epochs(args) if args.stop_epoch < 0 else args.stop_epoch
+    args.crop = args.crop or default_crop(args)
 
 
 def check_flags(args: argparse.Namespace, world: int) -> None:
@@ -188,7 +197,7 @@ def build_model(args: argparse.Namespace, kind: str = "local") -> PairModel:
 
     kind: of the batch norms, `sync` over processes.
     """
-    encoder = build(args.model, args.image_size, args.width, args.drop_block)
+    encoder = build(args.model, args.image_size, args.width, args.drop_block, args.drop_block_size)
     distributed.convert_norm(encoder, kind)
     head = None if args.method == "protonet" else make_head(args.method, encoder.num_features, args.num_classes)
     decoder = None

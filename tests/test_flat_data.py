@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from flat import data
-from flat.backbone import MODELS, build, drop_block
+from flat.backbone import MODELS, ResNet12Block, build, drop_block, ramp_drop_block
 from flat.methods.baselinetrain import CosineHead, DistLinear, make_head
 from flat.methods.protonet import ProtoNet
 from shared_utils import UserError
@@ -153,6 +153,16 @@ def test_subsets_of_classes_and_images(tmp_path: Path) -> None:
         data.as_list(files, 3)
 
 
+def test_the_crop_of_rfs() -> None:
+    """RandomCrop by 8 pixels (CIFAR 4), torchvision's jitter in any order, flip."""
+    image = Image.fromarray(np.full((84, 84, 3), 200, np.uint8))
+    for size, padding in ((84, 8), (32, 4)):
+        steps = data.training_pipeline(size, True, "rfs").transforms
+        assert steps[1].padding == padding and steps[1].size == (size, size)
+        assert steps[2].brightness == steps[2].contrast == steps[2].saturation == (0.6, 1.4) and steps[2].hue is None
+        assert data.training_pipeline(size, True, "rfs")(image).shape == (3, size, size)
+
+
 def test_pipelines() -> None:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8))
     out = data.evaluation_pipeline(32)(picture)
@@ -242,6 +252,42 @@ def test_drop_block_drops_squares_and_keeps_the_scale() -> None:
     filled = torch.nn.functional.max_pool2d(torch.nn.functional.pad(square.float(), (4,) * 4), 5, 1)
     interior = slice(4, 8)
     assert torch.equal(filled[..., interior, interior], gone[..., interior, interior])
+
+
+def test_drop_block_ramps_up_as_metaoptnet_s() -> None:
+    """Its keep rate max(1 - rate / 40000 n, 1 - rate) at forward pass n, counted from 1, and its gamma."""
+    net = build("ResNet12", 84, 4, drop=0.1)
+    blocks = [m for m in net.trunk if isinstance(m, ResNet12Block)]
+    assert [m.block_size for m in blocks] == [1, 1, 5, 5]
+    assert [m.block_size for m in build("ResNet12", 32, 4).trunk[:4]] == [1, 1, 2, 2]  # for CIFAR
+    assert [m.block_size for m in build("ResNet12", 32, 4, block_size=3).trunk[:4]] == [1, 1, 3, 3]
+    for n in (1, 20_000, 40_000, 90_000):
+        ramp_drop_block(net, n - 1, 40_000)
+        keep = max(1 - 0.1 / (20 * 2000) * n, 1 - 0.1)
+        assert [m.ramp * m.drop for m in blocks] == pytest.approx([1 - keep] * 4)
+    ramp_drop_block(net, 0, 0)
+    assert [m.ramp for m in blocks] == [1.0] * 4
+    # what is dropped follows; plain dropout of the first blocks does not ramp
+    torch.manual_seed(0)
+    x = torch.randn(64, 3, 40, 40)
+    shares = []
+    for step in (0, 19_999, 39_999):
+        ramp_drop_block(net, step, 40_000)
+        first, third = blocks[0].train(), blocks[2].train()
+        shares.append(
+            [float((m(y) == 0).float().mean()) for m, y in ((first, x), (third, torch.randn(64, 10, 20, 20)))]
+        )
+    assert [share[0] for share in shares] == pytest.approx([0.1] * 3, abs=0.01)
+    assert [share[1] for share in shares] == pytest.approx([0, 0.05, 0.1], abs=0.015) and shares[0][1] < 0.001
+
+
+def test_gamma_of_drop_block_is_metaoptnet_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(1 - keep) / size^2 * side^2 / (side - size + 1)^2: a draw below it seeds a square, one above does not."""
+    for side, size, rate in ((10, 5, 0.1), (5, 5, 0.05), (4, 2, 0.1)):
+        gamma = rate / size**2 * side**2 / (side - size + 1) ** 2
+        for draw, dropped in ((gamma * 0.999, True), (gamma * 1.001, False)):
+            monkeypatch.setattr(torch, "rand", lambda *shape, device=None, draw=draw: torch.full(shape, draw))
+            assert bool((drop_block(torch.ones(1, 1, side, side), rate, size) == 0).all()) == dropped
 
 
 def test_heads() -> None:
