@@ -13,7 +13,7 @@ folder        DIR/{train,val,test}/CLASS/*, any classes
 import csv
 import hashlib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -71,35 +71,45 @@ def _from_folders(root: Path) -> dict[str, Files]:
 
 
 def _from_lists(root: Path) -> dict[str, Files]:
-    """CIFAR-FS as published: class names in splits/bertinetto/*.txt, images in data/CLASS."""
+    """CIFAR-FS as published: class names in splits/bertinetto/*.txt, one a line, images in data/CLASS."""
     out = {}
     for split, name in SPLITS.items():
         file = root / "splits/bertinetto" / f"{name}.txt"
-        classes = read_text(file, "a list of classes").split()
-        if not classes:
-            raise UserError(f"{file}: the list is empty; expected a list of classes")
+        lines = read_text(file, "a list of classes").splitlines()
+        classes = [line.strip() for line in lines if line.strip()]
+        if twice := [c for c, count in Counter(classes).items() if count > 1]:
+            raise UserError(f"{file}: class {twice[0]} is listed twice; restore the list")
         out[split] = {c: list_images(root / "data" / c) for c in classes}
     return out
 
 
 def _from_csv(root: Path) -> dict[str, Files]:
-    """mini-ImageNet: every image that a csv names must be in images/."""
+    """mini-ImageNet: every image that a csv names must be in images/, and no list may name it again."""
     out = {}
+    seen: dict[str, str] = {}
     for split, name in SPLITS.items():
         file = root / f"{name}.csv"
         files: Files = defaultdict(list)
         text = read_text(file, f"the lists of Ravi and Larochelle beside {root}/images/")
-        rows = csv.DictReader(text.splitlines())
-        if not {"filename", "label"} <= set(rows.fieldnames or []):
+        rows = csv.reader(text.splitlines(), skipinitialspace=True)
+        head = [word.strip() for word in next(rows, [])]
+        if not {"filename", "label"} <= set(head):
             raise UserError(f"{file}: its first line must be filename,label")
         there = {entry.name for entry in need_folder(root / "images", f"expected the images of {file}").iterdir()}
         for number, row in enumerate(rows, 2):
-            if row["filename"] not in there or not row["label"]:
-                image = root / "images" / row["filename"]
+            cells = dict(zip(head, (cell.strip() for cell in row)))
+            if not any(cells.values()):
+                continue
+            image, label = cells.get("filename", ""), cells.get("label", "")
+            if image not in there or not label:
                 raise UserError(
-                    f"{file}, line {number}: {image} does not exist or has no label; restore it, or the list"
+                    f"{file}, line {number}: {root / 'images' / image} does not exist or has no label; restore it, or "
+                    "the list"
                 )
-            files[row["label"]].append(root / "images" / row["filename"])
+            if image in seen:  # as support and as query it would tell its own class
+                raise UserError(f"{file}, line {number}: {image} is listed in {seen[image]} already; restore the lists")
+            seen[image] = f"{file.name}, line {number}"
+            files[label].append(root / "images" / image)
         out[split] = {c: sorted(paths) for c, paths in sorted(files.items())}
     return out
 

@@ -173,8 +173,13 @@ def get_parser() -> argparse.ArgumentParser:
     a("--dataset", help="another one for a test across domains")
     a("--data_dir", type=Path)
     a("--method", choices=METHODS, help="chooses the default head of flat.test")
-    a("--aug_support", type=at_least(-1), default=-1, help="so many augmented copies of every image, too, "
-      "which support a classifier in its place (rfs: n_aug_support_samples); -1: 5 after recipe rfs, else 0")  # fmt: skip
+    a(
+        "--aug_support",
+        type=at_least(-1),
+        default=-1,
+        help="so many augmented copies of every image too, which support a classifier in its place (rfs: "
+        "n_aug_support_samples); -1: 5 after --recipe rfs, else 0",
+    )
     a("--base_classes", type=natural)
     a("--base_draw", type=natural)
     a("--holdout", type=natural)

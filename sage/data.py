@@ -1,7 +1,7 @@
 """What SaGe sees of an image: two unequal views as bytes, scaled to -1..1 on the device; transforms of evaluation."""
 
 import csv
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from PIL import Image, ImageOps
@@ -112,21 +112,32 @@ def attribute_labels(root: Path, images: ImageList) -> dict[str, tuple[Tensor, l
 
     Its columns are `path`, relative to root, and the attributes.
 
-    UserError: no such file, no attribute in it, or an image that it does not name.
+    UserError: no such file, no attribute in it, a value that is missing or contradicts another line, or an image that
+    it does not name.
     """
     file = root / "attributes.csv"
     text = read_text(file, "a folder with attributes.csv (path and attributes)")
-    rows = list(csv.DictReader(text.splitlines()))
-    names = [name for name in (rows[0] if rows else {}) if name != "path"]
-    if not names or "path" not in rows[0]:
+    rows = csv.reader(text.splitlines(), skipinitialspace=True)
+    head = [word.strip() for word in next(rows, [])]
+    names = [name for name in head if name != "path"]
+    if not names or "path" not in head:
         raise UserError(f"{file}: must have a column path and at least one attribute")
-    by_path = {row["path"]: row for row in rows}
+    by_path: dict[str, dict[str, str]] = {}
+    for number, cells in enumerate(rows, 2):
+        row = dict(zip(head, (cell.strip() for cell in cells)))
+        if not any(row.values()):
+            continue
+        if len(cells) != len(head) or not all(row.values()):
+            raise UserError(f"{file}, line {number}: needs a value for each of {', '.join(head)}")
+        path = PurePosixPath(row.pop("path").replace("\\", "/")).as_posix()  # as Windows writes it; ./ is dropped
+        if by_path.setdefault(path, row) != row:
+            raise UserError(f"{file}, line {number}: {path} has other values than in a line above; keep one")
     try:
         found = [by_path[path.relative_to(root).as_posix()] for path, _ in images.samples]
     except (KeyError, ValueError) as error:
         raise UserError(f"{file}: does not name {error}; it must have a row for every image") from None
     out = {}
     for name in names:
-        values = sorted({row[name] for row in rows})
+        values = sorted({row[name] for row in by_path.values()})
         out[name] = (torch.tensor([values.index(row[name]) for row in found]), values)
     return out

@@ -121,6 +121,53 @@ def test_cifarfs_as_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         data.read_dataset("cifarfs", tmp_path)
 
 
+def test_lists_that_other_programs_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CRLF, a byte-order mark, blanks behind commas and at the line's end, quotes, empty lines, hidden files: the same
+    images; one image in two lines, classes or splits is no list of theirs."""
+    frozen(monkeypatch, "miniImagenet", MINI)
+    root = write_mini(tmp_path) / "miniImagenet"
+    wanted = data.read_dataset("miniImagenet", tmp_path)
+    for name in (".DS_Store", "._n0100000000.jpg", "Thumbs.db"):
+        (root / "images" / name).write_bytes(b"x")
+    plain = {name: (root / f"{name}.csv").read_text() for name in ("train", "val", "test")}
+    lines = plain["train"].splitlines()
+    for text in (
+        "\r\n".join(lines) + "\r\n",
+        "\ufeff" + plain["train"],
+        "\n".join(line.replace(",", ", ") + "  " for line in lines) + "\n\n",
+        "\n".join(",".join(f'"{cell}"' for cell in line.split(",")) for line in lines) + "\n,\n",
+        "\n".join(["index," + lines[0], *(f"{i},{line}" for i, line in enumerate(lines[1:]))]),  # as pandas does
+    ):
+        (root / "train.csv").write_bytes(text.encode())
+        assert data.read_dataset("miniImagenet", tmp_path) == wanted
+    first = lines[1].split(",")[0]
+    for name, more in (("train", lines[1]), ("train", f"{first},n02"), ("val", f"{first},n03")):
+        (root / "train.csv").write_text(plain["train"])
+        (root / f"{name}.csv").write_text(f"{plain[name].rstrip()}\n{more}\n")
+        with pytest.raises(UserError, match=rf"{name}.csv, line \d+: {first} is listed in train.csv, line 2 already"):
+            data.read_dataset("miniImagenet", tmp_path)
+        (root / f"{name}.csv").write_text(plain[name])
+
+
+def test_lists_of_classes_that_other_programs_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = {"base": ["maple tree", "b"], "val": ["c"], "novel": ["d"]}
+    frozen(monkeypatch, "cifarfs", classes)
+    root = tmp_path / "cifarfs"
+    for split, names in classes.items():
+        (root / "splits/bertinetto").mkdir(parents=True, exist_ok=True)
+        text = "\ufeff" + "\r\n".join(f"{name} " for name in names) + "\r\n\r\n"
+        (root / "splits/bertinetto" / f"{data.SPLITS[split]}.txt").write_bytes(text.encode())
+        for name in names:
+            image(root / "data" / name / "0.png")
+    image(root / "data" / "in no list" / "0.png")
+    assert {k: sorted(v) for k, v in data.read_dataset("cifarfs", tmp_path).items()} == {
+        k: sorted(v) for k, v in classes.items()
+    }
+    (root / "splits/bertinetto/val.txt").write_text("c\nc\n")
+    with pytest.raises(UserError, match="val.txt: class c is listed twice"):
+        data.read_dataset("cifarfs", tmp_path)
+
+
 def test_overlapping_splits_are_refused(tmp_path: Path) -> None:
     root = write_folders(tmp_path, {"base": ["a", "b"], "val": ["c"], "novel": ["b"]})
     with pytest.raises(UserError, match="class b is in train and in test; splits of classes must not overlap"):
