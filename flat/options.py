@@ -23,6 +23,7 @@ RECIPES = {
     "rfs": ("sgd", 0.05, 5e-4, False, 64, 0, "60,80"),
     "bf3s": ("sgd", 0.1, 5e-4, True, 64, 1000, "20,23"),
     "cosine": ("sgd", 0.05, 5e-4, True, 64, 0, "cosine"),
+    "snell": ("adam", 1e-3, 0.0, False, 64, 100, "half20"),
 }
 
 
@@ -126,6 +127,8 @@ def default_size(dataset: str, model: str) -> int:
 def default_epochs(args: argparse.Namespace) -> int:
     if args.recipe == "bf3s":
         return 21 if args.dataset in ("cifarfs", "fc100") else 26
+    if args.recipe == "snell":
+        return 200
     if args.recipe != "closerlook":
         return 100
     if args.method == "protonet":
@@ -233,9 +236,11 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, device: torch.de
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
-    """Constant, x0.1 at milestones, or a cosine to 0; by epoch."""
+    """Constant, x0.1 at milestones, halved every 20 epochs, or a cosine to 0; by epoch."""
     schedule = RECIPES[args.recipe][-1]
     if schedule == "cosine":
         return args.lr * 0.5 * (1 + math.cos(math.pi * epoch / args.stop_epoch))
+    if schedule == "half20":
+        return args.lr * 0.5 ** (epoch // 20)
     milestones = [] if schedule == "none" else [int(x) for x in str(schedule).split(",")]
     return args.lr * 0.1 ** sum(epoch >= milestone for milestone in milestones)
