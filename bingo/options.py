@@ -28,7 +28,13 @@ def add_schedule_flags(p: Parser, init_lr: float, end_epoch: int, schedule: str)
     a("--decay_method", choices=["step", "cos"], default="cos", help="by epoch: cosine to 0, or by --schedule")
     a("--schedule", type=ints, default=schedule, help="epochs at which `step` multiplies by --lr_decay")
     a("--lr_decay", type=float, default=0.1)
-    a("--end_epoch", "--epochs", type=positive, default=end_epoch, help="epochs of training")
+    a(
+        "--end_epoch",
+        "--epochs",
+        type=natural,
+        default=end_epoch,
+        help="epochs of training; 0: none, the network as it was initialised is stored",
+    )
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:

@@ -72,7 +72,7 @@ run_one() { # arm seed [flags]
   local arm=$1 seed=$2 flags=() folder=$out/$1/seed$2
   shift 2
   case "$arm" in
-    alone | alone_eq) ;;
+    alone | alone_eq | untrained) ;;
     intra) flags=(--loss intra) ;;
     anchors) flags=(--lam 1,0 --mix none) ;;
     bingo) ;;
@@ -80,12 +80,15 @@ run_one() { # arm seed [flags]
     random) flags=(--corr_npy "$corr-random.npy") ;;
     label) flags=(--corr_npy "$corr-label.npy") ;;
     *)
-      echo "error: unknown arm '$arm'; choose alone alone_eq intra anchors bingo paper_loss random label" >&2
+      echo "error: unknown arm '$arm'; choose alone alone_eq intra anchors bingo paper_loss random label untrained" >&2
       return 2
       ;;
   esac
   case "$arm" in
     alone) bash bingo/run_teacher.sh "$tier" "${student[@]}" --seed "$seed" --output-dir "$folder" "$@" ;;
+    untrained)
+      bash bingo/run_teacher.sh "$tier" "${student[@]}" --end_epoch 0 --seed "$seed" --output-dir "$folder" "$@"
+      ;;
     alone_eq)
       bash bingo/run_teacher.sh "$tier" "${student[@]}" --end_epoch "$equal" --seed "$seed" --output-dir "$folder" "$@"
       ;;

@@ -53,6 +53,7 @@ ARMS = Arms(
         "erase": "background erasing",
         "both": "FAME on both views",
         "clean": "MoCo + FAME, clean queue",
+        "untrained": "untrained network (floor)",
     },
     metrics={
         "linear": "linear probe top-1 of the action",
@@ -72,11 +73,14 @@ ARMS = Arms(
         ("fame", "moco"), ("fame", "random"), ("random", "moco"), ("gauss", "moco"), ("fame", "gauss"),
         ("grid", "moco"), ("fame", "grid"), ("seed", "moco"), ("fame", "seed"), ("beta03", "moco"), ("beta03", "fame"),
         ("beta07", "moco"), ("beta07", "fame"), ("erase", "moco"), ("both", "fame"), ("clean", "fame"),
+        ("moco", "untrained"),
     ],
+    claims=[("fame", "moco", "linear")],
+    controls={("fame", "random"): "above", ("moco", "untrained"): "above"},
+    floor="untrained",
     curve=("step", "loss", "moco_train/acc1", "sim/positive", "sim/negative", "sim/same_view", "feat/std"),
     command="export DATA_ROOT=/path/to/data SET={set} && ARMS='{arms}' SEEDS='{seeds}' bash fame/run_arms.sh small",
     read=read,
-    paired=True,  # the arms of a seed share the first weights, the order of the videos and, for fight, the split
 )  # fmt: skip
 
 

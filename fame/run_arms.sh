@@ -58,8 +58,9 @@ run_one() { # arm seed [flags]
     erase) flags=(--mask erase) ;;
     both) flags=(--mask full --merge_views both) ;;
     clean) flags=(--mask full --queue_order clean) ;;
+    untrained) flags=(--mask none --epochs 0) ;;
     *)
-      echo "error: unknown arm '$arm'; choose moco fame beta03 beta07 seed gauss grid random erase both clean" >&2
+      echo "error: unknown arm '$arm'; choose moco fame beta03 beta07 seed gauss grid random erase both clean untrained" >&2
       return 2
       ;;
   esac

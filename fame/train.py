@@ -59,7 +59,7 @@ def get_parser() -> argparse.ArgumentParser:
         default=256,
         help="videos a step, all processes together; must divide --moco_k",
     )
-    a("--epochs", type=positive, default=200)
+    a("--epochs", type=natural, default=200, help="0: none, the network as it was initialised is stored")
     a("--lr", "--learning_rate", type=float, default=0.03)
     a("--cos", action=argparse.BooleanOptionalAction, default=False, help="cosine by epoch instead of --schedule")
     a(

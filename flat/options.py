@@ -67,7 +67,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--train_n_way", type=positive, default=5, help="classes of a training episode (protonet)")
     a("--test_n_way", type=positive, default=5, help="classes of a validation episode, and what n_query is scaled by")
     a("--n_shot", type=positive, default=5, help="support images of a class in an episode")
-    a("--train_aug", action="store_true", help="random crop, colour jitter, flip")
+    a("--train_aug", action=argparse.BooleanOptionalAction, default=False, help="random crop, colour jitter, flip")
     a("--crop", choices=data.CROPS, help="of --train_aug: resized, padded by an eighth, or rfs, padded by 8 pixels "
       "(CIFAR 4) with its jitter (default: rfs with --recipe rfs, else resized)")  # fmt: skip
     a("--aet", choices=["aet", "avt", "none"], default="aet", help="L_AT: squared error, variational, or none")
@@ -102,7 +102,8 @@ def get_parser() -> argparse.ArgumentParser:
     a("--recipe", choices=list(RECIPES), default="closerlook")
     a("--batch_size", type=natural, default=0, help="images a step, all processes together; 0: the recipe's")
     a("--lr", type=float, default=0.0, help="0: the recipe's")
-    a("--stop_epoch", "--epochs", type=at_least(-1), default=-1, help="epochs; -1: by recipe, data set and method")
+    a("--stop_epoch", "--epochs", type=at_least(-1), default=-1, help="epochs; -1: by recipe, data set and "
+      "method; 0: none, the network as it was initialised is stored")  # fmt: skip
     a(
         "--epoch_steps",
         type=at_least(-1),
@@ -165,8 +166,6 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags that contradict each other, before anything is loaded."""
     if args.method not in METHODS:
         raise UserError(f"--method {args.method}: unknown; choose from {', '.join(METHODS)}")
-    if not args.stop_epoch:
-        raise UserError("--stop_epoch 0: must be at least 1, or -1")
     if not 0 < args.shrink <= args.enlarge:
         raise UserError(f"--shrink {args.shrink} --enlarge {args.enlarge}: must be above 0 and in this order")
     if 4 * args.aet_shift >= args.image_size:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on base classes: bash flat/run_train.sh [mini|small|paper] [flags of flat.train]
-# DATA_ROOT names the folder of the data sets, SET the small tier's (cifarfs5, cifarfs), GPUS the processes, RUNS the
-# folder of the outputs.
+# DATA_ROOT names the folder of the data sets, SET the small tier's (cifarfs5, cifarfs5fit, cifarfs), GPUS the
+# processes, RUNS the folder of the outputs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -26,7 +26,9 @@ case "$tier" in
   small)
     # CIFAR-FS, 120 training images and 30 held-out ones of each base class; run_arms.sh trains every arm of README.md's
     # table with these flags. cifarfs5: 5 of the 64 base classes, 540 steps; cifarfs: all of them, 1,200 steps; one to
-    # four minutes on one core. bf16 is fast on CPUs with AMX or AVX512-BF16 only; elsewhere --amp none.
+    # four minutes on one core. cifarfs5fit: 30 training images of each of 5 base classes, 240 epochs (480 steps), so that
+    # the base classes are over-fitted, as the paper assumes. bf16 is fast on CPUs with AMX or AVX512-BF16 only;
+    # elsewhere --amp none.
     set_name=${SET:-cifarfs5}
     out=$out/$set_name
     flags=(
@@ -36,6 +38,8 @@ case "$tier" in
     )
     if [ "$set_name" = cifarfs5 ]; then
       flags+=(--base_classes 5 --num_classes 5 --stop_epoch 60 --val_freq 20)
+    elif [ "$set_name" = cifarfs5fit ]; then
+      flags+=(--base_classes 5 --num_classes 5 --per_class 30 --stop_epoch 240 --val_freq 80 --amp none)
     else
       flags+=(--num_classes 64 --stop_epoch 10 --val_freq 5)
     fi

@@ -68,7 +68,13 @@ def get_parser() -> argparse.ArgumentParser:
     a("--bn_splits", type=positive, default=1, help="batch norm over so many shares of a process's batch, as if each "
       "were a process; on one GPU take 8 for the paper's setting")  # fmt: skip
     a("--batch_size", type=positive, default=256, help="images a step, all processes together; must divide --moco_k")
-    a("--end_epoch", "--epochs", type=positive, default=200, help="epochs of training")
+    a(
+        "--end_epoch",
+        "--epochs",
+        type=natural,
+        default=200,
+        help="epochs of training; 0: none, the network as it was initialised is stored",
+    )
     a("--init_lr", "--lr", type=float, default=0.03, help="learning rate of the first epoch")
     a("--decay_method", choices=["cos", "step"], default="cos", help="by epoch: cosine to 0, or by --schedule")
     a("--schedule", type=ints, default="120,160", help="epochs at which `step` multiplies by --lr_decay")

@@ -61,8 +61,9 @@ run_one() { # arm seed [flags]
     level) flags=(--mode paper --crops 0) ;;
     random) flags=(--neighbours random) ;;
     label) flags=(--neighbours label) ;;
+    untrained) flags=(--mode moco --end_epoch 0) ;;
     *)
-      echo "error: unknown arm '$arm'; choose moco moco_eq moco_level cross full level random label" >&2
+      echo "error: unknown arm '$arm'; choose moco moco_eq moco_level cross full level random label untrained" >&2
       return 2
       ;;
   esac
@@ -84,7 +85,7 @@ run_one() { # arm seed [flags]
 
 rm -f "$out/failed" # a job may fail between two looks at the jobs: it leaves its name there
 for seed in ${SEEDS:-0}; do
-  for arm in ${ARMS:-moco moco_eq cross full level random}; do
+  for arm in ${ARMS:-untrained moco moco_eq cross full level random}; do
     while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n || true; done
     if [ -f "$out/$arm/seed$seed-linear/result.json" ]; then continue; fi
     echo "arm $arm, seed $seed -> $out/$arm-seed$seed.log"

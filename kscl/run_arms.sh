@@ -58,8 +58,9 @@ run_one() { # arm seed [flags]
     mean) flags=(--shots 5 --rank_rule fixed --rank 1) ;;
     full) flags=(--shots 5 --energy 1) ;;
     grad) flags=(--shots 3 --subspace_grad pos) ;;
+    untrained) flags=(--shots 1 --sim signed --end_epoch 0) ;;
     *)
-      echo "error: unknown arm '$arm'; choose moco moco_eq3 moco_eq5 abs k3 k5 mean full grad" >&2
+      echo "error: unknown arm '$arm'; choose moco moco_eq3 moco_eq5 abs k3 k5 mean full grad untrained" >&2
       return 2
       ;;
   esac

@@ -50,6 +50,7 @@ run_one() { # arm seed [flags]
   case "$arm" in
     byol) bash sage/run_evaluator.sh "$tier" "${common[@]}" "$@" ;;
     byol_sum) bash sage/run_evaluator.sh "$tier" --total_epochs "$summed" "${common[@]}" "$@" ;;
+    untrained) bash sage/run_evaluator.sh "$tier" --total_epochs 0 "${common[@]}" "$@" ;;
     pixel) EVALUATOR= bash sage/run_pretrain.sh "$tier" --mode pixel "${common[@]}" "$@" ;;
     sage) # its evaluator first, where arm byol of this seed is not finished
       if [ ! -f "$out/byol/seed$seed-$last/result.json" ]; then
@@ -59,7 +60,7 @@ run_one() { # arm seed [flags]
       ;;
     random) EVALUATOR=random bash sage/run_pretrain.sh "$tier" "${common[@]}" "$@" ;;
     *)
-      echo "error: unknown arm '$arm'; choose byol pixel sage random byol_sum" >&2
+      echo "error: unknown arm '$arm'; choose byol pixel sage random byol_sum untrained" >&2
       return 2
       ;;
   esac

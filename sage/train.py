@@ -75,7 +75,13 @@ def get_parser() -> argparse.ArgumentParser:
     a("--base_momentum", type=float, default=0.99, help="m at the start")
     a("--imgs_per_gpu", type=positive, default=64, help="images a process and iteration")
     a("--update_interval", type=positive, default=2, help="iterations whose gradients are accumulated for an update")
-    a("--total_epochs", "--epochs", type=positive, default=300)
+    a(
+        "--total_epochs",
+        "--epochs",
+        type=natural,
+        default=300,
+        help="0: none, the network as it was initialised is stored",
+    )
     a("--lr", type=float, default=4.8, help="LARS, everything but the decoder")
     a("--momentum", type=not_negative, default=0.9)
     a("--weight_decay", "--wd", type=not_negative, default=1e-6)

@@ -13,7 +13,6 @@ arms and seeds that were recorded before stay beside new ones.
 import argparse
 import csv
 import json
-import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -21,35 +20,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared_utils import UserError, checkpoint
+from shared_utils import UserError, checkpoint, rule
 from shared_utils.flags import Parser
 
-STATUS = {
-    "above": "effect shown at small scale",
-    "no difference": "no effect at small scale",
-    "below": "contradicted",
-}
 Seeds = dict[int, dict[str, Any]]  # seed: what its log holds, {"metrics", "facts", "curve"}
-
-
-def verdict(ours: Sequence[float], baseline: Sequence[float], paired: bool = False) -> str:
-    """The acceptance rule: do the means differ by more than the pooled standard deviation of the seeds?
-
-    `paired`, where the arms of a seed share what else varies with it (classes, test episodes): by more than the
-    standard deviation of the differences, seed by seed. Nothing is said unless both sides have two seeds or more.
-    """
-    if min(len(ours), len(baseline)) < 2:
-        return "one seed, no verdict"
-    gap = statistics.mean(ours) - statistics.mean(baseline)
-    pooled = math.sqrt((statistics.variance(ours) + statistics.variance(baseline)) / 2)
-    if paired:
-        pooled = statistics.stdev([a - b for a, b in zip(ours, baseline, strict=True)])
-    return "above" if gap > pooled else "below" if gap < -pooled else "no difference"
 
 
 def cell(x: Sequence[float]) -> str:
     """Mean ± sample standard deviation of the seeds; one seed has none."""
     return f"{statistics.mean(x):.2f}" + (f" ± {statistics.stdev(x):.2f}" if len(x) > 1 else "")
+
+
+def numbers(ours: Sequence[float], base: Sequence[float], one: rule.Comparison) -> dict[str, str]:
+    """The numbers of a row of results.csv: both sides, the seeds that each has at least, p and the 95 % interval."""
+    return {
+        "ours_mean": f"{statistics.mean(ours):.2f}", "ours_std": f"{statistics.stdev(ours):.2f}",
+        "n_seeds": str(one.n),
+        "baseline_mean": f"{statistics.mean(base):.2f}", "baseline_std": f"{statistics.stdev(base):.2f}",
+        "p": f"{one.p:.2g}", "ci_low": f"{one.low:.2f}", "ci_high": f"{one.high:.2f}",
+    }  # fmt: skip
 
 
 def thinned(log: Path, names: Sequence[str], points: int = 20) -> list[dict[str, float]]:
@@ -116,11 +105,16 @@ class Arms:
         shown: {name: title} of numbers that the table and the logs hold where an arm has them, but no row claims.
         sets: {data set: what was used of it}; a set is the name of the folder that run_arms.sh wrote.
         claim: the metric of the table's last column, held against the arm `baseline`.
-        pairs: (arm, arm that it is held against): the acceptance first, then what the ablation asks.
+        pairs: (arm, arm that it is held against): those of the claims first, then what the ablation asks.
+        claims: (arm, arm that it is held against, metric) of the rows that are claims, on every set; Holm's family.
+        controls: {(arm, against): "above" or "below"}, where that arm is expected by the metric `claim`.
+        positive: the pair of `controls` that has to come out before a claim says anything: a known improvement.
+        floor: what the baseline has to clear: an arm (an untrained network, a blind guess), or a number (chance).
         curve: columns of log.jsonl that are kept.
         command: how a row is made again; {set}, {arms} and {seeds} are filled in.
         read: metrics of the run in a folder, from the results beside it; None while they are not complete.
-        paired: compare arms seed by seed, over the seeds that both have.
+        paired: the arms of a seed share start and order, so they are compared seed by seed, over the seeds that both
+            have; else the variance is pooled over the arms of a set.
     """
 
     paper: str
@@ -135,7 +129,12 @@ class Arms:
     command: str
     read: Callable[[Path], dict[str, float] | None]
     shown: Mapping[str, str] = field(default_factory=dict)
-    paired: bool = False
+    claims: Sequence[tuple[str, str, str]] = ()
+    controls: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    positive: tuple[str, str] | None = None
+    floor: str | float | None = None
+    paired: bool = True
+    family: "Sequence[Arms]" = ()  # where a folder's sets are described apart: all of them, for Holm's correction
 
     def collect(self, root: Path) -> dict[str, dict[int, Path]]:
         """{arm: {seed: folder}} of the finished runs below `root`. UserError when there is none."""
@@ -166,8 +165,61 @@ class Arms:
         one, other = ({seed: run for seed, run in seeds.items() if seed in common} for seeds in (one, other))
         return self.values(one, metric), self.values(other, metric)
 
+    def compare(self, found: Mapping[str, Seeds], arm: str, against: str, metric: str) -> rule.Comparison | None:
+        """Two arms of a set by one metric; None unless both have two seeds (common ones, where they are paired)."""
+        if arm not in found or against not in found:
+            return None
+        ours, other = self.compared(found[arm], found[against], metric)
+        if not self.paired:
+            return rule.pooled(ours, other, [self.values(seeds, metric) for seeds in found.values()])
+        return rule.paired(dict(enumerate(ours)), dict(enumerate(other))) if len(ours) == len(other) else None
+
+    def doubts(self, found: Mapping[str, Seeds], against: str, metric: str) -> list[str]:
+        """What keeps a claim against the arm `against` from being tested on a set, beside its number of seeds."""
+        out = []
+        if isinstance(self.floor, float):
+            one, what = rule.over(dict(enumerate(self.values(found[against], metric))), self.floor), f"{self.floor:g}"
+        else:
+            one = self.compare(found, against, self.floor, metric) if self.floor else None
+            what = self.arms[self.floor] if self.floor else ""
+        if one is None:
+            out.append("no floor measured")
+        elif not one.above:
+            out.append(f"{self.arms[against]} does not clear the floor, {what}")
+        if self.positive is None or (one := self.compare(found, *self.positive, metric)) is None:
+            out.append("no positive control measured")
+        elif rule.control(one, self.controls[self.positive]) == rule.UNEXPECTED:
+            out.append(f"the positive control fails, {self.arms[self.positive[0]]}")
+        return out
+
+    def claimed(self) -> dict[tuple[str, str, str, str], str]:
+        """{(set, arm, against, metric): status} of every claim that was measured, from the logs; Holm's correction is
+        over those that can be tested."""
+        one, doubt = {}, {}
+        for part in self.family or [self]:
+            for found, name in ((part.logs(name), name) for name in part.sets):
+                for arm, against, metric in part.claims:
+                    if compared := part.compare(found, arm, against, metric):
+                        one[name, arm, against, metric] = compared
+                        doubt[name, arm, against, metric] = part.doubts(found, against, metric)
+        ready = [key for key in one if one[key].n >= rule.SEEDS and not doubt[key]]
+        adjusted = rule.holm({"\n".join(key): one[key].p for key in ready})
+        return {key: rule.claim(one[key], adjusted.get("\n".join(key), 1.0), doubt[key]) for key in one}
+
+    def status(
+        self, claimed: Mapping[tuple[str, str, str, str], str], key: tuple[str, str, str, str], one: rule.Comparison
+    ) -> str:
+        """Of the row `key` (set, arm, against, metric): a claim's, a control's, or that it is descriptive."""
+        _, arm, against, metric = key
+        if key in claimed:
+            return claimed[key]
+        if metric == self.claim and (arm, against) in self.controls:
+            return rule.control(one, self.controls[arm, against])
+        return rule.DESCRIPTIVE
+
     def table(self, found: Mapping[str, Seeds]) -> str:
-        """Markdown: a row an arm, a column a metric, and the verdict of the claim's metric against the baseline."""
+        """Markdown: a row an arm, a column a metric, and the claim's metric against the baseline: difference, its 95 %
+        interval and p."""
         titles = {**self.metrics}
         titles |= {k: v for k, v in self.shown.items() if any(self.values(seeds, k) for seeds in found.values())}
         last = f"{self.metrics[self.claim]} against {self.arms[self.baseline]}"
@@ -175,9 +227,8 @@ class Arms:
         for arm in (arm for arm in self.arms if arm in found):
             numbers = [self.values(found[arm], metric) for metric in titles]
             against = ""
-            if arm != self.baseline and self.baseline in found:
-                sides = self.compared(found[arm], found[self.baseline], self.claim)
-                against = verdict(*sides, self.paired)
+            if arm != self.baseline and (one := self.compare(found, arm, self.baseline, self.claim)):
+                against = f"{one.difference:+.2f} ({one.low:.2f} to {one.high:.2f}), p = {one.p:.2g}"
             cells = [*(cell(x) if x else "" for x in numbers), against]
             lines.append(f"| {self.arms[arm]} | {len(found[arm])} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
@@ -216,15 +267,16 @@ class Arms:
 
         An arm of which no row tells is one row that says so.
         """
-        found, rows = self.logs(name), []
+        found, claimed, rows = self.logs(name), self.claimed(), []
         for arm, against in ((a, b) for a, b in self.pairs if a in found and b in found):
             made, base_made = ([run["facts"] for _, run in sorted(found[name].items())] for name in (arm, against))
             machines = dict.fromkeys(fact["hardware"] for fact in made + base_made)
             minutes = [fact["minutes"] for fact in made]
             for metric, title in self.metrics.items():
+                one = self.compare(found, arm, against, metric)
+                if one is None:
+                    continue  # one seed says nothing
                 ours, base = self.compared(found[arm], found[against], metric)
-                if verdict(ours, base, self.paired) not in STATUS:
-                    continue  # one seed claims nothing
                 seeds = sorted(set(found[arm]) | set(found[against]))
                 rows.append(
                     {
@@ -234,12 +286,8 @@ class Arms:
                         "dataset": name,
                         "metric": title,
                         "tier": "small",
-                        "ours_mean": f"{statistics.mean(ours):.2f}",
-                        "ours_std": f"{statistics.stdev(ours):.2f}",
-                        "n_seeds": str(len(ours)),
-                        "baseline_mean": f"{statistics.mean(base):.2f}",
-                        "baseline_std": f"{statistics.stdev(base):.2f}",
-                        "status": STATUS[verdict(ours, base, self.paired)],
+                        **numbers(ours, base, one),
+                        "status": self.status(claimed, (name, arm, against, metric), one),
                         "command": self.command.format(
                             set=name, arms=f"{against} {arm}", seeds=" ".join(map(str, seeds))
                         ),
@@ -267,22 +315,36 @@ class Arms:
             "command": self.command.format(set=name, arms=arm, seeds="0 1 2"),
         }
 
+    def write(self) -> int:
+        """Write the rows of every set anew from the logs (Holm's correction is over all of them); how many they are."""
+        return sum(
+            replace_rows(arms.home / "results.csv", f"small-{name}-", arms.rows(name))
+            for arms in self.family or [self]
+            for name in arms.sets
+        )
+
     def record(self, root: Path) -> int:
-        """Keep the runs below `root` (.../small/SET) and write the set's rows anew; returns how many there are."""
+        """Keep the runs below `root` (.../small/SET) and write the rows anew; returns how many there are."""
         name = root.resolve().name
         if root.resolve().parent.name != "small" or name not in self.sets:
             raise UserError(f"{root}: --record takes a data set's folder of the small tier; others are no rows")
         self.keep(root, name)
-        return replace_rows(self.home / "results.csv", f"small-{name}-", self.rows(name))
+        return self.write()
 
     # -- the command line --------------------------------------------------------------------------------------------
     def parser(self, doc: str) -> argparse.ArgumentParser:
         p = Parser(prog=f"{self.paper}.arms", description=doc.splitlines()[0])
-        p.add_argument("root", type=Path, help="folder that run_arms.sh wrote")
-        p.add_argument("--record", action="store_true", help="write the rows of results.csv and the logs")
+        p.add_argument("root", type=Path, nargs="?", help="folder that run_arms.sh wrote")
+        p.add_argument("--record", action="store_true", help="write the rows of results.csv and the logs; without a "
+          "folder: the rows anew, from the logs in the tree")  # fmt: skip
         return p
 
     def main(self, args: argparse.Namespace) -> int:
+        if args.root is None:
+            if not args.record:
+                raise UserError("give the folder that run_arms.sh wrote, or --record")
+            print(f"{self.write()} rows -> {self.home / 'results.csv'}")
+            return 0
         print(self.table(self.measured(args.root)))
         if args.record:
             print(f"{self.record(args.root)} rows -> {self.home / 'results.csv'}")

@@ -90,9 +90,9 @@ def vit_lines(img_size: int, patch: int, dim: int, depth: int, heads: int) -> li
 
 def model_card(paper: str, network: str, out: Path, lines: Sequence[str], flags: Mapping[str, object]) -> str:
     """Markdown: paper, network, loading, training flags, and what the folder measured of its claim (results.csv)."""
-    about = next(p for p in results.PAPERS if p.folder == paper)
     folder = Path(__file__).resolve().parent.parent / paper
-    measured = [row for group in results.claim_rows(results.read(folder)[0], about.claims) for row in group]
+    about = results.paper(folder)
+    measured = [row for row in results.claim_rows(results.read(folder)[0], about) if row["ours_mean"]]
     imports = sorted(set(re.findall(r"\b((?:\w+\.)*\w+)\.\w+\(", "\n".join(lines))) - {"model"})
     text = [
         f"# {about.title}: {network}",
@@ -114,7 +114,7 @@ def model_card(paper: str, network: str, out: Path, lines: Sequence[str], flags:
         "",
         "## Measured",
         "",
-        f"Its claim as `{paper}` measured it at small scale, not of this file; all rows are in `{paper}/README.md`."
+        f"Its claim as `{paper}` measured it at small scale, not of this file; all rows are in `{paper}/RESULTS.md`."
         if measured
         else "Nothing yet.",
         "",

@@ -1,9 +1,9 @@
-"""Results tables: `<paper>/results.csv` is the claim, the tables in the READMEs are rendered from it.
+"""Results tables: `<paper>/results.csv` is the claim, RESULTS.md and the tables in the READMEs follow from it.
 
-    python -m shared_utils.results            write the tables between the markers of each README
+    python -m shared_utils.results            write RESULTS.md, the tables between the READMEs' markers, and the plots
     python -m shared_utils.results --check    write nothing; exit 1 and name what is stale or invalid
 
-Only the standard library is imported, so that this runs before anything is installed.
+The tables need the standard library alone; the plots (matplotlib) are drawn by shared_utils/plots.py.
 """
 
 from __future__ import annotations
@@ -11,73 +11,66 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import json
 import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from shared_utils import UserError
 
 COLUMNS = (
     "id,table,experiment,dataset,metric,paper_value,paper_source,tier,ours_mean,ours_std,n_seeds,baseline_mean,"
-    "baseline_std,status,command,commit,hardware,minutes,date,log"
+    "baseline_std,p,ci_low,ci_high,status,command,commit,hardware,minutes,date,log"
 ).split(",")
-MEASURED = ("reproduced", "effect shown at small scale", "no effect at small scale", "contradicted")
+CLAIMED = ("effect shown at this scale", "no effect at this scale", "contradicted at this scale")
+MEASURED = ("reproduced", *CLAIMED, "as expected", "not as expected", "descriptive")
+UNTESTABLE = re.compile(r"not testable at this size \(.+\)")
 UNKNOWN = "paper value unknown"
 NOT_RUN = re.compile(r"not run \(needs [^()]+\)")
-NUMBERS = ("paper_value", "ours_mean", "ours_std", "baseline_mean", "baseline_std", "minutes")
+NUMBERS = ("paper_value", "ours_mean", "ours_std", "baseline_mean", "baseline_std", "p", "ci_low", "ci_high", "minutes")
 NEEDED = ("tier", "ours_mean", "n_seeds", "command", "commit", "hardware", "minutes", "date", "log")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+WORDS = {CLAIMED[0]: "shown", CLAIMED[1]: "no effect", CLAIMED[2]: "contradicted"}  # of a claim, on the front page
+CELL = 60  # characters of a cell on the front page
 
 
 @dataclass(frozen=True)
 class Paper:
+    """`<paper>/paper.json`: what the front page needs to know of a folder."""
+
     folder: str
+    name: str  # of the method
     title: str
+    venue: str
     arxiv: str
-    idea: str  # about five words
+    idea: str  # one line
     release: str  # the authors' repository and its state, or "none"
-    published: str  # id of the row that holds the paper's headline number, or "-" where none could be read
-    claims: str  # ids of the rows that the folder's acceptance rule is about, on one of its data sets; "-": none yet
+    headline: str  # id of the row that holds the paper's headline number; empty where none could be read
+    claims: tuple[str, ...]  # ids of the rows that are claims; empty: none yet
 
 
-_PAPERS = """
-uvos_dino | Betrayed by Attention: A Simple yet Effective Approach for Self-supervised Video Object Segmentation
-  | 2311.17893 | segment videos from DINO attention | shvdiwnkozbw/SSL-UVOS (training cannot start)
-  | davis17-fork-jf | small-davis2016-both-vs-random-J
-mra | Masked Autoencoders are Robust Data Augmentors
-  | 2206.04846 | masked autoencoder reconstructions as augmentation | haohang96/MRA (holds no code) | in1k-mra
-  | small-texture-mra-vs-base-top1
-sage | Semantic-Aware Generation for Self-Supervised Visual Representation Learning
-  | 2111.13163 | BYOL plus perceptual view generation | sunsmarterjie/SaGe (cannot run as uploaded) | cityscapes-miou
-  | small-cifar10-sage-vs-byol-linear small-cifar10-sage-vs-byol_sum-linear
-  small-mini_attributes-sage-vs-byol-linear_mean
-fame | Motion-aware Contrastive Video Representation Learning via Foreground-background Merging
-  | 2109.15130 | moving foreground, another video's background | Mark12Ding/FAME | v1-ucf101
-  | small-motion-fame-vs-moco-linear
-bingo | Bag of Instances Aggregation Boosts Self-supervised Distillation
-  | 2107.01691 | distil bags of teacher neighbours | haohang96/bingo (no licence, no weights)
-  | linear-bingo-r50w2-resnet18-top1 | small-cifar10-bingo-vs-alone-few_shot small-cifar10-bingo-vs-alone_eq-few_shot
-mdp | Multi-dataset Pretraining: A Unified Model for Semantic Segmentation
-  | 2106.04121 | pixel-to-prototype contrast across datasets | none | t1-all-200-voc12aug
-  | small-camvid-multi-vs-scratch-early small-camvid-multi-vs-p2p-early
-sscl | Semi-supervised Contrastive Learning with Similarity Co-calibration
-  | 2105.07387 | contrast and pseudo-labels co-calibrate | none | abstract-sscl-1-top1
-  | small-cifar10-4-full-vs-joint-top1
-hsa | Seed the Views: Hierarchical Semantic Alignment for Contrastive Representation Learning
-  | 2012.02733 | neighbours as positives, several levels | haohang96/CSML (one level only, no licence)
-  | abstract-v1-linear | small-cifar10-full-vs-moco-few_shot small-cifar10-full-vs-moco_eq-few_shot
-kscl | K-Shot Contrastive Learning of Visual Features with Multiple Instance Augmentations
-  | 2007.13310 | augmentations span an instance subspace | none | -
-  | small-cifar10-k5-vs-moco-few_shot small-cifar10-k5-vs-moco_eq5-few_shot
-flat | FLAT: Few-Shot Learning via Autoencoding Transformation Regularizers
-  | 1912.12674 | few-shot learning, predicting transformations | none | -
-  | small-cifarfs5-flat-vs-base-one_shot small-cifarfs5-flat-vs-base-five_shot
-"""
-PAPERS = tuple(Paper(*map(str.strip, line.split("|"))) for line in _PAPERS.replace("\n  ", " ").strip().splitlines())
+def paper(folder: Path) -> Paper:
+    """Read `<paper>/paper.json`. UserError: unreadable, or not exactly its fields."""
+    file, label = folder / "paper.json", f"{folder.name}/paper.json"
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{label}: missing; it tells the front page what the folder is") from None
+    except ValueError as error:
+        raise UserError(f"{label}: not JSON ({error})") from None
+    names = [field.name for field in fields(Paper) if field.name != "folder"]
+    if not isinstance(told, dict) or sorted(told) != sorted(names):
+        raise UserError(f"{label}: its fields must be exactly {', '.join(names)}")
+    return Paper(folder.name, **{**told, "claims": tuple(told["claims"])})
+
+
+def papers(root: Path) -> list[Paper]:
+    """Of every folder below `root` that has a paper.json, by name."""
+    return [paper(file.parent) for file in sorted(root.glob("*/paper.json"))]
 
 
 def _number(text: str) -> bool:
@@ -90,15 +83,18 @@ def _number(text: str) -> bool:
 def row_problems(row: dict[str, str], folder: Path) -> list[str]:
     """What is wrong with one row of `<folder>/results.csv`, one line each."""
     status, wrong = row["status"], []
-    measured = status in MEASURED or bool(row["ours_mean"])
-    if status not in (*MEASURED, UNKNOWN) and not NOT_RUN.fullmatch(status):
-        wrong.append(f"unknown status {status!r}: one of {', '.join(MEASURED)}, not run (needs ...), {UNKNOWN}")
+    measured = status in MEASURED or bool(UNTESTABLE.fullmatch(status)) or bool(row["ours_mean"])
+    if status not in (*MEASURED, UNKNOWN) and not NOT_RUN.fullmatch(status) and not UNTESTABLE.fullmatch(status):
+        known = (*MEASURED, "not testable at this size (why)", "not run (needs ...)", UNKNOWN)
+        wrong.append(f"unknown status {status!r}: one of {', '.join(known)}")
+    if status in CLAIMED and not (row["p"] and row["ci_low"] and row["ci_high"]):
+        wrong.append("a claim needs p, ci_low and ci_high")
     wrong += [f"{name} is not a number: {row[name]!r}" for name in NUMBERS if row[name] and not _number(row[name])]
     wrong += [f"{name} is empty" for name in ("id", "table", "experiment", "metric") if not row[name]]
     if row["paper_value"] and (not row["paper_source"] or status == UNKNOWN):
         wrong.append(f"a paper_value needs a paper_source and a status other than {UNKNOWN!r}")
-    if row["tier"] not in ("", "mini", "small", "paper"):
-        wrong.append(f"unknown tier {row['tier']!r}: mini, small or paper")
+    if row["tier"] not in ("", "mini", "small", "medium", "paper"):
+        wrong.append(f"unknown tier {row['tier']!r}: mini, small, medium or paper")
     wrong += [f"{name} holds an HTML comment" for name in COLUMNS if "<!--" in row[name]]
     if measured and NOT_RUN.fullmatch(status):
         wrong.append("a row that was not run has a value in ours_mean")
@@ -171,94 +167,116 @@ def _code(text: str) -> str:
     return fence + pad + " ".join(text.split()) + pad + fence
 
 
-def render_paper(rows: Sequence[dict[str, str]], folder: Path) -> str:
-    """The tables of one folder's README, one a value of `table`, in the order of the file."""
+def _interval(row: dict[str, str]) -> str:
+    return f"{row['ci_low']} to {row['ci_high']}" if row["ci_low"] else ""
+
+
+def _p(row: dict[str, str]) -> str:
+    return "below .001" if row["p"] and float(row["p"]) < 0.001 else row["p"]
+
+
+def _made(row: dict[str, str], folder: Path) -> str:
+    """What a row cost, where and when, with its logs."""
+    seeds = f"{row['n_seeds']} seed{'s' * (row['n_seeds'] != '1')}" if row["n_seeds"] else ""
+    spent = f"{row['minutes']} min a seed" if row["minutes"] else ""
+    run = ", ".join(filter(None, (row["tier"], seeds, spent, row["hardware"], row["date"], row["commit"][:12])))
+    links = [_log_link(part.strip(), folder) for part in row["log"].split(";") if part.strip()]
+    return " ".join(filter(None, (cell(run), *(f"[log]({link})" for link in links if link))))
+
+
+def _tables(rows: Sequence[dict[str, str]], folder: Path, measured: bool) -> list[str]:
+    """A table for each value of `table`; of rows that were measured here, or of those that were only published."""
     lines: list[str] = []
     for name in dict.fromkeys(row["table"] for row in rows):
         body, commands = [], []
         for row in (row for row in rows if row["table"] == name):
-            source = row["paper_source"] + (", unverified" if "recalled" in row["paper_source"].lower() else "")
-            paper = f"{row['paper_value']} ({source})" if row["paper_value"] else ""
-            seeds = f"{row['n_seeds']} seed{'s' * (row['n_seeds'] != '1')}" if row["n_seeds"] else ""
-            spent = f"{row['minutes']} min" if row["minutes"] else ""
-            run = ", ".join(filter(None, (row["tier"], seeds, spent, row["hardware"], row["date"], row["commit"][:12])))
-            links = [_log_link(part.strip(), folder) for part in row["log"].split(";") if part.strip()]
-            logs = " ".join(f"[log]({link})" for link in links if link)
-            plain = (row["experiment"], row["dataset"], row["metric"], paper, _value(row, "ours"))
-            texts = (*plain, _value(row, "baseline"), row["status"], run)
-            body.append([*map(cell, texts[:-1]), " ".join(filter(None, (cell(run), logs)))])
+            texts = [row["experiment"], row["dataset"], row["metric"]]
+            if measured:
+                numbers = (_value(row, "ours"), _value(row, "baseline"), _interval(row), _p(row), _published(row))
+                body.append([*map(cell, (*texts, *numbers, row["status"])), _made(row, folder)])
+            else:
+                body.append([*map(cell, (*texts, _published(row), row["status"], row["tier"]))])
             if row["command"] and row["ours_mean"]:
                 commands.append(f"- {cell(row['experiment'])}, {cell(row['dataset'])}: {_code(row['command'])}")
-        head = ("experiment", "dataset", "metric", "paper", "ours", "baseline", "status", "run")
-        lines += [f"### {cell(name)}", "", *_table(head, body), ""]
+        head = ["experiment", "dataset", "metric"]
+        head += ["ours", "baseline", "95 % interval", "p", "paper", "status", "run"] if measured else []
+        lines += [f"### {cell(name)}", "", *_table(head if measured else [*head, "paper", "status", "tier"], body), ""]
         if commands:
             lines += ["Commands:", "", *dict.fromkeys(commands), ""]
-    return "\n".join(lines).strip()
+    return lines
+
+
+def render_results(rows: Sequence[dict[str, str]], about: Paper, plots: Sequence[str] = ()) -> str:
+    """RESULTS.md of a folder: what was measured here, then what the paper and others published."""
+    folder = Path(about.folder)
+    measured = [row for row in rows if row["ours_mean"]]
+    published = [row for row in rows if not row["ours_mean"]]
+    lines = [
+        f"# {about.name}: results", "",
+        "Generated by `python -m shared_utils.results` from `results.csv`. "
+        "The 95 % interval and p are of ours - baseline, two-sided, by seed; p is before Holm's correction.", "",
+    ]  # fmt: skip
+    lines += [f"![{name.rsplit('/', 1)[-1].removesuffix('.png')}]({name})\n" for name in plots]
+    lines += ["## Measured here", "", *(_tables(measured, folder, True) or ["Nothing yet.", ""])]
+    lines += ["## Published, not measured here", "", *(_tables(published, folder, False) or ["Nothing else.", ""])]
+    return "\n".join(lines).strip() + "\n"
+
+
+def claim_rows(rows: Sequence[dict[str, str]], about: Paper) -> list[dict[str, str]]:
+    return [row for name in about.claims for row in rows if row["id"] == name]
+
+
+def render_claims(rows: Sequence[dict[str, str]], about: Paper) -> str:
+    """The table of a folder's README: its claims alone."""
+    body = []
+    for row in claim_rows(rows, about):
+        ours, _, base = row["experiment"].partition("; baseline: ")
+        gap = f"{float(row['ours_mean']) - float(row['baseline_mean']):+.2f}" if row["baseline_mean"] else ""
+        told = f"{gap} ({_interval(row)})" if row["ci_low"] else gap
+        texts = (
+            f"{ours} against {base or 'the baseline'}",
+            f"{row['dataset']}, {row['metric']}",
+            told,
+            _p(row),
+            row["n_seeds"],
+        )
+        body.append([*map(cell, texts), cell(row["status"])])
+    if not body:
+        return "No claim was measured yet."
+    head = ("claim", "measured on", "difference (95 % interval)", "p", "seeds", "status")
+    return "\n".join(_table(head, body))
 
 
 def _published(row: dict[str, str]) -> str:
     """The paper's number and where it was read."""
     source = row["paper_source"] + (", unverified" if "recalled" in row["paper_source"].lower() else "")
-    return f"{row['paper_value']} {row['metric']}, {row['dataset']}: {row['experiment']} ({source})"
+    return f"{row['paper_value']} ({source})" if row["paper_value"] else ""
 
 
-def _measured(rows: Sequence[dict[str, str]]) -> str:
-    """What was measured on one data set, each baseline beside it with the status that follows."""
-    ours = rows[0]["experiment"].partition("; baseline: ")[0]
-    against = []
-    for row in rows:
-        base = row["experiment"].partition("; baseline: ")[2] or "baseline"
-        value = f"against {_value(row, 'baseline')} ({base}): " if row["baseline_mean"] else ""
-        against.append(f"{value}**{row['status']}**")
-    head = f"{rows[0]['dataset']}, {rows[0]['metric']}: {_value(rows[0], 'ours')} ({ours}), n = {rows[0]['n_seeds']}"
-    return f"{head}, {'; '.join(against)}"
+def word(rows: Sequence[dict[str, str]], about: Paper) -> str:
+    """The verdict on a folder's claims in a word: that of the claims that could be tested."""
+    found = {WORDS[row["status"]] for row in claim_rows(rows, about) if row["status"] in CLAIMED}
+    return "untested" if not found else found.pop() if len(found) == 1 else "mixed"
 
 
-def claim_rows(rows: Sequence[dict[str, str]], claims: str) -> list[list[dict[str, str]]]:
-    """The measured rows of `claims` (ids) and of the same comparisons on the folder's other data sets, so that a claim
-    that fails on one of them is not hidden; those that measure the same thing against several baselines together."""
-    named = [row for name in claims.split() for row in rows if row["id"] == name]
-    found: dict[tuple[str, ...], list[dict[str, str]]] = {}
-    for claim in named:
-        for row in rows:
-            if row["ours_mean"] and all(row[k] == claim[k] for k in ("experiment", "metric", "tier")):
-                ours = row["experiment"].partition("; baseline: ")[0]
-                key = (row["dataset"], row["metric"], ours, row["ours_mean"], row["n_seeds"])
-                found.setdefault(key, []).append(row)
-    return list(found.values())
+def short(text: str, limit: int = CELL) -> str:
+    return text if len(text) <= limit else text[: limit - 1].rsplit(" ", 1)[0] + " ..."
 
 
-def render_front(all_rows: dict[str, Sequence[dict[str, str]]]) -> str:
-    """The table of the ten papers: what each reports, and what its acceptance rule is about as measured here."""
+def render_front(all_rows: dict[str, Sequence[dict[str, str]]], root: Path) -> str:
+    """The table of the front page: ten papers, what each says and how it came out, no cell over 60 characters."""
     body = []
-    for paper in PAPERS:
-        rows = all_rows.get(paper.folder)
-        state, published, headline, made = "planned", "", "", ""
-        if rows is not None:
-            counts = Counter("not run" if NOT_RUN.fullmatch(row["status"]) else row["status"] for row in rows)
-            state = ", ".join(f"{counts[name]} {name}" for name in (*MEASURED, UNKNOWN, "not run") if counts[name])
-            published = "not known: its tables could not be read"
-            if paper.published != "-":
-                published = _published(next(row for row in rows if row["id"] == paper.published))
-            groups = claim_rows(rows, paper.claims)
-            headline = "<br>".join(cell(_measured(group)) for group in groups)
-            if groups:
-                first = groups[0][0]
-                made = f"{first['commit'][:7]}, {first['minutes']} min a seed, {first['hardware']}"
-        folder = f"[{paper.folder}]({paper.folder}/README.md)" if rows is not None else paper.folder
-        title = f"{cell(paper.title)} (arXiv {paper.arxiv})"
-        said = map(cell, (paper.idea, paper.release, published))
-        body.append([folder, title, *said, headline, *map(cell, (state or "no rows", made))])
-    head = (
-        "folder",
-        "paper",
-        "idea",
-        "original release",
-        "the paper's number",
-        "measured here",
-        "rows",
-        "commit, time",
-    )
+    for about in papers(root):
+        rows = all_rows[about.folder]
+        published = next((row for row in rows if row["id"] == about.headline), None)
+        number = "not known" if published is None else f"{published['paper_value']} {published['metric']}"
+        if published is not None and "recalled" in published["paper_source"].lower():
+            number += ", unverified"
+        picture = f'<img src="{about.folder}/strip.png" width="120">'
+        link = f"[{about.folder}]({about.folder}/README.md)"
+        told = (f"{about.name}, {about.venue}", about.idea, about.release, number, word(rows, about))
+        body.append([picture, link, *(cell(short(text)) for text in told)])
+    head = ("", "folder", "method", "in a line", "release", "the paper's number", "here")
     return "\n".join(_table(head, body))
 
 
@@ -281,34 +299,30 @@ def main(argv: list[str] | None = None) -> int:
     wrong: list[str] = []
     for path in sorted(root.glob("*/results.csv")):
         folder = path.parent
-        if folder.name not in {paper.folder for paper in PAPERS}:
-            wrong.append(
-                f"{folder.name}/results.csv: {folder.name} is not in PAPERS of shared_utils/results.py; add it there"
-            )
-            continue
+        about = paper(folder)
         all_rows[folder.name], problems = read(folder)
         wrong += problems
-        paper = next(paper for paper in PAPERS if paper.folder == folder.name)
-        with_number = {row["id"] for row in all_rows[folder.name] if row["paper_value"]}
-        if paper.published not in {"-", *with_number}:
-            wrong.append(
-                f"{folder.name}/results.csv: no row {paper.published} with the paper's number (PAPERS names it)"
-            )
-        for name in sorted(set(paper.claims.split()) - {"-", *(row["id"] for row in all_rows[folder.name])}):
-            wrong.append(f"{folder.name}/results.csv: no row {name}, which PAPERS names as the claim")
-        bodies[folder / "README.md"] = render_paper(all_rows[folder.name], folder)
+        ids = {row["id"]: row for row in all_rows[folder.name]}
+        if about.headline and not ids.get(about.headline, {}).get("paper_value"):
+            wrong.append(f"{folder.name}/results.csv: no row {about.headline} with the paper's number (paper.json)")
+        for name in sorted(set(about.claims) - set(ids)):
+            wrong.append(f"{folder.name}/results.csv: no row {name}, which paper.json names as a claim")
+        plots = [file.relative_to(folder).as_posix() for file in sorted(folder.glob("curves*.png"))]
+        bodies[folder / "RESULTS.md"] = render_results(all_rows[folder.name], about, plots)
+        bodies[folder / "README.md"] = render_claims(all_rows[folder.name], about)
     if wrong:
         print("\n".join(f"error: {line}" for line in wrong), file=sys.stderr)
         return 1 if args.check else 2
     if (root / "README.md").is_file():  # absent where one folder was copied out
-        bodies[root / "README.md"] = render_front(all_rows)
+        bodies[root / "README.md"] = render_front(all_rows, root)
     stale = []
     for path, body in bodies.items():
         label = path.relative_to(root).as_posix()
-        if not path.is_file():
+        whole = path.name == "RESULTS.md"
+        if not path.is_file() and not whole:
             raise UserError(f"{label}: missing, results.csv has no README.md to render into")
-        text = path.read_text(encoding="utf-8")
-        fresh = replaced(text, body, label)
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        fresh = body if whole else replaced(text, body, label)
         if fresh != text:
             stale.append(label)
             if not args.check:

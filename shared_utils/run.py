@@ -330,10 +330,12 @@ class Run:
         from tqdm import tqdm
 
         total = epochs * sampler.steps_per_epoch
-        if self.epoch >= epochs:
+        if self.epoch >= epochs > 0:
             self.say(f"  complete: {self.step} steps were done before; --overwrite starts anew")
         elif self.rank == 0:
             self._bar = tqdm(total=total, initial=self.step, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        if not epochs:  # the network as it was initialised
+            self.save()
         while self.epoch < epochs:
             sampler.at(self.epoch, self.step_in_epoch)
             waiting = time.perf_counter()

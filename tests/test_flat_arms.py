@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import torch
 
 from flat import arms
 from shared_utils import checkpoint, results
-from shared_utils.arms import verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = {"base": [30.0, 40.0, 35.0], "flat": [31.0, 41.5, 36.2], "shuffled": [31.0, 38.0, 35.5], "aug": [33.0]}
@@ -55,23 +55,14 @@ def test_what_is_read_of_a_run(tree: Path) -> None:
     assert turns is not None and "skill" not in turns and turns["one_shot"] == 31.0  # another target
 
 
-def test_the_rule_is_paired() -> None:
-    """A small gain in every seed is seen below large differences between the seeds; an uneven one is not."""
-    assert verdict(SCORES["flat"], SCORES["base"]) == "no difference"
-    assert verdict(SCORES["flat"], SCORES["base"], paired=True) == "above"
-    assert verdict(SCORES["shuffled"], SCORES["base"], paired=True) == "no difference"
-    assert verdict(SCORES["base"], SCORES["flat"], paired=True) == "below"
-    assert verdict([1.0], [2.0], paired=True) == "one seed, no verdict"
-
-
 def test_the_table(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert arms.main([str(tree)]) == 0
     lines = capsys.readouterr().out.splitlines()
     row = {line.split(" | ")[0].removeprefix("| "): line for line in lines[2:]}
     assert "| 3 | 36.23 ± 5.25 | 46.23 ± 5.25 |" in row["FLAT, aet, lambda 1"]
-    assert row["FLAT, aet, lambda 1"].endswith("| above |")
-    assert row["FLAT with shuffled targets (control)"].endswith("| no difference |")
-    assert row["transformed copies classified too (augmentation control)"].endswith("| one seed, no verdict |")
+    assert re.search(r"\| \+1.23 \(0.61 to 1.86\), p = 0.014 \|$", row["FLAT, aet, lambda 1"])  # paired
+    assert re.search(r"p = 0\.\d+ \|$", row["FLAT with shuffled targets (control)"])
+    assert row["transformed copies classified too (augmentation control)"].endswith("|  |")  # one seed
     assert "FLAT with quarter turns alone" not in row
 
 
@@ -90,8 +81,12 @@ def test_recorded_rows_are_valid(tree: Path, tmp_path: Path, monkeypatch: pytest
     assert problems == []
     ours = {row["id"]: row for row in rows if row["id"].startswith("small-cifarfs5-")}
     claim = ours["small-cifarfs5-flat-vs-base-one_shot"]
-    assert claim["status"] == "effect shown at small scale" and claim["minutes"] == "1.5" and claim["n_seeds"] == "3"
-    assert ours["small-cifarfs5-shuffled-vs-base-one_shot"]["status"] == "no effect at small scale"
+    assert (
+        claim["status"].startswith("not testable at this size (3 seeds, 5 needed; no floor")
+        and claim["minutes"] == "1.5"
+        and claim["n_seeds"] == "3"
+    )
+    assert ours["small-cifarfs5-shuffled-vs-base-one_shot"]["status"] == "not as expected"
     assert "small-cifarfs5-flat-vs-base-skill" not in ours and "small-cifarfs5-flat-vs-shuffled-skill" in ours
     told = [row["status"] for name, row in ours.items() if "-aug-" in name]
     assert told == ["not run (needs further seeds, one says nothing)"]

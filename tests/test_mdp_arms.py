@@ -35,11 +35,12 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_table_holds_every_finished_seed(tree: Path) -> None:
-    text = arms.table(arms.collect(tree))
-    assert "| camvid | scratch | 3 | 11.00 ± 1.00 | 31.00 ± 1.00 |  |" in text
-    assert "| camvid | p2p | 3 | 16.00 ± 1.00 | 31.00 ± 1.00 | above |" in text
-    assert "mix" not in text
+def test_the_table_holds_every_finished_seed(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert arms.main([str(tree)]) == 0
+    text = capsys.readouterr().out
+    assert "| no pretraining | 3 | 11.00 ± 1.00 | 31.00 ± 1.00 |  |" in text
+    assert "| pixel-to-pixel, both sets | 3 | 16.00 ± 1.00 | 31.00 ± 1.00 | +5.00 (5.00 to 5.00), p = 0 |" in text
+    assert "mixing" not in text
 
 
 def test_nothing_finished_is_an_error(tmp_path: Path) -> None:
@@ -51,23 +52,22 @@ def test_recorded_rows_are_valid_and_replace_older_ones(tree: Path, tmp_path: Pa
     folder = tmp_path / "copy" / "mdp"
     folder.mkdir(parents=True)
     shutil.copy(ROOT / "mdp/results.csv", folder)
-    monkeypatch.setattr(arms, "HERE", folder)
+    monkeypatch.setattr(arms.ARMS, "home", folder)
     for _ in range(2):
-        written = arms.record(arms.collect(tree), tree, folder / "results.csv")
+        arms.record(arms.collect(tree))
     rows, problems = results.read(folder)
-    assert problems == [] and written == 6  # multi and p2p against scratch, multi against p2p, at both ends
+    measured = {row["id"]: row for row in rows if row["ours_mean"]}
+    assert problems == [] and len(measured) == 6  # multi and p2p against scratch, multi against p2p, at both ends
     with open(ROOT / "mdp/results.csv", newline="") as handle:
         published = [row for row in csv.DictReader(handle) if not row["id"].startswith("small-")]
-    assert len(rows) == len(published) + 6
-    row = {r["id"]: r for r in rows}
-    claim = row["small-camvid-multi-vs-scratch-early"]
+    assert [row for row in rows if not row["id"].startswith("small-")] == published
+    claim = measured["small-camvid-multi-vs-scratch-early"]
     assert (claim["ours_mean"], claim["ours_std"], claim["n_seeds"], claim["minutes"]) == ("16.60", "0.53", "3", "3.0")
-    assert claim["status"] == "effect shown at small scale"
-    assert row["small-camvid-multi-vs-p2p-early"]["status"] == "no effect at small scale"
-    one = {"camvid": {arm: {0: runs[0]} for arm, runs in arms.collect(tree)["camvid"].items()}}
-    assert arms.record(one, tree, folder / "results.csv") == 0  # one seed claims nothing
+    assert (claim["p"], claim["ci_low"], claim["ci_high"]) == ("0.003", "4.29", "6.91")  # paired: 6.2, 5.2, 5.4
+    assert claim["status"].startswith("not testable at this size (3 seeds, 5 needed; no floor measured; no positive")
+    assert measured["small-camvid-multi-vs-p2p-final"]["status"] == "descriptive"
     with pytest.raises(UserError, match="--record takes the small tier's folder"):
         arms.main([str(tree), "--record"])
-    arms.record(arms.collect(tree), tree, folder / "results.csv")
     log = json.loads((folder / "logs/camvid-multi.json").read_text())
-    assert log["finetune"]["2"]["early"]["mIoU"] == 16.4 and log["pretrain"]["0"][-1]["step"] == 200
+    assert log["2"]["metrics"]["early"] == 16.4 and log["0"]["curve"][-1]["step"] == 200
+    assert log["1"]["classes"]["final"] == {"sky": 1.0}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import importlib
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,10 @@ MEASURED = {
     "n_seeds": "3",
     "baseline_mean": "38.0",
     "baseline_std": "0.5",
-    "status": "effect shown at small scale",
+    "p": "0.0004",
+    "ci_low": "1.9",
+    "ci_high": "3.1",
+    "status": "effect shown at this scale",
     "command": "bash mdp/run_arms.sh small",
     "commit": "0123456789abcdef",
     "hardware": "2 cores",
@@ -51,16 +54,22 @@ NOT_RUN = {
 }
 
 
-@pytest.fixture
-def claim(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MEASURED is the claim of its folder."""
-    papers = [dataclasses.replace(paper, claims=MEASURED["id"]) for paper in results.PAPERS]
-    monkeypatch.setattr(results, "PAPERS", papers)
+ABOUT = {
+    "name": "MDP",
+    "title": "Multi-dataset Pretraining",
+    "venue": "arXiv 2021",
+    "arxiv": "2106.04121",
+    "idea": "pixel-to-prototype contrast",
+    "release": "none",
+    "headline": MEASURED["id"],
+    "claims": [MEASURED["id"]],
+}
 
 
-def make(root: Path, *rows: dict[str, str], columns: list[str] = COLUMNS) -> Path:
+def make(root: Path, *rows: dict[str, str], columns: list[str] = COLUMNS, **about: object) -> Path:
     (root / "mdp" / "logs").mkdir(parents=True)
     (root / "mdp" / "logs" / "a.jsonl").write_text("{}\n")
+    (root / "mdp" / "paper.json").write_text(json.dumps({**ABOUT, **about}))
     for readme in (root / "README.md", root / "mdp" / "README.md"):
         readme.write_text(f"# before\n{BEGIN}\n{END}\nafter\n")
     with (root / "mdp" / "results.csv").open("w", newline="") as stream:
@@ -73,57 +82,66 @@ def test_this_tree_is_fresh(capsys: pytest.CaptureFixture[str]) -> None:
     assert results.main(["--check"]) == 0, capsys.readouterr()
 
 
-@pytest.mark.usefixtures("claim")
 def test_rendered_then_fresh_then_stale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = make(tmp_path, MEASURED, NOT_RUN)
+    root = make(tmp_path, NOT_RUN, MEASURED)
     assert results.main(["--root", str(root), "--check"]) == 1
     assert "stale" in capsys.readouterr().out and BEGIN + "\n" + END in (root / "README.md").read_text()
     assert results.main(["--root", str(root)]) == 0
     assert results.main(["--root", str(root), "--check"]) == 0
     paper, front = (root / "mdp" / "README.md").read_text(), (root / "README.md").read_text()
+    table = (root / "mdp" / "RESULTS.md").read_text()
     assert paper.startswith("# before\n") and paper.endswith(f"{END}\nafter\n")
-    for text in ("### Table 1", "71.9 (table 1)", "40.5 ± 0.4", "38.0 ± 0.5", "3 seeds", "[log](logs/a.jsonl)"):
-        assert text in paper
-    assert "71.9 (recalled, unverified)" in paper and "`bash mdp/run_arms.sh small`" in paper
-    assert "1 effect shown at small scale, 1 not run" in front and "71.9 mIoU, CamVid: MDP (table 1)" in front
-    measured = (
-        "| CamVid, mIoU: 40.5 ± 0.4 (MDP), n = 3, against 38.0 ± 0.5 (baseline): **effect shown at small scale** |"
+    told = (
+        "| MDP against the baseline | CamVid, mIoU | +2.50 (1.9 to 3.1) | below .001 | 3 | effect shown at this scale |"
     )
-    assert measured in front and "| 0123456, 12.5 min" in front
-    assert sum(f"| {name.folder} |" in front for name in results.PAPERS) == 9 and "[mdp](mdp/README.md)" in front
-    (root / "mdp" / "README.md").write_text(paper.replace("40.5", "45.0"))
+    assert told in paper and "recalled" not in paper  # the claims alone
+    for text in ("71.9 (table 1)", "40.5 ± 0.4", "38.0 ± 0.5", "3 seeds", "[log](logs/a.jsonl)", "1.9 to 3.1"):
+        assert text in table
+    assert "71.9 (recalled, unverified)" in table and "`bash mdp/run_arms.sh small`" in table
+    measured, published = table.index("## Measured here"), table.index("## Published, not measured here")
+    assert measured < table.index("40.5 ± 0.4") < published < table.index("recalled")  # measured first
+    row = next(line for line in front.splitlines() if "[mdp](mdp/README.md)" in line)
+    assert row.endswith("| MDP, arXiv 2021 | pixel-to-prototype contrast | none | 71.9 mIoU | shown |")
+    (root / "mdp" / "README.md").write_text(paper.replace("2.50", "5.50"))
     capsys.readouterr()
     assert results.main(["--root", str(root), "--check"]) == 1
     assert "mdp/README.md" in capsys.readouterr().out
+    results.main(["--root", str(root)])
+    (root / "mdp" / "RESULTS.md").write_text(table.replace("40.5", "45.0"))
+    assert results.main(["--root", str(root), "--check"]) == 1
+    assert "mdp/RESULTS.md" in capsys.readouterr().out
 
 
-def test_the_front_page_shows_every_baseline_and_every_set_of_the_claim() -> None:
-    def row(name: str, dataset: str, base: str, ours: str, status: str, metric: str = "mIoU") -> dict[str, str]:
-        told = {"id": name, "dataset": dataset, "experiment": f"MDP; baseline: {base}", "ours_mean": ours}
-        return {**MEASURED, **told, "status": status, "metric": metric}
-
-    rows = [
-        row("diagnostic", "a", "before", "9.9", "contradicted"),
-        row("b-long", "b", "longer", "42.0", "contradicted"),
-        row("claim", "a", "short", "40.5", "effect shown at small scale"),
-        row("other", "a", "short", "1.0", "contradicted", metric="loss"),
-        row("long", "a", "longer", "40.5", "no effect at small scale"),
-        row("b", "b", "short", "42.0", "contradicted"),
-        {**row("c", "c", "short", "", "not run (needs time)"), "ours_mean": ""},
-    ]
-    found = results.claim_rows(rows, "claim long")
-    assert [[row["id"] for row in group] for group in found] == [["claim", "long"], ["b", "b-long"]]
-    papers = [dataclasses.replace(paper, claims="claim long") for paper in results.PAPERS]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "PAPERS", papers)
-        front = results.render_front({"mdp": [*rows, MEASURED]})
-    assert (
-        "| a, mIoU: 40.5 ± 0.4 (MDP), n = 3, against 38.0 ± 0.5 (short): **effect shown at small scale**; "
-        "against 38.0 ± 0.5 (longer): **no effect at small scale**<br>b, mIoU: 42.0 ± 0.4 (MDP), n = 3, "
-    ) in front
+@pytest.mark.parametrize(
+    ("statuses", "word"),
+    [
+        ([results.CLAIMED[0]], "shown"),
+        ([results.CLAIMED[0], "not testable at this size (3 seeds, 5 needed)"], "shown"),
+        ([results.CLAIMED[1], results.CLAIMED[1]], "no effect"),
+        ([results.CLAIMED[2]], "contradicted"),
+        ([results.CLAIMED[0], results.CLAIMED[1]], "mixed"),
+        (["not testable at this size (no floor measured)"], "untested"),
+        ([], "untested"),
+    ],
+)
+def test_the_verdict_is_of_the_claims_that_could_be_tested(statuses: list[str], word: str, tmp_path: Path) -> None:
+    """A row that is no claim does not count, whatever its status."""
+    rows = [{**MEASURED, "id": f"claim{i}", "status": status} for i, status in enumerate(statuses)]
+    other = {**MEASURED, "status": results.CLAIMED[2]}
+    about = results.paper(make(tmp_path, claims=[row["id"] for row in rows]) / "mdp")
+    assert results.word([other, *rows], about) == word
 
 
-@pytest.mark.usefixtures("claim")
+def test_no_cell_of_the_front_page_is_long(tmp_path: Path) -> None:
+    root = make(tmp_path, {**MEASURED, "metric": "mIoU " * 30}, idea="word " * 40)
+    assert results.main(["--root", str(root)]) == 0
+    row = next(line for line in (root / "README.md").read_text().splitlines() if "[mdp]" in line)
+    assert max(len(cell) for cell in row.split(" | ")) <= 60 and " ... |" in row
+    tree = (ROOT / "README.md").read_text()
+    rows = [line for line in tree[tree.index(BEGIN) : tree.index(END)].splitlines() if line.startswith("| <img")]
+    assert len(rows) == 10 and all(len(cell.strip(" |")) <= 60 for row in rows for cell in row.split(" | ")[1:])
+
+
 @pytest.mark.parametrize(
     ("base", "change", "expected"),
     [
@@ -146,8 +164,11 @@ def test_the_front_page_shows_every_baseline_and_every_set_of_the_claim() -> Non
         (MEASURED, {"log": "../README.md"}, "does not exist in the tree"),
         (MEASURED, {"date": "22.11.2026"}, "date is not"),
         (MEASURED, {"tier": "huge"}, "unknown tier"),
+        (MEASURED, {"p": ""}, "a claim needs p, ci_low and ci_high"),
+        (MEASURED, {"ci_low": "-inf"}, "ci_low is not a number"),
+        (MEASURED, {"status": "not testable at this size"}, "unknown status 'not testable at this size'"),
         (MEASURED, {"id": "c"}, "no row t1-all-200-voc12aug with the paper's number"),
-        (MEASURED, {"id": "c"}, "no row t1-all-200-voc12aug, which PAPERS names as the claim"),
+        (MEASURED, {"id": "c"}, "no row t1-all-200-voc12aug, which paper.json names as a claim"),
         (MEASURED, {"paper_value": "", "paper_source": ""}, "no row t1-all-200-voc12aug with the paper's number"),
         (NOT_RUN, {"paper_source": ""}, "needs a paper_source"),
         (NOT_RUN, {"status": "paper value unknown"}, "a status other than"),
@@ -168,7 +189,6 @@ def test_invalid_rows_are_named(
     assert BEGIN + "\n" + END in (root / "mdp" / "README.md").read_text()
 
 
-@pytest.mark.usefixtures("claim")
 def test_invalid_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make(tmp_path / "columns", MEASURED, columns=[*COLUMNS[:-1], "logs"])
     assert results.main(["--root", str(root), "--check"]) == 1
@@ -177,22 +197,25 @@ def test_invalid_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (root / "mdp" / "results.csv").write_text(",".join(COLUMNS) + "\na,b\n")
     assert results.main(["--root", str(root), "--check"]) == 1
     assert "row 2 has 2 cells" in capsys.readouterr().err
-    root = make(tmp_path / "name", MEASURED)
-    (root / "mdp").rename(root / "mdp2")
-    assert results.main(["--root", str(root), "--check"]) == 1
-    assert "mdp2 is not in PAPERS" in capsys.readouterr().err
+    root = make(tmp_path / "about", MEASURED)
+    (root / "mdp" / "paper.json").unlink()
+    with pytest.raises(UserError, match=r"mdp/paper\.json: missing"):
+        results.main(["--root", str(root), "--check"])
+    for text, error in (("{", "not JSON"), ("[]", "fields must be exactly name, title"), ('{"name": "x"}', "exactly")):
+        (root / "mdp" / "paper.json").write_text(text)
+        with pytest.raises(UserError, match=error):
+            results.main(["--root", str(root), "--check"])
     root = make(tmp_path / "markers", MEASURED)
     (root / "mdp" / "README.md").write_text(f"{END}\n{BEGIN}\n")
     with pytest.raises(UserError, match=r"mdp/README\.md: needs one line"):
         results.main(["--root", str(root)])
 
 
-@pytest.mark.usefixtures("claim")
 def test_a_folder_copied_out_renders_alone(tmp_path: Path) -> None:
     root = make(tmp_path, MEASURED)
     (root / "README.md").unlink()
     assert results.main(["--root", str(root)]) == 0
-    assert "40.5 ± 0.4" in (root / "mdp" / "README.md").read_text() and not (root / "README.md").exists()
+    assert "40.5 ± 0.4" in (root / "mdp" / "RESULTS.md").read_text() and not (root / "README.md").exists()
     (root / "mdp" / "README.md").unlink()
     with pytest.raises(UserError, match=r"mdp/README\.md: missing"):
         results.main(["--root", str(root)])
@@ -206,9 +229,8 @@ def test_unknown_paper_value_may_be_measured(tmp_path: Path) -> None:
 @given(st.text(alphabet="ab |\\`<>&-!\n\r\t\u2028*", max_size=30))
 def test_no_cell_breaks_a_table(text: str) -> None:
     rows = [{**NOT_RUN, "experiment": text, "dataset": text}]
-    lines = results.render_paper(rows, Path("mdp")).splitlines()
-    assert len(lines) == 5
-    assert {line.count("|") for line in lines[2:]} == {9}
+    lines = results.render_results(rows, results.Paper(*["mdp"] * 8, ())).splitlines()
+    assert {line.count("|") for line in lines[lines.index("### Table 1") + 2 :] if line} == {7}
     assert END not in "\n".join(lines)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from shared_utils import UserError, checkpoint, results
-from shared_utils.arms import Arms, replace_rows, thinned, verdict
+from shared_utils import UserError, checkpoint, results, rule
+from shared_utils.arms import Arms, replace_rows, thinned
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = {"base": [20.0, 22.0, 21.0], "longer": [24.0, 26.0, 25.0], "full": [25.0, 25.5, 26.0], "control": [18.0]}
@@ -61,29 +61,23 @@ def arms(tmp_path: Path) -> Arms:
         claim="knn",
         baseline="base",
         pairs=[("full", "base"), ("full", "longer"), ("full", "control")],
+        claims=[("full", "base", "knn")],
         curve=("step", "loss"),
         command="SET={set} ARMS='{arms}' SEEDS='{seeds}' bash paper/run_arms.sh small",
         read=read,
     )
 
 
-def test_the_rule_needs_more_than_the_pooled_deviation() -> None:
-    base = [10.0, 12.0, 11.0]  # deviation 1
-    assert verdict([11.8, 11.8, 11.8], base) == "above"  # pooled 0.71
-    assert verdict([11.5, 11.5, 11.5], base) == "no difference"
-    assert verdict([9.0, 9.5, 8.5], base) == "below"
-    assert verdict([50.0], base) == verdict(base, [1.0]) == "one seed, no verdict"
-
-
 def test_paired_arms_are_compared_over_their_common_seeds(arms: Arms) -> None:
-    """A small gain in every seed shows below large differences between the seeds; an uneven one does not."""
-    base, gain, uneven = [30.0, 40.0, 35.0], [31.0, 41.5, 36.2], [31.0, 38.0, 35.5]
-    assert verdict(gain, base) == "no difference" and verdict(gain, base, paired=True) == "above"
-    assert verdict(base, gain, paired=True) == "below" and verdict(uneven, base, paired=True) == "no difference"
     one = {seed: {"metrics": {"m": float(seed)}} for seed in (0, 1, 2)}
     other = {seed: {"metrics": {"m": 10.0 * seed}} for seed in (1, 2, 3)}
-    assert dataclasses.replace(arms, paired=True).compared(one, other, "m") == ([1.0, 2.0], [10.0, 20.0])
-    assert arms.compared(one, other, "m") == ([0.0, 1.0, 2.0], [10.0, 20.0, 30.0])
+    assert arms.compared(one, other, "m") == ([1.0, 2.0], [10.0, 20.0])
+    apart = dataclasses.replace(arms, paired=False)
+    assert apart.compared(one, other, "m") == ([0.0, 1.0, 2.0], [10.0, 20.0, 30.0])
+    found = {"full": one, "base": other}
+    paired, pooled = arms.compare(found, "full", "base", "m"), apart.compare(found, "full", "base", "m")
+    assert paired is not None and (paired.difference, paired.n) == (-13.5, 2)
+    assert pooled is not None and (pooled.difference, pooled.n) == (-19.0, 3)
 
 
 def test_the_table_holds_every_finished_seed(arms: Arms, runs: Path) -> None:
@@ -91,9 +85,9 @@ def test_the_table_holds_every_finished_seed(arms: Arms, runs: Path) -> None:
     assert text.splitlines()[0] == "| arm | seeds | 20-NN | linear | 20-NN against baseline |"
     assert text.splitlines()[2:] == [
         "| baseline | 3 | 21.00 ± 1.00 | 46.00 ± 1.00 |  |",
-        "| baseline, longer | 3 | 25.00 ± 1.00 | 46.00 ± 1.00 | above |",
-        "| method | 3 | 25.50 ± 0.50 | 46.00 ± 1.00 | above |",
-        "| control | 1 | 18.00 | 45.00 | one seed, no verdict |",
+        "| baseline, longer | 3 | 25.00 ± 1.00 | 46.00 ± 1.00 | +4.00 (4.00 to 4.00), p = 0 |",
+        "| method | 3 | 25.50 ± 0.50 | 46.00 ± 1.00 | +4.50 (2.35 to 6.65), p = 0.012 |",
+        "| control | 1 | 18.00 | 45.00 |  |",
     ]
 
 
@@ -103,7 +97,9 @@ def test_a_number_that_claims_nothing_is_shown_where_every_seed_has_it(arms: Arm
     finish(runs / "base" / "seed0", {"knn": 20.0, "linear": 45.0, "gap": 0.5})  # one seed of three
     head, _, base, _, full, _ = arms.table(arms.measured(runs)).splitlines()
     assert head == "| arm | seeds | 20-NN | linear | gap of its own | 20-NN against baseline |"
-    assert full.endswith(" | 0.26 ± 0.01 | above |") and base.endswith(" | 46.00 ± 1.00 |  |  |")
+    assert full.endswith(" | 0.26 ± 0.01 | +4.00 (1.52 to 6.48), p = 0.02 |") and base.endswith(
+        " | 46.00 ± 1.00 |  |  |"
+    )
     arms.record(runs)
     assert arms.logs("cifar10")["full"][1]["metrics"]["gap"] == 0.26
     assert {row["metric"] for row in arms.rows("cifar10")} == {"20-NN", "linear"}
@@ -119,9 +115,11 @@ def test_recorded_rows_are_valid_and_replace_older_ones(arms: Arms, runs: Path) 
     claim, *_ = (row for row in rows if row["id"] == "small-cifar10-full-vs-base-knn")
     assert (claim["ours_mean"], claim["ours_std"], claim["n_seeds"]) == ("25.50", "0.50", "3")
     assert (claim["baseline_mean"], claim["baseline_std"], claim["minutes"]) == ("21.00", "1.00", "2.0")
-    assert claim["status"] == "effect shown at small scale" and claim["commit"] == "0123456789ab"
+    assert (claim["p"], claim["ci_low"], claim["ci_high"]) == ("0.012", "2.35", "6.65")
+    doubts = "3 seeds, 5 needed; no floor measured; no positive control measured"
+    assert claim["status"] == f"not testable at this size ({doubts})" and claim["commit"] == "0123456789ab"
     assert claim["command"] == "SET=cifar10 ARMS='base full' SEEDS='0 1 2' bash paper/run_arms.sh small"
-    assert [row["status"] for row in rows if "full-vs-longer-knn" in row["id"]] == ["no effect at small scale"]
+    assert [row["status"] for row in rows if "full-vs-longer-knn" in row["id"]] == ["descriptive"]
     assert len(rows) == 7 and rows[0]["id"] == "small-other-row"
     assert {row["id"]: row["status"] for row in rows[5:]} == {
         "small-cifar10-control-knn": "not run (needs further seeds, one says nothing)",
@@ -205,12 +203,68 @@ def test_rows_of_the_tree_are_what_its_logs_say(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_the_front_page_shows_the_claim_of_the_arms(folder: str) -> None:
-    """The first row that PAPERS names is the arms' claim on the first of their sets, against the first baseline."""
+def test_the_claims_of_paper_json_are_those_of_the_arms(folder: str) -> None:
+    """Every claim of every set that has a row, in that order: none is left out on the front page."""
     arms: Arms = importlib.import_module(f"{folder}.arms").ARMS
-    (claims,) = (paper.claims.split() for paper in results.PAPERS if paper.folder == folder)
-    one, other = arms.pairs[0]
-    assert claims[0] == f"small-{next(iter(arms.sets))}-{one}-vs-{other}-{arms.claim}"
+    ids = {row["id"] for row in results.read(ROOT / folder)[0]}
+    named = [f"small-{name}-{one}-vs-{two}-{metric}" for name in arms.sets for one, two, metric in arms.claims]
+    assert list(results.paper(ROOT / folder).claims) == [name for name in named if name in ids] != []
+
+
+def finish_all(root: Path, scores: dict[str, list[float]]) -> None:
+    for arm, values in scores.items():
+        for seed, value in enumerate(values):
+            finish(root / arm / f"seed{seed}", {"knn": value, "linear": value})
+
+
+def test_a_claim_is_tested_where_floor_and_positive_control_come_out(arms: Arms, tmp_path: Path) -> None:
+    """Five seeds: above a baseline that clears the floor, where the known improvement shows; then each of them not."""
+    base = [20.0, 22.0, 21.0, 20.5, 21.5]
+    scores = {"base": base, "full": [x + 2 + i / 10 for i, x in enumerate(base)]}
+    scores |= {"longer": [x + 3 - i / 10 for i, x in enumerate(base)], "other": [9.0, 10.0, 9.5, 10.5, 10.0]}
+    whole = dataclasses.replace(
+        arms, pairs=[*arms.pairs, ("longer", "base"), ("base", "other")], floor="other", positive=("longer", "base"),
+        controls={("longer", "base"): "above", ("base", "other"): "above"}, claims=[("full", "base", "knn")],
+    )  # fmt: skip
+
+    def statuses(of: Arms) -> dict[str, str]:
+        of.write()
+        return {row["id"].removeprefix("small-cifar10-"): row["status"] for row in results.read(of.home)[0]}
+
+    root = tmp_path / "again" / "small" / "cifar10"
+    finish_all(root, scores)
+    whole.record(root)
+    found = statuses(whole)
+    assert found["full-vs-base-knn"] == "effect shown at this scale" and found["longer-vs-base-knn"] == "as expected"
+    assert found["base-vs-other-knn"] == "as expected" and found["full-vs-base-linear"] == "descriptive"
+    finish_all(root, {"longer": base[::-1]})  # the assay does not see the known improvement
+    whole.record(root)
+    found = statuses(whole)
+    assert found["full-vs-base-knn"] == "not testable at this size (the positive control fails, baseline, longer)"
+    assert found["longer-vs-base-knn"] == "not as expected"
+    finish_all(root, {"longer": scores["longer"], "other": [x - 0.1 for x in base[::-1]]})  # no better than the floor
+    whole.record(root)
+    assert statuses(whole)["full-vs-base-knn"] == "not testable at this size (baseline does not clear the floor, o)"
+
+
+def test_holm_is_over_all_sets_of_a_folder(arms: Arms, tmp_path: Path) -> None:
+    """A claim with p = .03 alone is shown, beside a second one without effect it is not."""
+    base = [20.0, 22.0, 21.0, 20.5, 21.5]
+    gaps = [0.2, 1.0, 0.3, 1.4, 0.9]
+    scores = {"base": base, "full": [x + g for x, g in zip(base, gaps)], "other": [9.0, 10.0, 9.5, 10.5, 10.0]}
+    scores |= {"longer": [x + 3 - i / 10 for i, x in enumerate(base)]}
+    whole = dataclasses.replace(
+        arms, pairs=[("full", "base"), ("longer", "base"), ("base", "other")], floor="other",
+        positive=("longer", "base"), controls={("longer", "base"): "above"}, sets={"cifar10": "c", "second": "s"},
+    )  # fmt: skip
+    finish_all(tmp_path / "small" / "cifar10", scores)
+    whole.record(tmp_path / "small" / "cifar10")
+    key = ("cifar10", "full", "base", "knn")
+    one = whole.compare(whole.logs("cifar10"), "full", "base", "knn")
+    assert one is not None and 0.025 < one.p < 0.05 and whole.claimed()[key] == rule.EFFECT
+    finish_all(tmp_path / "small" / "second", {**scores, "full": [x + g for x, g in zip(base, [1, -1, 0.5, -0.4, 0])]})
+    whole.record(tmp_path / "small" / "second")
+    assert whole.claimed() == {key: rule.NONE, ("second", *key[1:]): rule.NONE}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

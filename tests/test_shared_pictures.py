@@ -14,11 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from shared_utils import UserError, checkpoint, tiles
 from shared_utils.flags import Parser, add_run_flags
-from shared_utils.results import PAPERS
+from shared_utils.results import papers
 from shared_utils.run import Run, card
 
-FOLDERS = [paper.folder for paper in PAPERS]
 ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = [paper.folder for paper in papers(ROOT)]
 
 
 def colours(image: Image.Image) -> set[tuple[int, ...]]:

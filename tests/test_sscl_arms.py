@@ -72,15 +72,16 @@ def test_rows_from_the_collected_files_alone(tmp_path: Path, monkeypatch) -> Non
     assert problems == []
     claim = next(row for row in rows if row["id"] == "small-cifar10-4-full-vs-joint-top1")
     assert (claim["ours_mean"], claim["baseline_mean"], claim["n_seeds"]) == ("43.10", "41.00", "3")
-    assert claim["status"] == "effect shown at small scale" and claim["minutes"] == "2.5"
+    assert claim["status"].startswith("not testable at this size (3 seeds, 5 needed") and claim["minutes"] == "2.5"
     pseudo = {row["id"]: row for row in rows if row["id"].startswith("pseudo-")}
-    left_out = {row["id"].split("-")[3] for row in rows if row["status"].startswith("not run")}
+    left_out = {
+        row["id"].split("-")[3] for row in rows if row["status"].startswith("not run") and "cifar10-4-" in row["id"]
+    }
     assert left_out == set(arms.ARMS.arms) - {"full", "joint"}
-    assert len(pseudo) == 10 and len(rows) == 10 + 6 + len(left_out)
+    assert len(pseudo) == 10 and len(rows) == 10 + 6 + len(left_out) + 2 * len(arms.ARMS.arms)
     early = pseudo["pseudo-cifar10-4-joint-early_all"]
     assert (early["ours_mean"], early["baseline_mean"]) == ("31.00", "26.00")
-    assert early["status"] == "effect shown at small scale"
-    assert pseudo["pseudo-cifar10-4-full-end50"]["status"] == "no effect at small scale"
+    assert early["status"] == "descriptive" and early["p"] and float(early["ci_low"]) <= 5 <= float(early["ci_high"])
     table = arms.calibration_table(arms.ARMS.measured(root))
     assert "| SsCL, both exchanges | accuracy of pseudo-labels, half coverage, finished network | 3 |" in table
 

@@ -21,10 +21,10 @@ from packaging.requirements import Requirement
 
 from shared_utils import UserError
 from shared_utils.flags import Parser, at_least, boolean, ints, not_negative, positive, spellings
-from shared_utils.results import BEGIN, END, PAPERS
+from shared_utils.results import BEGIN, END, papers
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = [paper.folder for paper in PAPERS]
+NAMES = [paper.folder for paper in papers(ROOT)]
 HEADINGS = ["Idea", "Run", "Evaluate", "Results", "Differences", "Layout", "Citation"]
 # import name of each requirement whose name differs; pydensecrf (CRF) is an optional import that is never installed
 IMPORTS = {
@@ -105,7 +105,11 @@ def folder_problems(root: Path) -> list[str]:
     wrong = []
     for folder in folders(root):
         here = root / folder
-        wrong += [f"{folder}/{name} is missing" for name in ("README.md", "results.csv") if not (here / name).is_file()]
+        wrong += [
+            f"{folder}/{name} is missing"
+            for name in ("README.md", "RESULTS.md", "results.csv", "paper.json")
+            if not (here / name).is_file()
+        ]
         if not list(here.glob("run_*.sh")):
             wrong.append(f"{folder}/run_*.sh is missing")
         if not list((root / "tests").glob(f"test_{folder}*.py")):
