@@ -206,9 +206,9 @@ def _tables(rows: Sequence[dict[str, str]], folder: Path, measured: bool) -> lis
     return lines
 
 
-def render_results(rows: Sequence[dict[str, str]], about: Paper, plots: Sequence[str] = ()) -> str:
+def render_results(rows: Sequence[dict[str, str]], about: Paper, folder: Path) -> str:
     """RESULTS.md of a folder: what was measured here, then what the paper and others published."""
-    folder = Path(about.folder)
+    plots = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("curves*.png"))]
     measured = [row for row in rows if row["ours_mean"]]
     published = [row for row in rows if not row["ours_mean"]]
     lines = [
@@ -307,12 +307,13 @@ def main(argv: list[str] | None = None) -> int:
             wrong.append(f"{folder.name}/results.csv: no row {about.headline} with the paper's number (paper.json)")
         for name in sorted(set(about.claims) - set(ids)):
             wrong.append(f"{folder.name}/results.csv: no row {name}, which paper.json names as a claim")
-        plots = [file.relative_to(folder).as_posix() for file in sorted(folder.glob("curves*.png"))]
-        bodies[folder / "RESULTS.md"] = render_results(all_rows[folder.name], about, plots)
-        bodies[folder / "README.md"] = render_claims(all_rows[folder.name], about)
     if wrong:
         print("\n".join(f"error: {line}" for line in wrong), file=sys.stderr)
         return 1 if args.check else 2
+    for name, rows in all_rows.items():
+        about = paper(root / name)
+        bodies[root / name / "RESULTS.md"] = render_results(rows, about, root / name)
+        bodies[root / name / "README.md"] = render_claims(rows, about)
     if (root / "README.md").is_file():  # absent where one folder was copied out
         bodies[root / "README.md"] = render_front(all_rows, root)
     stale = []

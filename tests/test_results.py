@@ -229,7 +229,7 @@ def test_unknown_paper_value_may_be_measured(tmp_path: Path) -> None:
 @given(st.text(alphabet="ab |\\`<>&-!\n\r\t\u2028*", max_size=30))
 def test_no_cell_breaks_a_table(text: str) -> None:
     rows = [{**NOT_RUN, "experiment": text, "dataset": text}]
-    lines = results.render_results(rows, results.Paper(*["mdp"] * 8, ())).splitlines()
+    lines = results.render_results(rows, results.Paper("mdp", "", "", "", "", "", "", "", ()), Path("mdp")).splitlines()
     assert {line.count("|") for line in lines[lines.index("### Table 1") + 2 :] if line} == {7}
     assert END not in "\n".join(lines)
 

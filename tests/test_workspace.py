@@ -204,6 +204,8 @@ GOOD = {
     + "".join(f"## {h}\n" for h in HEADINGS)
     + f"{BEGIN}\n{END}\n```bash\n# not a heading\n```\n",
     "mdp/results.csv": "id\n",
+    "mdp/RESULTS.md": "# MDP: results\n",
+    "mdp/paper.json": "{}\n",
     "mdp/run_a.sh": "$PYTHON -m mdp.builder\n$PYTHON -m torch.distributed.run -m mdp.builder\n",
     "tests/test_mdp.py": "",
 }
