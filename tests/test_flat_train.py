@@ -368,7 +368,7 @@ def test_two_processes_equal_one(images: Path, tmp_path: Path) -> None:
         ("--shrink 1.3", r"--shrink 1.3 --enlarge 1.2: must be above 0 and in this order"),
         ("--aet_shift 4", r"--aet_shift 4: must be below a quarter of --image_size 16"),
         ("--aet_lambda -1", r"--aet_lambda -1: must not be negative"),
-        ("--stop_epoch 0", r"--stop_epoch 0: must be at least 1"),
+        ("--stop_epoch -2", r"--stop_epoch -2: must be at least -1"),
         ("--aet_pool gap --decoder block", r"--decoder block has a pooling of its own"),
         ("--method protonet --epoch_steps 3", r"5-way episodes need as many classes, the split has 4"),
         ("--method protonet --epoch_steps 3 --train_n_way 2", r"class train0 has 6 images, an episode takes 5 shots"),
