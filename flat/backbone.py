@@ -70,11 +70,12 @@ def drop_block(x: Tensor, rate: float, size: int) -> Tensor:
 
 
 class ResNet12Block(nn.Module):
-    """Three convolutions and a 1x1 shortcut, LeakyReLU(0.1), max pooling, DropBlock in training."""
+    """Three convolutions and a 1x1 shortcut, LeakyReLU(0.1), max pooling; in training DropBlock where `block_size` is
+    above 1 (of `ramp` times the rate), else dropout of single values at the whole rate (MetaOptNet)."""
 
     def __init__(self, c_in: int, c_out: int, drop: float, block_size: int):
         super().__init__()
-        self.drop, self.block_size = drop, block_size
+        self.drop, self.block_size, self.ramp = drop, block_size, 1.0
         sizes = (c_in, c_out, c_out)
         self.convs = nn.ModuleList(nn.Conv2d(c, c_out, 3, padding=1, bias=False) for c in sizes)
         self.norms = nn.ModuleList(nn.BatchNorm2d(c_out) for _ in sizes)
@@ -87,8 +88,16 @@ class ResNet12Block(nn.Module):
             out = F.leaky_relu(out, 0.1) if i < 2 else F.leaky_relu(out + self.shortcut(x), 0.1)
         out = F.max_pool2d(out, 2)
         if self.training and self.drop:
-            out = drop_block(out, self.drop, self.block_size) if self.block_size > 1 else F.dropout(out, self.drop)
+            blocks = self.block_size > 1
+            out = drop_block(out, self.ramp * self.drop, self.block_size) if blocks else F.dropout(out, self.drop)
         return out
+
+
+def ramp_drop_block(network: nn.Module, step: int, over: int) -> None:
+    """MetaOptNet's schedule: at `step`, from 0, DropBlock drops min(1, (step + 1) / over) of its rate; over 0: all."""
+    for module in network.modules():
+        if isinstance(module, ResNet12Block):
+            module.ramp = min(1.0, (step + 1) / over) if over else 1.0
 
 
 class WideBlock(nn.Module):
@@ -167,12 +176,13 @@ def _resnet(depths: list[int], width: int) -> Encoder:
     return Encoder(trunk, starts[-1], tail, starts[2], c, c // 4)
 
 
-def build(model: str, image_size: int, width: int = 0, drop: float = 0.1) -> Encoder:
+def build(model: str, image_size: int, width: int = 0, drop: float = 0.1, block_size: int = 0) -> Encoder:
     """A backbone by name; UserError names what exists.
 
     Args:
         width: channels of the first stage, 0: the published one.
-        drop: DropBlock rate of ResNet12's last two blocks.
+        drop: rate of ResNet12's dropout and, in its last two blocks, DropBlock.
+        block_size: side of DropBlock's squares, 0: MetaOptNet's, 5, or 2 for images of CIFAR's size.
     """
     if model not in MODELS:
         raise UserError(f"--model {model}: unknown backbone; choose from {', '.join(MODELS)}")
@@ -190,7 +200,10 @@ def build(model: str, image_size: int, width: int = 0, drop: float = 0.1) -> Enc
         return _resnet([1] * 4 if model == "ResNet10" else [2] * 4, width)
     if model == "ResNet12":
         sizes = [width, width * 5 // 2, width * 5, width * 10]  # 64, 160, 320, 640
-        blocks = [ResNet12Block(3 if i == 0 else sizes[i - 1], c, drop, 5 if i > 1 else 1) for i, c in enumerate(sizes)]
+        side = block_size or (2 if image_size <= 40 else 5)
+        blocks = [
+            ResNet12Block(3 if i == 0 else sizes[i - 1], c, drop, side if i > 1 else 1) for i, c in enumerate(sizes)
+        ]
         return Encoder([*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten()], 3, 4, 2, sizes[-1], sizes[1])
     strides = (1, 2, 2) if image_size <= 40 else (2, 2, 2)
     trunk: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False)]

@@ -13,7 +13,7 @@ folder        DIR/{train,val,test}/CLASS/*, any classes
 import csv
 import hashlib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -35,6 +35,7 @@ FOLDERS = {
     "CUB": "CUB_200_2011",
 }
 DATASETS = (*FOLDERS, "cross", "folder")
+CROPS = ("resized", "padded", "rfs")
 # sha256 (first 16 digits) of the lines "split class", splits in the order above, classes sorted; and classes a split.
 FROZEN: dict[str, tuple[str, tuple[int, int, int]]] = {
     "miniImagenet": ("ece8a4b35ab6212d", (64, 16, 20)),
@@ -70,41 +71,45 @@ def _from_folders(root: Path) -> dict[str, Files]:
 
 
 def _from_lists(root: Path) -> dict[str, Files]:
-    """CIFAR-FS as published: class names in splits/bertinetto/*.txt, images in data/CLASS."""
+    """CIFAR-FS as published: class names in splits/bertinetto/*.txt, one a line, images in data/CLASS."""
     out = {}
     for split, name in SPLITS.items():
         file = root / "splits/bertinetto" / f"{name}.txt"
-        lines = read_text(file, "a list of classes").splitlines()  # not empty
+        lines = read_text(file, "a list of classes").splitlines()
         classes = [line.strip() for line in lines if line.strip()]
+        if twice := [c for c, count in Counter(classes).items() if count > 1]:
+            raise UserError(f"{file}: class {twice[0]} is listed twice; restore the list")
         out[split] = {c: list_images(root / "data" / c) for c in classes}
     return out
 
 
 def _from_csv(root: Path) -> dict[str, Files]:
-    """mini-ImageNet: every image that a csv names must be in images/."""
+    """mini-ImageNet: every image that a csv names must be in images/, and no list may name it again."""
     out = {}
+    seen: dict[str, str] = {}
     for split, name in SPLITS.items():
         file = root / f"{name}.csv"
         files: Files = defaultdict(list)
         text = read_text(file, f"the lists of Ravi and Larochelle beside {root}/images/")
-        rows = csv.DictReader(text.splitlines())
-        rows.fieldnames = [name.strip() for name in rows.fieldnames or []]
-        if not {"filename", "label"} <= set(rows.fieldnames):
+        rows = csv.reader(text.splitlines(), skipinitialspace=True)
+        head = [word.strip() for word in next(rows, [])]
+        if not {"filename", "label"} <= set(head):
             raise UserError(f"{file}: its first line must be filename,label")
         there = {entry.name for entry in need_folder(root / "images", f"expected the images of {file}").iterdir()}
-        owner: dict[str, str] = {}
         for number, row in enumerate(rows, 2):
-            name, label = os.path.normpath((row["filename"] or "").strip()), (row["label"] or "").strip()
-            if name not in there or not label:
-                image = root / "images" / name
+            cells = dict(zip(head, (cell.strip() for cell in row)))
+            if not any(cells.values()):
+                continue
+            image, label = cells.get("filename", ""), cells.get("label", "")
+            if image not in there or not label:
                 raise UserError(
-                    f"{file}, line {number}: {image} does not exist or has no label; restore it, or the list"
+                    f"{file}, line {number}: {root / 'images' / image} does not exist or has no label; restore it, or "
+                    "the list"
                 )
-            if owner.setdefault(name, label) != label:
-                raise UserError(
-                    f"{file}, line {number}: {name} is in class {owner[name]} and in {label}; restore the list"
-                )
-            files[label].append(root / "images" / name)
+            if image in seen:  # as support and as query it would tell its own class
+                raise UserError(f"{file}, line {number}: {image} is listed in {seen[image]} already; restore the lists")
+            seen[image] = f"{file.name}, line {number}"
+            files[label].append(root / "images" / image)
         out[split] = {c: sorted(paths) for c, paths in sorted(files.items())}
     return out
 
@@ -207,14 +212,20 @@ def pixels(image: Image.Image) -> Tensor:
 
 
 def training_pipeline(size: int, augment: bool, crop: str) -> Callable[[Image.Image], Tensor]:
-    """--train_aug: a random crop (`resized`, or `padded` by size/8 as for CIFAR), jitter, flip; else the test's."""
+    """--train_aug: a random crop of `CROPS`, jitter, flip; else the test's pipeline.
+
+    `padded` by size / 8, with CloserLookFewShot's jitter; `rfs` by 8 pixels, for CIFAR 4, with torchvision's.
+    """
     if not augment:
         return evaluation_pipeline(size)
+    jitter: Callable = ImageJitter()
+    first: list[Callable] = [T.RandomResizedCrop(size)]
     if crop == "padded":
-        first: list[Callable] = [T.Resize((size, size)), T.RandomCrop(size, padding=size // 8)]
-    else:
-        first = [T.RandomResizedCrop(size)]
-    return T.Compose([*first, ImageJitter(), T.RandomHorizontalFlip(), pixels])
+        first = [T.Resize((size, size)), T.RandomCrop(size, padding=size // 8)]
+    elif crop == "rfs":
+        first = [T.Resize((size, size)), T.RandomCrop(size, padding=4 if size <= 40 else 8)]
+        jitter = T.ColorJitter(0.4, 0.4, 0.4)
+    return T.Compose([*first, jitter, T.RandomHorizontalFlip(), pixels])
 
 
 def evaluation_pipeline(size: int) -> Callable[[Image.Image], Tensor]:

@@ -23,6 +23,7 @@ RECIPES = {
     "rfs": ("sgd", 0.05, 5e-4, False, 64, 0, "60,80"),
     "bf3s": ("sgd", 0.1, 5e-4, True, 64, 1000, "20,23"),
     "cosine": ("sgd", 0.05, 5e-4, True, 64, 0, "cosine"),
+    "snell": ("adam", 1e-3, 0.0, False, 64, 100, "half20"),
 }
 
 
@@ -52,7 +53,10 @@ def get_parser() -> argparse.ArgumentParser:
     add_data_flags(p)
     a("--model", default="Conv4", help=", ".join(MODELS))
     a("--width", type=natural, default=0, help="channels of the first stage; 0: the published width")
-    a("--drop_block", type=float, default=0.1, help="rate in the last two blocks of ResNet12")
+    a("--drop_block", type=float, default=0.1, help="rate of ResNet12's dropout and, in its last two blocks, DropBlock")
+    a("--drop_block_steps", type=natural, default=40_000, help="steps over which DropBlock's rate rises from 0 "
+      "(MetaOptNet); 0: the whole rate at once")  # fmt: skip
+    a("--drop_block_size", type=natural, default=0, help="side of its squares; 0: 5, or 2 for CIFAR (MetaOptNet)")
     a("--method", default="baseline++", help=f"{', '.join(METHODS)} (baseline++: cosine with class norms, scale 2)")
     a(
         "--num_classes",
@@ -64,7 +68,8 @@ def get_parser() -> argparse.ArgumentParser:
     a("--test_n_way", type=positive, default=5, help="classes of a validation episode, and what n_query is scaled by")
     a("--n_shot", type=positive, default=5, help="support images of a class in an episode")
     a("--train_aug", action=argparse.BooleanOptionalAction, default=False, help="random crop, colour jitter, flip")
-    a("--crop", choices=["resized", "padded"], default="resized", help="random crop of --train_aug")
+    a("--crop", choices=data.CROPS, help="of --train_aug: resized, padded by an eighth, or rfs, padded by 8 pixels "
+      "(CIFAR 4) with its jitter (default: rfs with --recipe rfs, else resized)")  # fmt: skip
     a("--aet", choices=["aet", "avt", "none"], default="aet", help="L_AT: squared error, variational, or none")
     a(
         "--aet_lambda",
@@ -123,11 +128,17 @@ def default_size(dataset: str, model: str) -> int:
 def default_epochs(args: argparse.Namespace) -> int:
     if args.recipe == "bf3s":
         return 21 if args.dataset in ("cifarfs", "fc100") else 26
+    if args.recipe == "snell":
+        return 200
     if args.recipe != "closerlook":
         return 100
     if args.method == "protonet":
         return 600 if args.n_shot == 1 else 400
     return 200 if args.dataset == "CUB" else 400
+
+
+def default_crop(args: argparse.Namespace) -> str:
+    return "rfs" if args.recipe == "rfs" else "resized"
 
 
 def resolve(args: argparse.Namespace) -> None:
@@ -148,6 +159,7 @@ def resolve(args: argparse.Namespace) -> None:
     if args.epoch_steps < 0:
         args.epoch_steps = 100 if args.method == "protonet" and args.recipe == "closerlook" else steps
     args.stop_epoch = default_epochs(args) if args.stop_epoch < 0 else args.stop_epoch
+    args.crop = args.crop or default_crop(args)
 
 
 def check_flags(args: argparse.Namespace, world: int) -> None:
@@ -187,7 +199,7 @@ def build_model(args: argparse.Namespace, kind: str = "local") -> PairModel:
 
     kind: of the batch norms, `sync` over processes.
     """
-    encoder = build(args.model, args.image_size, args.width, args.drop_block)
+    encoder = build(args.model, args.image_size, args.width, args.drop_block, args.drop_block_size)
     distributed.convert_norm(encoder, kind)
     head = None if args.method == "protonet" else make_head(args.method, encoder.num_features, args.num_classes)
     decoder = None
@@ -223,9 +235,11 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, device: torch.de
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
-    """Constant, x0.1 at milestones, or a cosine to 0; by epoch."""
+    """Constant, x0.1 at milestones, halved every 20 epochs, or a cosine to 0; by epoch."""
     schedule = RECIPES[args.recipe][-1]
     if schedule == "cosine":
         return args.lr * 0.5 * (1 + math.cos(math.pi * epoch / args.stop_epoch))
+    if schedule == "half20":
+        return args.lr * 0.5 ** (epoch // 20)
     milestones = [] if schedule == "none" else [int(x) for x in str(schedule).split(",")]
     return args.lr * 0.1 ** sum(epoch >= milestone for milestone in milestones)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on base classes: bash flat/run_train.sh [mini|small|paper] [flags of flat.train]
-# DATA_ROOT names the folder of the data sets, SET the small tier's (cifarfs5, cifarfs5fit, cifarfs), GPUS the
-# processes, RUNS the folder of the outputs.
+# DATA_ROOT names the folder of the data sets, SET the small tier's (cifarfs5, cifarfs5fit, cifarfs,
+# cifarfs_full), GPUS the processes, RUNS the folder of the outputs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -27,7 +27,9 @@ case "$tier" in
     # CIFAR-FS, 120 training images and 30 held-out ones of each base class; run_arms.sh trains every arm of README.md's
     # table with these flags. cifarfs5: 5 of the 64 base classes, 540 steps; cifarfs: all of them, 1,200 steps; one to
     # four minutes on one core. cifarfs5fit: 30 training images of each of 5 base classes, 240 epochs (480 steps), so that
-    # the base classes are over-fitted, as the paper assumes. bf16 is fast on CPUs with AMX or AVX512-BF16 only;
+    # the base classes are over-fitted, as the paper assumes. cifarfs_full: the data set itself, $DATA_ROOT/cifarfs_full
+    # with 600 images of each of 64 base classes, Conv4 of 64 channels, 9,000 steps; a quarter of an hour to half an hour
+    # on one core (estimated from its first steps). bf16 is fast on CPUs with AMX or AVX512-BF16 only;
     # elsewhere --amp none.
     set_name=${SET:-cifarfs5}
     out=$out/$set_name
@@ -40,8 +42,16 @@ case "$tier" in
       flags+=(--base_classes 5 --num_classes 5 --stop_epoch 60 --val_freq 20)
     elif [ "$set_name" = cifarfs5fit ]; then
       flags+=(--base_classes 5 --num_classes 5 --per_class 30 --stop_epoch 240 --val_freq 80 --amp none)
-    else
+    elif [ "$set_name" = cifarfs_full ]; then
+      flags+=(
+        --data_dir "${DATA_ROOT:-data}/cifarfs_full" --width 64 --holdout 0 --per_class 0 --num_classes 64
+        --recipe cosine --stop_epoch 15 --log-every 100
+      )
+    elif [ "$set_name" = cifarfs ]; then
       flags+=(--num_classes 64 --stop_epoch 10 --val_freq 5)
+    else
+      echo "error: unknown SET '$set_name'; choose cifarfs5, cifarfs5fit, cifarfs or cifarfs_full" >&2
+      exit 2
     fi
     ;;
   paper)

@@ -8,22 +8,25 @@ import argparse
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from flat import aet, data
 from flat.backbone import Encoder, build
 from flat.methods.baselinetrain import BaselineTrain
 from flat.methods.pair import PairModel
-from flat.options import METHODS, build_model, default_size, family, has_decoder
+from flat.options import METHODS, build_model, default_crop, default_size, family, has_decoder
 from flat.options import get_parser as training_parser
 from shared_utils import UserError, checkpoint, distributed
-from shared_utils.data import ImageList
+from shared_utils.data import ImageList, sample_rng
 from shared_utils.evaluation import collect
-from shared_utils.flags import Parser, add_machine_flags, natural
+from shared_utils.flags import Parser, add_machine_flags, at_least, natural
 from shared_utils.run import cli, set_threads
 
+SUPPORT = 11  # seed of augmented support images
 PROBE = 7  # seed of the transformations that a decoder is measured on: the same for every network
 OWN = ("model", "width", "image_size", "mean_std", "dataset", "data_dir", "method", "base_classes", "base_draw",
        "holdout")  # fmt: skip
@@ -40,6 +43,39 @@ def extract(encoder: Encoder, images: ImageList, args: argparse.Namespace, devic
 
     (feats,), _ = collect(embed, images, device, 256, args.workers, everything=True)
     return feats
+
+
+class Augmented(Dataset):
+    """The images of a set, each as the draw of (seed, copy, index) makes it."""
+
+    def __init__(self, images: ImageList, copy: int):
+        self.images, self.copy, self.labels = images, copy, images.labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int, int]:
+        with sample_rng(SUPPORT, self.copy, index):
+            return self.images[index]
+
+
+def extract_augmented(
+    encoder: Encoder, images: ImageList, args: argparse.Namespace, device: torch.device, copies: int
+) -> Tensor:
+    """Features [N, copies, D] on the CPU of each image under draws of the training's augmentation, eval mode."""
+    encoder.eval()
+    images.transform = data.training_pipeline(args.image_size, True, args.crop or default_crop(args))
+
+    def embed(x: Tensor) -> list[Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
+            return [encoder(data.normalise(x, args.mean_std).contiguous(memory_format=torch.channels_last))]
+
+    out = []
+    for copy in range(copies):
+        views: Any = Augmented(images, copy)
+        (feats,), _ = collect(embed, views, device, 256, args.workers, everything=True)
+        out.append(feats)
+    return torch.stack(out, 1)
 
 
 @torch.no_grad()
@@ -137,6 +173,13 @@ def get_parser() -> argparse.ArgumentParser:
     a("--dataset", help="another one for a test across domains")
     a("--data_dir", type=Path)
     a("--method", choices=METHODS, help="chooses the default head of flat.test")
+    a(
+        "--aug_support",
+        type=at_least(-1),
+        default=-1,
+        help="so many augmented copies of every image too, which support a classifier in its place (rfs: "
+        "n_aug_support_samples); -1: 5 after --recipe rfs, else 0",
+    )
     a("--base_classes", type=natural)
     a("--base_draw", type=natural)
     a("--holdout", type=natural)
@@ -153,6 +196,8 @@ def main(argv: list[str] | None = None) -> int:
     images = data.as_list(found[given.split])
     (model or encoder).to(device).to(memory_format=torch.channels_last)
     feats = extract(encoder, images, args, device)
+    copies = given.aug_support if given.aug_support >= 0 else 5 * (args.recipe == "rfs")
+    augmented = extract_augmented(encoder, images, args, device, copies) if copies else None
     scores: dict[str, float] = {}
     if model is not None and model.decoder is not None:
         scores |= {f"{given.split}_{k}": v for k, v in decoder_scores(model, images, args, device).items()}
@@ -165,9 +210,11 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint.save(out, {
         "features": feats, "labels": images.labels, "classes": images.classes, "count": len(feats),
         "split": given.split, "dataset": args.dataset, "method": args.method, "scores": scores, "weights": digest,
+        "recipe": args.recipe, **({} if augmented is None else {"augmented": augmented}),
     })  # fmt: skip
     where = f"{args.dataset}, {given.split}: {len(feats)} images of {len(images.classes)} classes"
-    print(f"flat/features: {where} -> {list(feats.shape)}, {out}", flush=True)
+    beside = f" and {copies} augmented copies of each" if copies else ""
+    print(f"flat/features: {where}{beside} -> {list(feats.shape)}, {out}", flush=True)
     print("  " + " ".join(f"{k} {v:.4g}" for k, v in scores.items()), flush=True)
     print(f"  next: python -m flat.test --features {out}", flush=True)
     return 0

@@ -17,7 +17,7 @@ from flat.episodes import EpisodeDrawer
 from flat.methods.baselinefinetune import HEADS, predict
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.evaluation import write_result
-from shared_utils.flags import Parser, add_machine_flags, natural, positive
+from shared_utils.flags import Parser, add_machine_flags, at_least, natural, positive
 from shared_utils.run import cli, set_threads
 
 # CloserLookFewShot: what a training method is tested with; prototypes are always printed too
@@ -26,21 +26,30 @@ BUDGET = 64 << 20  # float32 values of support and queries at a time: 256 MiB
 
 
 def accuracies(
-    feats: Tensor, drawer: EpisodeDrawer, head: str, episodes: int, device: torch.device, budget: int = BUDGET
+    feats: Tensor,
+    drawer: EpisodeDrawer,
+    head: str,
+    episodes: int,
+    device: torch.device,
+    budget: int = BUDGET,
+    augmented: Tensor | None = None,
 ) -> Tensor:
     """Accuracy of each episode [E], float64 in 0..1; chunks of episodes at once, as many as `budget` values hold.
 
     Args:
         feats: [N, D], the images in the drawer's order.
+        augmented: [N, A, D], of A augmented copies of each image: they support a classifier, A for each shot (rfs).
     """
     feats = feats.to(device)
-    per_episode = drawer.n_way * (drawer.n_shot + drawer.n_query) * feats.shape[1]
+    copies = feats[:, None] if augmented is None else augmented.to(device)  # [N, A, D]
+    shots = drawer.n_shot * copies.shape[1]
+    per_episode = drawer.n_way * (shots + drawer.n_query) * feats.shape[1]
     if head == "lr":
-        per_episode += 4 * (drawer.n_way * (drawer.n_way * drawer.n_shot + 1)) ** 2
+        per_episode += 4 * (drawer.n_way * (drawer.n_way * shots + 1)) ** 2
     truth = torch.arange(drawer.n_way, device=device).repeat_interleave(drawer.n_query)  # [W * Q]
     out = []
     for numbers, episode in drawer.chunks(episodes, max(1, budget // per_episode)):
-        support = feats[episode.support.to(device)]  # [E, W, S, D]
+        support = copies[episode.support.to(device)].flatten(2, 3)  # [E, W, S A, D]
         query = feats[episode.query.to(device)]  # [E, W, Q, D]
         predicted = predict(head, support, query, numbers, drawer.seed)  # [E, W * Q]
         out.append((predicted == truth).double().mean(1).cpu())
@@ -77,6 +86,8 @@ def get_parser() -> argparse.ArgumentParser:
     a("--n_query", type=positive, default=15, help="queries of a class")
     a("--episodes", type=positive, default=600)
     a("--eval_head", help=f"of {', '.join(HEADS)}, with commas; default: by the training method, and proto")
+    a("--aug_support", type=at_least(-1), default=-1, help="augmented copies in place of each support image; -1: all "
+      "that the file holds, 0: the images themselves")  # fmt: skip
     a("--seed", type=natural, default=0, help="of the episodes; keep it for everything that is compared")
     a("--compare", type=Path, help="episodes.pt of another network: paired differences, this one minus that one")
     a("--output-dir", type=Path, help="folder of result.json and episodes.pt; default: that of the features")
@@ -95,13 +106,23 @@ def main(argv: list[str] | None = None) -> int:
         shots = [int(x) for x in args.n_shot.split(",")]
     except ValueError:
         raise UserError(f"--n_shot {args.n_shot}: must be whole numbers such as 1,5") from None
-    chosen = args.eval_head or f"{DEFAULT_HEAD.get(saved['method'], 'proto')},proto"
+    default = "lr" if saved.get("recipe") == "rfs" else DEFAULT_HEAD.get(saved["method"], "proto")
+    chosen = args.eval_head or f"{default},proto"
     heads = list(dict.fromkeys(chosen.split(",")))
     if unknown := [head for head in heads if head not in HEADS]:
         raise UserError(f"--eval_head {unknown[0]}: unknown; choose from {', '.join(HEADS)}")
     other = checkpoint.load(args.compare) if args.compare else None
     if other is not None and not (isinstance(other, Mapping) and {"accuracies", "digests"} <= set(other)):
         raise UserError(f"{args.compare}: not a file of flat.test (episodes.pt)")
+
+    held = saved["augmented"].shape[1] if "augmented" in saved else 0
+    if args.aug_support > held:
+        raise UserError(
+            f"--aug_support {args.aug_support}: {args.features} holds {held} augmented copies of an image; take its "
+            f"features with flat.save_features --aug_support {args.aug_support}"
+        )
+    copies = held if args.aug_support < 0 else args.aug_support
+    augmented = saved["augmented"][:, :copies] if copies else None
 
     record: dict[str, Any] = {"accuracies": {}, "digests": {}}
     result: dict[str, Any] = {}
@@ -111,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         record["digests"][f"{n_shot}shot"] = drawer.digest(args.episodes)
         for head in heads:
-            each = accuracies(saved["features"], drawer, head, args.episodes, device)
+            each = accuracies(saved["features"], drawer, head, args.episodes, device, augmented=augmented)
             key = f"{n_shot}shot-{head}"
             record["accuracies"][key] = each
             result[key], result[f"{key}_ci"] = interval(100 * each)
@@ -124,6 +145,8 @@ def main(argv: list[str] | None = None) -> int:
         result |= compare(record, other, str(args.compare))
     out = args.output_dir or args.features.parent
     result |= {k: float(v) for k, v in saved.get("scores", {}).items()}
+    if copies:
+        result["aug_support"] = copies
     result |= {"episodes": args.episodes, "features": str(args.features), "weights": saved["weights"]}
     checkpoint.save(out / "episodes.pt", record)
     write_result(out, result)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 
 from flat import aet, data
+from flat.backbone import ramp_drop_block
 from flat.episodes import EpisodeDrawer, EpisodeSampler
 from flat.methods.pair import PairModel
 from flat.methods.protonet import ProtoNet
@@ -125,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         lr = learning_rate(args, epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
+        ramp_drop_block(model, run.step, args.drop_block_steps)
         pixels, y = pixels.to(run.device, non_blocking=True), y.to(run.device)  # [B, 3, s, s] bytes, [B]
         x = data.normalise(pixels, args.mean_std).contiguous(memory_format=torch.channels_last)
         x_t = target = None

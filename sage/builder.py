@@ -9,24 +9,28 @@ state_dict keys: `online_net.0.*` (backbone), `online_net.1.*` (projector), `tar
 import contextlib
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
 from sage.arch import Backbone, Decoder, Neck
+from sage.data import as_input
 from sage.losses import LEVELS, TERMS, distance, latent_loss
-from shared_utils import UserError, augment, checkpoint
+from sage.weights import DROP
+from shared_utils import UserError, checkpoint
 
 
 class Evaluator(nn.ModuleList):
     """h_G: a pretrained backbone and its projector, never trained. `norm`: what its training saw as input.
 
     Args:
+        projector: None where no term compares projections (--w_f1 0): public backbones come without.
         norm: `half` for images in -1..1, as everything here, `imagenet` for ImageNet's mean and standard deviation.
     """
 
-    def __init__(self, backbone: Backbone, projector: Neck, norm: str = "half"):
-        super().__init__([backbone, projector])
+    def __init__(self, backbone: Backbone, projector: Neck | None, norm: str = "half"):
+        super().__init__([backbone] if projector is None else [backbone, projector])
         self.norm = norm
         self.requires_grad_(False)
 
@@ -36,10 +40,7 @@ class Evaluator(nn.ModuleList):
 
         Differentiable in x.
         """
-        if self.norm == "imagenet":
-            mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (augment.MEAN, augment.STD))
-            x = ((x + 1) / 2 - mean) / std
-        maps = self[0](x, min(4, max(levels)))
+        maps = self[0](as_input(x, self.norm), min(4, max(levels)))
         return [self[1](maps[3]) if level == 5 else maps[level - 1] for level in levels]
 
 
@@ -150,38 +151,47 @@ class SaGe(nn.Module):
 
 
 def evaluator_weights(path: str) -> dict[str, Tensor]:
-    """Weights under the names of `Evaluator` (`0.*`, `1.*`) from a file of BYOL networks.
+    """Weights under the names of `Evaluator`: `0.*` the backbone, `1.*` the projector where the file has BYOL's.
 
-    Two ways of naming, as in the release: MoCo's (`[module.]encoder_q.*`, its head `fc.fc1`, `fc.bn1`, `fc.fc2`) and
-    OpenSelfSup's (`online_net.*`, our own runs too). UserError for any other file.
+    With projector, two ways of naming, as in the release: MoCo's (`[module.]encoder_q.*`, its head `fc.fc1`, `fc.bn1`,
+    `fc.fc2`) and OpenSelfSup's (`online_net.*`, our own runs too). Every other file of `checkpoint.read_weights` (MoCo,
+    DINO, SwAV, torchvision, timm, extracted backbones) gives the backbone. UserError: no weights in it.
     """
     loaded = checkpoint.load(path)
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path}: holds no state_dict; give a checkpoint of sage.train or of a BYOL network")
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    if any(key.startswith("online_net.") for key in state):
-        return {k.removeprefix("online_net."): v for k, v in state.items() if k.startswith("online_net.")}
-    head = {"fc.fc1.": "1.fc0.", "fc.bn1.": "1.bn0.", "fc.fc2.": "1.fc1."}
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else {}
+    names = {str(key).removeprefix("module."): value for key, value in state.items()}
+    if any(key.startswith("online_net.") for key in names):
+        return {k.removeprefix("online_net."): v for k, v in names.items() if k.startswith("online_net.")}
+    head = {"encoder_q.fc.fc1.": "1.fc0.", "encoder_q.fc.bn1.": "1.bn0.", "encoder_q.fc.fc2.": "1.fc1."}
+    if not any(key.startswith("encoder_q.fc.fc1.") for key in names):
+        found = checkpoint.read_weights(path)
+        return {f"0.{k}": v for k, v in found.items() if not any(fnmatchcase(k, pattern) for pattern in DROP)}
     out = {}
-    for key, value in state.items():
-        if not key.startswith("encoder_q."):
-            continue
-        key = key.removeprefix("encoder_q.")
-        if key.startswith("predictor"):
-            continue
-        new = next((head[p] + key.removeprefix(p) for p in head if key.startswith(p)), f"0.{key}")
-        out[new] = value
-    if not out:
-        names = ", ".join(list(state)[:3])
-        raise UserError(f"{path}: neither online_net.* nor encoder_q.* among its keys ({names}, ...)")
+    for key, value in names.items():
+        if key.startswith("encoder_q.") and not key.startswith("encoder_q.predictor"):
+            new = next((head[p] + key.removeprefix(p) for p in head if key.startswith(p)), None)
+            out[new or f"0.{key.removeprefix('encoder_q.')}"] = value
     return out
 
 
-def load_evaluator(evaluator: Evaluator, path: str) -> str:
-    """Every tensor of the evaluator from the file, or a UserError that lists what does not fit; returns a report."""
+def has_projector(weights: Mapping[str, Tensor]) -> bool:
+    return any(key.startswith("1.") for key in weights)
+
+
+def load_evaluator(evaluator: Evaluator, path: str, weights: Mapping[str, Tensor] | None = None) -> str:
+    """Every tensor of the evaluator from the file, or a UserError that lists what does not fit; returns a report.
+
+    Args:
+        weights: those of `evaluator_weights(path)`, where they have been read.
+    """
     try:
-        return checkpoint.load_strict(evaluator, evaluator_weights(path), missing_ok=("*.num_batches_tracked",))
+        weights = evaluator_weights(path) if weights is None else weights
+        if len(evaluator) == 2 and not has_projector(weights):
+            raise UserError(
+                "holds no projector of BYOL's form, and the term of --w_f1 compares projections; give --w_f1 0, or the "
+                "file of a BYOL network"
+            )
+        return checkpoint.load_strict(evaluator, weights, missing_ok=("*.num_batches_tracked",))
     except UserError as error:
         raise UserError(f"--evaluator {path}: {error}") from None
 
@@ -197,5 +207,5 @@ def calibrate(evaluator: Evaluator, batches: Iterable[Tensor]) -> None:
             norm.reset_running_stats()
         evaluator.train()
         for x in batches:
-            evaluator(x, [5])
+            evaluator(x, [5 if len(evaluator) == 2 else 4])
     evaluator.eval()

@@ -1,8 +1,7 @@
 """What SaGe sees of an image: two unequal views as bytes, scaled to -1..1 on the device; transforms of evaluation."""
 
 import csv
-import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from PIL import Image, ImageOps
@@ -14,7 +13,7 @@ from torchvision.transforms import InterpolationMode
 from shared_utils import UserError, augment
 from shared_utils.data import ImageList, image_folder, list_file, per_class, read_text
 
-HALF = (0.5, 0.5, 0.5)  # mean and standard deviation everywhere: the range of the decoder's tanh
+HALF = (0.5, 0.5, 0.5)  # mean and standard deviation of pretraining: the range of the decoder's tanh
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -25,6 +24,14 @@ def normalise(x: Tensor) -> Tensor:
 def denormalise(x: Tensor) -> Tensor:
     """-1..1 -> 0..1, for pictures."""
     return (x.float() / 2 + 0.5).clamp(0, 1)
+
+
+def as_input(x: Tensor, norm: str) -> Tensor:
+    """Images in -1..1 -> what a network of this normalisation takes (`sage.weights.NORMS`)."""
+    if norm == "half":
+        return x
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (augment.MEAN, augment.STD))
+    return ((x + 1) / 2 - mean) / std
 
 
 class Solarize:
@@ -58,19 +65,19 @@ def as_bytes(size: int) -> T.Compose:
     return T.Compose([T.Resize(size), T.CenterCrop(size), T.PILToTensor()])
 
 
-def _half(transform: T.Compose) -> T.Compose:
-    """The same pipeline with mean and standard deviation 0.5."""
-    return T.Compose([*transform.transforms[:-1], T.Normalize(HALF, HALF)])
+def _normalised(transform: T.Compose, norm: str) -> T.Compose:
+    """The same pipeline, which ends in ImageNet's mean and standard deviation, or in 0.5 and 0.5."""
+    return transform if norm == "imagenet" else T.Compose([*transform.transforms[:-1], T.Normalize(HALF, HALF)])
 
 
-def plain(size: int = 224) -> T.Compose:
-    """Evaluation: shorter side to size * 256 / 224, centre crop, -1..1."""
-    return _half(augment.plain(size))
+def plain(size: int = 224, norm: str = "half") -> T.Compose:
+    """Evaluation: shorter side to size * 256 / 224, centre crop; -1..1, or as the backbone saw (`norm`)."""
+    return _normalised(augment.plain(size), norm)
 
 
-def linear_train(size: int = 224) -> T.Compose:
-    """Training of a probe and fine-tuning: random resized crop (8 to 100 % of the area), flip, -1..1."""
-    return _half(augment.linear_train(size))
+def linear_train(size: int = 224, norm: str = "half") -> T.Compose:
+    """Training of a probe and fine-tuning: random resized crop (8 to 100 % of the area), flip, `norm` as in `plain`."""
+    return _normalised(augment.linear_train(size), norm)
 
 
 class Views(Dataset):
@@ -105,21 +112,26 @@ def attribute_labels(root: Path, images: ImageList) -> dict[str, tuple[Tensor, l
 
     Its columns are `path`, relative to root, and the attributes.
 
-    UserError: no such file, no attribute in it, or an image that it does not name.
+    UserError: no such file, no attribute in it, a value that is missing or contradicts another line, or an image that
+    it does not name.
     """
     file = root / "attributes.csv"
     text = read_text(file, "a folder with attributes.csv (path and attributes)")
-    head, *lines = text.splitlines()
-    rows = list(csv.DictReader(lines, [name.strip() for name in next(csv.reader([head]))]))
-    names = [name for name in (rows[0] if rows else {}) if name and name != "path"]
-    if not names or "path" not in rows[0]:
+    rows = csv.reader(text.splitlines(), skipinitialspace=True)
+    head = [word.strip() for word in next(rows, [])]
+    names = [name for name in head if name != "path"]
+    if not names or "path" not in head:
         raise UserError(f"{file}: must have a column path and at least one attribute")
     by_path: dict[str, dict[str, str]] = {}
-    for number, row in enumerate(rows, 2):
-        row = {key: (value or "").strip() for key, value in row.items() if key is not None}
-        path = os.path.normpath(row["path"].replace("\\", "/"))
+    for number, cells in enumerate(rows, 2):
+        row = dict(zip(head, (cell.strip() for cell in cells)))
+        if not any(row.values()):
+            continue
+        if len(cells) != len(head) or not all(row.values()):
+            raise UserError(f"{file}, line {number}: needs a value for each of {', '.join(head)}")
+        path = PurePosixPath(row.pop("path").replace("\\", "/")).as_posix()  # as Windows writes it; ./ is dropped
         if by_path.setdefault(path, row) != row:
-            raise UserError(f"{file}, line {number}: {path} has other values in an earlier line; keep one of them")
+            raise UserError(f"{file}, line {number}: {path} has other values than in a line above; keep one")
     try:
         found = [by_path[path.relative_to(root).as_posix()] for path in images.paths()]
     except (KeyError, ValueError) as error:

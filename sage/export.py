@@ -10,18 +10,36 @@ import argparse
 
 from torch import Tensor
 
-from sage.arch import DEPTHS, STEMS
-from sage.options import backbone
+from sage.arch import DEPTHS, STEMS, build
+from sage.weights import DROP, NORMS, input_norm
 from shared_utils import UserError, checkpoint
-from shared_utils.evaluation import add_network_flags
+from shared_utils.evaluation import add_network_flags, load_backbone
 from shared_utils.export import add_export_flags, check, resnet_lines, write_backbone, write_detectron2
 from shared_utils.flags import Parser
 from shared_utils.run import cli
+
+# normalisation of the input: in words, and as detectron2's config
+INPUT = {
+    "half": (
+        "mean and standard deviation 0.5 (bytes: 127.5)",
+        "MODEL.PIXEL_MEAN [127.5,127.5,127.5] MODEL.PIXEL_STD [127.5,127.5,127.5]",
+    ),
+    "imagenet": (
+        "ImageNet's mean and standard deviation (bytes: 123.675, 116.28, 103.53; 58.395, 57.12, 57.375)",
+        "MODEL.PIXEL_MEAN [123.675,116.280,103.530] MODEL.PIXEL_STD [58.395,57.120,57.375]",
+    ),
+    None: (
+        "the mean and standard deviation of its training, which the file does not tell (--normalise)",
+        "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD of its training, which the file does not tell (--normalise);",
+    ),
+}
 
 
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="sage.export", description=(__doc__ or "").splitlines()[0])
     add_network_flags(p, list(DEPTHS), STEMS, "resnet50")
+    p.add_argument("--normalise", choices=["auto", *NORMS], default="auto", help="what the backbone's input had in "
+      "training, where the file does not tell")  # fmt: skip
     add_export_flags(p, ["torchvision", "detectron2", "release", "safetensors"], "torchvision")
     return p
 
@@ -46,22 +64,23 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint.save(args.out, {"state_dict": named, "author": "sage"})
         print(f"{len(named)} tensors -> {args.out}")
         return 0
-    encoder, report = backbone(args)
+    encoder, report = load_backbone(build, args, "resnet50", DROP)
     plain, network = encoder.state_dict(), (args.arch, args.width, args.stem)
     print(report)
+    norm = args.normalise
+    if norm == "auto":
+        norm = "half" if args.pretrained == "none" else input_norm(str(args.pretrained))
+    said, pixels = INPUT[norm]
     if args.format == "detectron2":
         line = write_detectron2(plain, args.out, *network, author="sage")
-        print(
-            f"{line} MODEL.PIXEL_MEAN [127.5,127.5,127.5] MODEL.PIXEL_STD [127.5,127.5,127.5] "
-            "MODEL.BACKBONE.FREEZE_AT 0"
-        )
+        print(f"{line} {pixels} MODEL.BACKBONE.FREEZE_AT 0")
         print("R50-C4 2x (an extra norm after res5, SyncBN) or R50-FPN 1x; batch 16, lr 0.02, 90k iterations")
         return 0
-    name = f"{args.arch}, width {args.width}, stem {args.stem}, input of mean and standard deviation 0.5"
+    name = f"{args.arch}, width {args.width}, stem {args.stem}, input of {said}"
     print(write_backbone(args, plain, "sage", name, resnet_lines(*network, "sage.arch.build")))
     if args.format == "torchvision":
         print(
-            "mean and standard deviation of the input are 0.5 (bytes: 127.5); mmsegmentation: a dilated ResNet-50 with "
+            f"the input has {said}; mmsegmentation: a dilated ResNet-50 with "
             f"init_cfg=dict(type='Pretrained', checkpoint='{args.out}'), FCN head, Cityscapes, crop 769, 40k iterations"
         )
     return 0

@@ -8,6 +8,7 @@ fgvc-aircraft-2013b/data/{variants.txt, images_variant_trainval.txt, images_vari
 
 import argparse
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,18 @@ def _lines(file: Path) -> list[list[str]]:
     return [line.split() for line in read_text(file, LAYOUTS).splitlines() if line.strip()]
 
 
+def _pairs(file: Path) -> dict[str, str]:
+    """Number -> the rest of its line (a name may hold blanks). UserError: a number that is there twice."""
+    out: dict[str, str] = {}
+    for line in read_text(file, LAYOUTS).splitlines():
+        if line.strip():
+            number, rest = line.strip().split(None, 1)
+            if number in out:
+                raise UserError(f"{file}: number {number} is there twice; restore the list from the set's archive")
+            out[number] = rest
+    return out
+
+
 def _pair(file: Path, samples: dict[bool, list[tuple[Path, int]]], classes: list[str]) -> tuple[ImageList, ImageList]:
     """Training and test images; UserError for a label out of range, an empty split, and an image that is missing."""
     for split in samples.values():
@@ -35,20 +48,29 @@ def _pair(file: Path, samples: dict[bool, list[tuple[Path, int]]], classes: list
         absent = next((path for path, _ in split if not path.is_file()), None)
         if absent is not None:
             raise UserError(f"{absent}: no such image, but {file} names it; restore it")
+    if again := next((p for p, n in Counter(p for split in samples.values() for p, _ in split).items() if n > 1), None):
+        raise UserError(f"{file}: {again} is listed twice, for training or for the test; restore the lists")
     return ImageList(samples[True], classes), ImageList(samples[False], classes)
 
 
 def cub(root: Path) -> tuple[ImageList, ImageList]:
     """5,994 training and 5,794 test images of 200 birds."""
     root = root / "CUB_200_2011"
-    classes = [words[1] for words in _lines(root / "classes.txt")]
-    label = {words[0]: int(words[1]) - 1 for words in _lines(root / "image_class_labels.txt")}
-    train = {words[0]: words[1] == "1" for words in _lines(root / "train_test_split.txt")}
+    classes = list(_pairs(root / "classes.txt").values())
+    label = {number: int(y) - 1 for number, y in _pairs(root / "image_class_labels.txt").items()}
+    train = _pairs(root / "train_test_split.txt")
+    images = _pairs(root / "images.txt")
     samples: dict[bool, list[tuple[Path, int]]] = {True: [], False: []}
-    for number, name in _lines(root / "images.txt"):
+    for number, name in images.items():
         if number not in label or number not in train:
             raise UserError(f"{root}/images.txt: image {number} has no label or no split in the files beside it")
-        samples[train[number]].append((root / "images" / name, label[number]))
+        if train[number] not in ("0", "1"):
+            raise UserError(
+                f"{root}/train_test_split.txt: image {number} has {train[number]}, expected 1 (training) or 0"
+            )
+        samples[train[number] == "1"].append((root / "images" / name, label[number]))
+    if other := sorted(set(label) ^ set(images)):
+        raise UserError(f"{root}/images.txt does not name image {other[0]}, image_class_labels.txt does; restore it")
     return _pair(root / "images.txt", samples, classes)
 
 

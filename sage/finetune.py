@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sage.data import linear_train, plain
-from sage.options import backbone
+from sage.options import backbone, normalisation
 from shared_utils import UserError, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed
 from shared_utils.evaluation import same_buffers, stream, topk, write_result
@@ -66,9 +66,9 @@ def learning_rate(args: argparse.Namespace, lr: float, step: int, per_epoch: int
     return lr * args.gamma ** sum(step // per_epoch >= milestone for milestone in args.step)
 
 
-def accuracy(run: Run, network: nn.Module, images: ImageList) -> list[float]:
+def accuracy(run: Run, network: nn.Module, images: ImageList, norm: str = "half") -> list[float]:
     """Top-1 and top-5 in per cent of the network that the checkpoint holds, that of process 0."""
-    images.transform = plain(run.args.img_size)
+    images.transform = plain(run.args.img_size, norm)
     same_buffers(network)
     network.eval()
 
@@ -90,7 +90,8 @@ def one_cell(args: argparse.Namespace, job: str, train: ImageList, val: ImageLis
     network: Any = Classifier(encoder, len(train.classes))
     distributed.convert_norm(network, "sync")
     network.to(run.device).to(memory_format=torch.channels_last)
-    train.transform = linear_train(args.img_size)
+    norm = normalisation(args)
+    train.transform = linear_train(args.img_size, norm)
     sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world)
     loader = run.loader(Keyed(train, args.seed), sampler)
     groups = [
@@ -128,7 +129,7 @@ def one_cell(args: argparse.Namespace, job: str, train: ImageList, val: ImageLis
         if run.log_due():
             watched["acc1"] = 100 * float(topk(logits.detach(), target, (1,))[0]) / len(target)
         run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
-    top1, top5 = accuracy(run, network, val)
+    top1, top5 = accuracy(run, network, val, norm)
     run.finish()
     return {"top1": top1, "top5": top5, "lr": args.lr, "head_lr_mult": args.head_lr_mult}
 
@@ -143,4 +144,8 @@ def grid(args: argparse.Namespace, job: str, train: ImageList, val: ImageList, e
         cell.lr, cell.head_lr_mult, cell.output_dir = lr, mult, out / f"lr{lr:g}-head{mult:g}"
         cells.append(one_cell(cell, job, train, val))
     best = max(cells, key=lambda cell: cell["top1"])
-    write_result(out, {"top1": best["top1"], "top5": best["top5"], "best": best, "cells": cells} | extra)
+    write_result(
+        out,
+        {"top1": best["top1"], "top5": best["top5"], "best": best, "cells": cells, "normalise": normalisation(args)}
+        | extra,
+    )

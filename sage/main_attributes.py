@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sage.arch import decoder_for
-from sage.data import attribute_labels, plain
+from sage.data import as_input, attribute_labels, plain
 from sage.finegrained import open_images
-from sage.options import add_flags, backbone
+from sage.options import add_flags, backbone, normalisation
 from shared_utils import UserError, distributed
 from shared_utils.data import mix_key
 from shared_utils.evaluation import check_cache, collect, freeze, write_result
@@ -106,8 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     if distributed.world() > 1:
         raise UserError("main_attributes runs in one process; start it without torchrun")
     set_threads(args.threads, args.workers, device)
+    norm = normalisation(args)
     train, val = open_images(args)
-    train.transform = val.transform = plain(args.img_size)
+    train.transform = val.transform = plain(args.img_size)  # -1..1: what a decoder recovers, whatever the backbone sees
     root = Path(args.data_dir)
     labels = {} if args.no_attributes else {split: attribute_labels(root, x) for split, x in (("t", train), ("v", val))}
     encoder, report = backbone(args)
@@ -116,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"sage/attributes: {report}; {len(train)} train / {len(val)} val images", flush=True)
 
     def embed(x: Tensor) -> list[Tensor]:
-        return [encoder(x)[-1], x]
+        return [encoder(as_input(x, norm))[-1], x]
 
     values = 3 * args.img_size**2 + encoder(torch.zeros(1, 3, args.img_size, args.img_size, device=device))[-1].numel()
     check_cache({"lower --per_class": (len(train) + len(val), values)})
@@ -134,7 +135,8 @@ def main(argv: list[str] | None = None) -> int:
             result[f"{kind}_mean"] = sum(result[f"{kind}_{name}"] for name in labels["t"]) / len(labels["t"])
     if args.recon_updates:
         result |= reconstruction(args, [maps, images], [val_maps, val_images], device)
-    facts = {"pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256, "data_dir": str(args.data_dir)}
+    facts = {"pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256, "data_dir": str(args.data_dir),
+             "normalise": norm}  # fmt: skip
     write_result(args.output_dir, result | facts)
     return 0
 

@@ -8,7 +8,7 @@ Which sets the paper uses is not confirmed.
 
 from sage.finegrained import READERS, open_images
 from sage.finetune import add_finetune_flags, check_flags, grid
-from sage.options import add_flags
+from sage.options import add_flags, normalisation
 from shared_utils import UserError, distributed
 from shared_utils.flags import Parser, add_run_flags
 from shared_utils.run import cli
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dataset not in READERS:
         raise UserError(f"--dataset {args.dataset}: choose from {', '.join(READERS)}")
     distributed.init(args.device)
+    normalisation(args)  # what is not known is said before the data are read
     train, val = open_images(args)
     check_flags(args, distributed.world(), len(train))
     facts = {"dataset": args.dataset, "pretrained": args.pretrained}

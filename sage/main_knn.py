@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sage.data import plain
 from sage.finegrained import open_images
-from sage.options import add_flags, backbone
+from sage.options import add_flags, backbone, normalisation
 from shared_utils import distributed
 from shared_utils.data import ImageList
 from shared_utils.evaluation import freeze, write_result
@@ -35,8 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     device = distributed.init(args.device)
     set_threads(args.threads, args.workers, device)
+    norm = normalisation(args)
     train, val = open_images(args)
-    train.transform = val.transform = plain(args.img_size)
+    train.transform = val.transform = plain(args.img_size, norm)
     encoder, report = backbone(args)
     freeze(encoder)
     encoder = encoder.to(device).to(memory_format=torch.channels_last)
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         f"knn{k}": knn_accuracy(bank, train.labels, queries, val.labels, k, 0.07, device) for k in (1, 20, 200)
     }
     result |= {"pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256, "data_dir": str(args.data_dir)}
+    result["normalise"] = norm
     write_result(args.output_dir, result)
     return 0
 

@@ -2,7 +2,8 @@
 
     python -m sage.main_lincls --pretrained runs/sage/pretrain/paper/checkpoint.pth --data_dir imagenet
 
-Also of fine-grained sets (--dataset cub, cars, aircraft). Images are scaled to -1..1, as in pretraining.
+Also of fine-grained sets (--dataset cub, cars, aircraft). Images are scaled to -1..1, as in pretraining, or as the
+file of another network wants (--normalise).
 """
 
 import argparse
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from sage.data import linear_train, plain
 from sage.finegrained import open_images
-from sage.options import add_flags, backbone
+from sage.options import add_flags, backbone, normalisation
 from shared_utils import UserError, distributed
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.evaluation import check_cache, collect, freeze, topk, unchanged, write_result
@@ -102,8 +103,9 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     run = Run(args, "sage", "lincls")
     check_flags(args, run.world)
+    norm = normalisation(args)
     train, val = open_images(args)
-    train.transform, val.transform = linear_train(args.img_size), plain(args.img_size)
+    train.transform, val.transform = linear_train(args.img_size, norm), plain(args.img_size, norm)
 
     # Frozen backbone, in eval mode throughout
     encoder, report = backbone(args)
@@ -144,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     val_feats: tuple[list[Tensor], Tensor] | None = None
     batches: Any = None
     if args.cached_train and run.epoch < args.total_epochs:
-        train.transform = plain(args.img_size)
+        train.transform = plain(args.img_size, norm)
         feats, labels = collect(embed, train, run.device, args.batch_size, args.workers, everything=True)
         batches = FeatureBatches(feats[0], labels, sampler)
     elif not args.cached_train:
@@ -175,7 +177,8 @@ def main(argv: list[str] | None = None) -> int:
         run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, evaluated=tested, **watched)
 
     unchanged(encoder, before)
-    facts = {"epochs": args.total_epochs, "cached_train": args.cached_train, "pretrained": args.pretrained}
+    facts = {"epochs": args.total_epochs, "cached_train": args.cached_train, "pretrained": args.pretrained,
+             "normalise": norm}  # fmt: skip
     write_result(run.dir, scores.result() | facts)
     run.finish()
     return 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sage.finegrained import open_images
 from sage.finetune import add_finetune_flags, check_flags, grid
-from sage.options import add_flags
+from sage.options import add_flags, normalisation
 from shared_utils import distributed
 from shared_utils.evaluation import labelled_indices, subset
 from shared_utils.flags import Parser, add_run_flags
@@ -33,6 +33,7 @@ def get_parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     distributed.init(args.device)
+    normalisation(args)  # what is not known is said before the data are read
     train, val = open_images(args)
     chosen = labelled_indices(train, args.labels, args.fraction, Path(args.data_dir) / "train", args.seed)
     check_flags(args, distributed.world(), len(chosen))

@@ -14,6 +14,7 @@ from sage.builder import Evaluator
 from sage.data import Views, denormalise, normalise, training_images
 from sage.gallery import Gallery
 from sage.train import get_parser as training_parser
+from sage.weights import guess_network
 from shared_utils import UserError, checkpoint, mini, tiles
 from shared_utils.data import Keyed
 from shared_utils.flags import Parser, positive
@@ -47,9 +48,13 @@ def main(argv: list[str] | None = None) -> int:
     state = {k.removeprefix("r_function."): v for k, v in saved["state_dict"].items() if k.startswith("r_function.")}
     evaluator = None
     if state:
-        backbone = arch.build(flags.arch, flags.width, flags.stem)
-        hid, out = state["1.fc0.weight"].shape[0], state["1.fc1.weight"].shape[0]
-        evaluator = Evaluator(backbone, arch.Neck(backbone.num_features, hid, out), flags.evaluator_norm).eval()
+        own = guess_network({k.removeprefix("0."): v for k, v in state.items() if k.startswith("0.")})
+        name, width, imagenet = own or (flags.arch, flags.width, False)
+        backbone, projector = arch.build(name, width, "imagenet" if imagenet else flags.stem), None
+        if "1.fc0.weight" in state:
+            hid, out = state["1.fc0.weight"].shape[0], state["1.fc1.weight"].shape[0]
+            projector = arch.Neck(backbone.num_features, hid, out)
+        evaluator = Evaluator(backbone, projector, flags.evaluator_norm).eval()
         checkpoint.load_strict(evaluator, state)
 
     def features_off(x: torch.Tensor, made: torch.Tensor) -> torch.Tensor:

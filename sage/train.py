@@ -20,12 +20,13 @@ from torch import nn
 from torchvision.utils import make_grid
 
 from sage import arch
-from sage.builder import Evaluator, SaGe, calibrate, load_evaluator
+from sage.builder import Evaluator, SaGe, calibrate, evaluator_weights, has_projector, load_evaluator
 from sage.data import Views, normalise, training_images
 from sage.gallery import Gallery
 from sage.lars import LARS, parameter_groups
 from sage.losses import WEIGHTS
 from sage.schedule import learning_rate, target_momentum
+from sage.weights import NORMS, guess_network, resolve_norm
 from shared_utils import UserError, checkpoint, distributed, mini
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
@@ -69,7 +70,8 @@ def get_parser() -> argparse.ArgumentParser:
     a("--evaluator", default="", help="h_G: a checkpoint of a BYOL network, or random")
     a("--evaluator_bn", choices=["frozen", "batch"], default="frozen", help="eval mode; or batch statistics and "
       "drifting buffers, as in the release")  # fmt: skip
-    a("--evaluator_norm", choices=["half", "imagenet"], default="half", help="input normalisation of its own training")
+    a("--evaluator_norm", choices=["auto", *NORMS], default="auto", help="mean and standard deviation of its own "
+      "training: 0.5, ImageNet's, or as its file tells (half for a run of ours)")  # fmt: skip
     a("--base_momentum", type=float, default=0.99, help="m at the start")
     a("--imgs_per_gpu", type=positive, default=64, help="images a process and iteration")
     a("--update_interval", type=positive, default=2, help="iterations whose gradients are accumulated for an update")
@@ -136,28 +138,37 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
 
 
 def make_evaluator(args: argparse.Namespace) -> tuple[Evaluator, str]:
-    """h_G of --evaluator and a line about it; a run of ours names its own architecture, other files have the student's.
+    """h_G of --evaluator and a line about it; a run of ours names its own architecture, other files show theirs.
 
-    The hash of its weights enters the flags, so that a run says what it was trained with.
+    The hash of its weights and its input's normalisation enter the flags, so that a run says what it was trained with.
     """
-    keys = ("arch", "width", "stem", "hid_channels", "out_channels")
-    stored: Mapping[str, Any] = {}
-    if args.evaluator != "random":
-        loaded = checkpoint.load(args.evaluator)
-        found = loaded.get("args") if isinstance(loaded, Mapping) else None
-        stored = found if isinstance(found, Mapping) else {}
-        del loaded
-    name, width, stem, hid, out = (stored.get(key, getattr(args, key)) for key in keys)
-    backbone = arch.build(name, width, stem)
-    evaluator = Evaluator(backbone, arch.Neck(backbone.num_features, hid, out), args.evaluator_norm)
-    report = f"{name}, width {width}, stem {stem}, {args.evaluator}"
-    if args.evaluator != "random":
-        report += f": {load_evaluator(evaluator, args.evaluator)}"
-        digest = hashlib.sha256()
-        for key, value in sorted(evaluator.state_dict().items()):
-            digest.update(key.encode() + value.contiguous().numpy().tobytes())
-        args.evaluator_sha256 = digest.hexdigest()[:16]
-    return evaluator, report
+    name, width, stem, hid, out = (getattr(args, k) for k in ("arch", "width", "stem", "hid_channels", "out_channels"))
+    args.evaluator_norm = resolve_norm(args.evaluator, args.evaluator_norm, "--evaluator_norm")
+    if args.evaluator == "random":
+        backbone = arch.build(name, width, stem)
+        evaluator = Evaluator(backbone, arch.Neck(backbone.num_features, hid, out), args.evaluator_norm)
+        return evaluator, f"{name}, width {width}, stem {stem}, random"
+    weights = evaluator_weights(args.evaluator)
+    loaded = checkpoint.load(args.evaluator)
+    stored = loaded.get("args") if isinstance(loaded, Mapping) else None
+    del loaded
+    if isinstance(stored, Mapping):
+        name, width, stem = (stored.get(k, v) for k, v in (("arch", name), ("width", width), ("stem", stem)))
+    elif found := guess_network({k.removeprefix("0."): v for k, v in weights.items() if k.startswith("0.")}):
+        name, width, imagenet_stem = found
+        stem = "imagenet" if imagenet_stem else stem
+    backbone, projector = arch.build(name, width, stem), None
+    if args.w_f1 or has_projector(weights):
+        first, last = (weights.get(f"1.{layer}.weight") for layer in ("fc0", "fc1"))
+        hid, out = hid if first is None else first.shape[0], out if last is None else last.shape[0]
+        projector = arch.Neck(backbone.num_features, hid, out)
+    evaluator = Evaluator(backbone, projector, args.evaluator_norm)
+    report = load_evaluator(evaluator, args.evaluator, weights)
+    digest = hashlib.sha256()
+    for key, value in sorted(evaluator.state_dict().items()):
+        digest.update(key.encode() + value.contiguous().numpy().tobytes())
+    args.evaluator_sha256 = digest.hexdigest()[:16]
+    return evaluator, f"{name}, width {width}, stem {stem}, {args.evaluator}: {report}"
 
 
 def make_model(args: argparse.Namespace, views: Views) -> tuple[SaGe, str]:
@@ -169,7 +180,9 @@ def make_model(args: argparse.Namespace, views: Views) -> tuple[SaGe, str]:
     report = "none"
     if any(weights.values()):
         decoder = arch.decoder_for(args.arch, args.width, args.stem, args.img_size, args.decoder_width)
-    if args.evaluator:
+    if not args.evaluator:
+        args.evaluator_norm = "half" if args.evaluator_norm == "auto" else args.evaluator_norm  # none: nothing to know
+    else:
         evaluator, report = make_evaluator(args)
         if args.evaluator == "random":
             keyed = Keyed(views, args.seed)

@@ -104,6 +104,7 @@ class Arms:
         metrics: {name: title} of the numbers that rows are made of, in the order of the table.
         shown: {name: title} of numbers that the table and the logs hold where an arm has them, but no row claims.
         sets: {data set: what was used of it}; a set is the name of the folder that run_arms.sh wrote.
+        only: {data set: its arms}, where a set has not all of them.
         claim: the metric of the table's last column, held against the arm `baseline`.
         pairs: (arm, arm that it is held against): those of the claims first, then what the ablation asks.
         claims: (arm, arm that it is held against, metric) of the rows that are claims, on every set; Holm's family.
@@ -129,6 +130,7 @@ class Arms:
     command: str
     read: Callable[[Path], dict[str, float] | None]
     shown: Mapping[str, str] = field(default_factory=dict)
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)
     claims: Sequence[tuple[str, str, str]] = ()
     controls: Mapping[tuple[str, str], str] = field(default_factory=dict)
     positive: tuple[str, str] | None = None
@@ -300,7 +302,8 @@ class Arms:
                 )
         begin = {f"small-{name}-{one}-vs-{other}-": (one, other) for one, other in self.pairs}
         told = {arm for text, pair in begin.items() if any(row["id"].startswith(text) for row in rows) for arm in pair}
-        return rows + [self.missing(name, arm, len(found.get(arm, ()))) for arm in self.arms if arm not in told]
+        rest = [arm for arm in self.only.get(name, self.arms) if arm not in told]
+        return rows + [self.missing(name, arm, len(found.get(arm, ()))) for arm in rest]
 
     def missing(self, name: str, arm: str, seeds: int) -> dict[str, str]:
         """The row of an arm that has not run, or with one seed only."""

@@ -48,6 +48,10 @@ def load(path: str | os.PathLike) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file; train it first (README, Run), or give another path")
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         # argparse.Namespace is a plain record that the DINO and MAE releases store beside their weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -95,10 +99,11 @@ def _select(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def read_weights(path: str | os.PathLike, family: str = "auto") -> dict[str, Tensor]:
     """Flat state dict of the network inside a checkpoint, wrapper prefixes stripped.
 
-    Families, by what their public files look like: `moco` (`state_dict` of `module.encoder_q.*`, also our own runs),
-    `byol` (OpenSelfSup's `online_net.0.*`, the backbone alone is taken), `dino` (`teacher` of `backbone.*` beside
+    Families, by what their public files look like: `moco` (`state_dict` of `module.encoder_q.*`, also our own runs;
+    version 3 `module.base_encoder.*`; OpenSelfSup `encoder_q.0.*`), `byol` (OpenSelfSup's `online_net.0.*`, the
+    backbone alone is taken), `dino` (`teacher` of `backbone.*` beside
     `student`), `mae` (`model`), `swav` (`module.*` with `prototypes`), `plain` (torchvision, timm: flat keys or below
-    `state_dict`). `auto` recognises them; another name demands it.
+    `state_dict`; OpenSelfSup's `backbone.*`, SimSiam's `encoder.*`). `auto` recognises them; another name demands it.
 
     Raises:
         UserError: not a checkpoint of weights, or of another family than the demanded one.
@@ -120,12 +125,19 @@ def read_weights(path: str | os.PathLike, family: str = "auto") -> dict[str, Ten
         state = _select(state, "module.")
     if any(key.startswith("encoder_q.") for key in state):
         found, state = "moco", _select(state, "encoder_q.")
+        if "0.conv1.weight" in state:  # OpenSelfSup: backbone and neck
+            state = _select(state, "0.")
+    elif any(key.startswith("base_encoder.") for key in state):
+        found, state = "moco", _select(state, "base_encoder.")
     elif found == "dino" and any(key.startswith("backbone.") for key in state):
         state = _select(state, "backbone.")
     elif any(key.startswith("online_net.0.") for key in state):
         found, state = "byol", _select(state, "online_net.0.")
     elif any(key.startswith("prototypes.") for key in state):
         found = "swav"
+    else:
+        inner = next((p for p in ("backbone.", "encoder.") if f"{p}conv1.weight" in state), "")
+        state = _select(state, inner) if inner else state
     if family not in ("auto", found):
         raise UserError(
             f"{path}: looks like a {found} checkpoint, expected {family}; its first key is {next(iter(state))}"

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from flat import arms
+from flat import arms, options
 from shared_utils import checkpoint, results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,3 +99,81 @@ def test_every_contrast_is_of_known_arms() -> None:
     assert named == set(arms.ARMS.arms)
     script = (ROOT / "flat/run_arms.sh").read_text()
     assert all(arm in script for arm in arms.ARMS.arms)
+
+
+def planned(name: str, arm: str, tmp_path: Path) -> list[str]:
+    """The words of flat.train that run_arms.sh calls for an arm of a set, seed 3, by a python that writes them down."""
+    stub = tmp_path / "python"
+    stub.write_text('#!/usr/bin/env bash\nif [ "$2" = flat.train ]; then printf "%s\\n" "$@" >"$CALLS"; fi\n')
+    stub.chmod(0o755)
+    calls = tmp_path / "calls"
+    environment = os.environ | {
+        "PYTHON": str(stub), "SKIP_ENV": "1", "CALLS": str(calls), "DATA_ROOT": "/data", "SET": name,
+        "ARMS": arm, "SEEDS": "3", "RUNS": str(tmp_path / "runs"),
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(ROOT / "flat/run_arms.sh"), "small"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return calls.read_text().split("\n")[2:-1]
+
+
+def test_an_unknown_set_is_one_line(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHON": "true", "SKIP_ENV": "1", "SET": "cifarfs50", "RUNS": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", str(ROOT / "flat/run_train.sh"), "small"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "unknown SET 'cifarfs50'; choose cifarfs5, cifarfs5fit" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "arm", "wanted"),
+    [
+        ("cifarfs5", "base", {"per_class": 120, "holdout": 30, "stop_epoch": 60, "amp": "bf16", "base_draw": 3,
+                              "width": 32, "base_classes": 5, "recipe": "closerlook", "aet": "none"}),
+        ("cifarfs", "flat", {"per_class": 120, "stop_epoch": 10, "amp": "bf16", "base_draw": 0, "base_classes": 0,
+                             "num_classes": 64, "aet": "aet", "val_freq": 5}),
+        ("cifarfs5fit", "base", {"per_class": 30, "holdout": 30, "stop_epoch": 240, "amp": "none", "base_draw": 3,
+                                 "base_classes": 5, "num_classes": 5, "width": 32, "aet": "none", "method": "cosine"}),
+        ("cifarfs5fit", "shuffled", {"aet_targets": "shuffled", "aet": "aet", "aet_lambda": 1.0, "base_draw": 3}),
+        ("cifarfs_full", "flat", {"per_class": 0, "holdout": 0, "width": 64, "stop_epoch": 15, "epoch_steps": 0,
+                                  "recipe": "cosine", "base_draw": 0, "method": "cosine", "aet": "aet", "seed": 3}),
+        ("cifarfs_full", "proto", {"method": "protonet", "n_shot": 5, "train_n_way": 20, "aet": "none", "lr": 1e-3,
+                                   "epoch_steps": 100, "stop_epoch": 100}),
+        ("cifarfs_full", "proto1_flat", {"method": "protonet", "n_shot": 1, "aet": "aet", "recipe": "snell"}),
+    ],
+)  # fmt: skip
+def test_an_arm_of_a_set_is_what_its_card_says(name: str, arm: str, wanted: dict, tmp_path: Path) -> None:
+    args = options.get_parser().parse_args(planned(name, arm, tmp_path))
+    options.resolve(args)
+    options.check_flags(args, 1)
+    assert {key: getattr(args, key) for key in wanted} == wanted
+    where = "/data/cifarfs_full" if name == "cifarfs_full" else "/data"
+    assert str(args.data_dir) == where and args.image_size == 32 and args.threads == 1 and args.mean_std == "cifar"
+
+
+def test_the_rate_of_snell_is_halved_every_two_thousand_episodes() -> None:
+    args = options.get_parser().parse_args("--method protonet --recipe snell --dataset cifarfs".split())
+    options.resolve(args)
+    assert [options.learning_rate(args, epoch) for epoch in (0, 19, 20, 40, 199)] == pytest.approx(
+        [1e-3, 1e-3, 5e-4, 2.5e-4, 1e-3 / 2**9]
+    )
+    assert (args.epoch_steps, args.stop_epoch) == (100, 200)
+
+
+def test_sets_hold_their_own_arms_and_prototypical_networks_their_own_distance(tree: Path) -> None:
+    rows = arms.ARMS.rows("cifarfs_full")
+    assert len(rows) == 8 and not any("shuffled" in row["id"] for row in rows)
+    assert all(set(only) <= set(arms.ARMS.arms) for only in arms.ARMS.only.values())
+    assert arms.ARMS.only.keys() == arms.ARMS.sets.keys()
+    for arm, score in (("proto", 50.0), ("proto_flat", 52.0)):
+        folder = tree / arm / "seed0-test"
+        folder.mkdir(parents=True)
+        keys = [f"{n}shot-{head}" for n in (1, 5) for head in ("proto", "proto_l2")]
+        result = {key: score - 10 * key.endswith("l2") for key in keys}
+        (folder / "result.json").write_text(json.dumps(result))
+        each = {key: torch.full((4,), value / 100, dtype=torch.float64) for key, value in result.items()}
+        checkpoint.save(folder / "episodes.pt", {"accuracies": each, "digests": {"1shot": "a", "5shot": "b"}})
+    proto, both = (arms.read(tree / arm / "seed0") for arm in ("proto", "proto_flat"))
+    assert proto == {"one_shot": 50.0, "five_shot": 50.0}  # no classifier, and no gain against another method
+    assert both is not None and both["one_shot_gain"] == pytest.approx(2) and both["five_shot"] == 52.0

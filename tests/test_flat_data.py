@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from flat import data
-from flat.backbone import MODELS, build, drop_block
+from flat.backbone import MODELS, ResNet12Block, build, drop_block, ramp_drop_block
 from flat.methods.baselinetrain import CosineHead, DistLinear, make_head
 from flat.methods.protonet import ProtoNet
 from shared_utils import UserError
@@ -130,6 +130,53 @@ def test_cifarfs_as_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         data.read_dataset("cifarfs", tmp_path)
 
 
+def test_lists_that_other_programs_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CRLF, a byte-order mark, blanks behind commas and at the line's end, quotes, empty lines, hidden files: the same
+    images; one image in two lines, classes or splits is no list of theirs."""
+    frozen(monkeypatch, "miniImagenet", MINI)
+    root = write_mini(tmp_path) / "miniImagenet"
+    wanted = data.read_dataset("miniImagenet", tmp_path)
+    for name in (".DS_Store", "._n0100000000.jpg", "Thumbs.db"):
+        (root / "images" / name).write_bytes(b"x")
+    plain = {name: (root / f"{name}.csv").read_text() for name in ("train", "val", "test")}
+    lines = plain["train"].splitlines()
+    for text in (
+        "\r\n".join(lines) + "\r\n",
+        "\ufeff" + plain["train"],
+        "\n".join(line.replace(",", ", ") + "  " for line in lines) + "\n\n",
+        "\n".join(",".join(f'"{cell}"' for cell in line.split(",")) for line in lines) + "\n,\n",
+        "\n".join(["index," + lines[0], *(f"{i},{line}" for i, line in enumerate(lines[1:]))]),  # as pandas does
+    ):
+        (root / "train.csv").write_bytes(text.encode())
+        assert data.read_dataset("miniImagenet", tmp_path) == wanted
+    first = lines[1].split(",")[0]
+    for name, more in (("train", lines[1]), ("train", f"{first},n02"), ("val", f"{first},n03")):
+        (root / "train.csv").write_text(plain["train"])
+        (root / f"{name}.csv").write_text(f"{plain[name].rstrip()}\n{more}\n")
+        with pytest.raises(UserError, match=rf"{name}.csv, line \d+: {first} is listed in train.csv, line 2 already"):
+            data.read_dataset("miniImagenet", tmp_path)
+        (root / f"{name}.csv").write_text(plain[name])
+
+
+def test_lists_of_classes_that_other_programs_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = {"base": ["maple tree", "b"], "val": ["c"], "novel": ["d"]}
+    frozen(monkeypatch, "cifarfs", classes)
+    root = tmp_path / "cifarfs"
+    for split, names in classes.items():
+        (root / "splits/bertinetto").mkdir(parents=True, exist_ok=True)
+        text = "\ufeff" + "\r\n".join(f"{name} " for name in names) + "\r\n\r\n"
+        (root / "splits/bertinetto" / f"{data.SPLITS[split]}.txt").write_bytes(text.encode())
+        for name in names:
+            image(root / "data" / name / "0.png")
+    image(root / "data" / "in no list" / "0.png")
+    assert {k: sorted(v) for k, v in data.read_dataset("cifarfs", tmp_path).items()} == {
+        k: sorted(v) for k, v in classes.items()
+    }
+    (root / "splits/bertinetto/val.txt").write_text("c\nc\n")
+    with pytest.raises(UserError, match="val.txt: class c is listed twice"):
+        data.read_dataset("cifarfs", tmp_path)
+
+
 def test_overlapping_splits_are_refused(tmp_path: Path) -> None:
     root = write_folders(tmp_path, {"base": ["a", "b"], "val": ["c"], "novel": ["b"]})
     with pytest.raises(UserError, match="class b is in train and in test; splits of classes must not overlap"):
@@ -160,6 +207,16 @@ def test_subsets_of_classes_and_images(tmp_path: Path) -> None:
     assert not {*held.paths()} & {*rest.paths()} and len(held) + len(rest) == 8
     with pytest.raises(UserError, match="class y has no image left of 3"):
         data.as_list(files, 3)
+
+
+def test_the_crop_of_rfs() -> None:
+    """RandomCrop by 8 pixels (CIFAR 4), torchvision's jitter in any order, flip."""
+    image = Image.fromarray(np.full((84, 84, 3), 200, np.uint8))
+    for size, padding in ((84, 8), (32, 4)):
+        steps = data.training_pipeline(size, True, "rfs").transforms
+        assert steps[1].padding == padding and steps[1].size == (size, size)
+        assert steps[2].brightness == steps[2].contrast == steps[2].saturation == (0.6, 1.4) and steps[2].hue is None
+        assert data.training_pipeline(size, True, "rfs")(image).shape == (3, size, size)
 
 
 def test_pipelines() -> None:
@@ -251,6 +308,42 @@ def test_drop_block_drops_squares_and_keeps_the_scale() -> None:
     filled = torch.nn.functional.max_pool2d(torch.nn.functional.pad(square.float(), (4,) * 4), 5, 1)
     interior = slice(4, 8)
     assert torch.equal(filled[..., interior, interior], gone[..., interior, interior])
+
+
+def test_drop_block_ramps_up_as_metaoptnet_s() -> None:
+    """Its keep rate max(1 - rate / 40000 n, 1 - rate) at forward pass n, counted from 1, and its gamma."""
+    net = build("ResNet12", 84, 4, drop=0.1)
+    blocks = [m for m in net.trunk if isinstance(m, ResNet12Block)]
+    assert [m.block_size for m in blocks] == [1, 1, 5, 5]
+    assert [m.block_size for m in build("ResNet12", 32, 4).trunk[:4]] == [1, 1, 2, 2]  # for CIFAR
+    assert [m.block_size for m in build("ResNet12", 32, 4, block_size=3).trunk[:4]] == [1, 1, 3, 3]
+    for n in (1, 20_000, 40_000, 90_000):
+        ramp_drop_block(net, n - 1, 40_000)
+        keep = max(1 - 0.1 / (20 * 2000) * n, 1 - 0.1)
+        assert [m.ramp * m.drop for m in blocks] == pytest.approx([1 - keep] * 4)
+    ramp_drop_block(net, 0, 0)
+    assert [m.ramp for m in blocks] == [1.0] * 4
+    # what is dropped follows; plain dropout of the first blocks does not ramp
+    torch.manual_seed(0)
+    x = torch.randn(64, 3, 40, 40)
+    shares = []
+    for step in (0, 19_999, 39_999):
+        ramp_drop_block(net, step, 40_000)
+        first, third = blocks[0].train(), blocks[2].train()
+        shares.append(
+            [float((m(y) == 0).float().mean()) for m, y in ((first, x), (third, torch.randn(64, 10, 20, 20)))]
+        )
+    assert [share[0] for share in shares] == pytest.approx([0.1] * 3, abs=0.01)
+    assert [share[1] for share in shares] == pytest.approx([0, 0.05, 0.1], abs=0.015) and shares[0][1] < 0.001
+
+
+def test_gamma_of_drop_block_is_metaoptnet_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """(1 - keep) / size^2 * side^2 / (side - size + 1)^2: a draw below it seeds a square, one above does not."""
+    for side, size, rate in ((10, 5, 0.1), (5, 5, 0.05), (4, 2, 0.1)):
+        gamma = rate / size**2 * side**2 / (side - size + 1) ** 2
+        for draw, dropped in ((gamma * 0.999, True), (gamma * 1.001, False)):
+            monkeypatch.setattr(torch, "rand", lambda *shape, device=None, draw=draw: torch.full(shape, draw))
+            assert bool((drop_block(torch.ones(1, 1, side, side), rate, size) == 0).all()) == dropped
 
 
 def test_heads() -> None:

@@ -243,6 +243,43 @@ def test_the_evaluation_prints_and_pairs(tmp_path: Path, capsys: pytest.CaptureF
         compare({"accuracies": {}, "digests": {}}, {"accuracies": {}, "digests": {}}, "x")
 
 
+@pytest.mark.parametrize("shots", [1, 5])
+def test_augmented_supports_are_those_of_rfs(shots: int) -> None:
+    """Every shot enters as its five augmented copies, the image itself does not; scikit-learn on each episode."""
+    y = labels([20] * 8)
+    x = features(y, 12, noise=2.0)
+    copies = x[:, None] + torch.randn(len(x), 5, 12, generator=torch.Generator().manual_seed(3))
+    many = EpisodeDrawer(y, 5, shots, 15, 0, NAMES)
+    each = accuracies(x, many, "lr", 12, CPU, augmented=copies)
+    found = many.draw(np.arange(12))
+    for e in range(12):
+        support = F.normalize(copies[found.support[e]].reshape(-1, 12), dim=1).numpy()
+        truth = np.repeat(np.arange(5), 5 * shots)
+        model = LogisticRegression(C=1.0, max_iter=2000, tol=1e-8).fit(support, truth)
+        query = F.normalize(x[found.query[e]].reshape(-1, 12), dim=1).numpy()
+        right = (model.predict(query) == np.repeat(np.arange(5), 15)).mean()
+        assert right == pytest.approx(float(each[e]), abs=1e-12)
+    assert not torch.equal(each, accuracies(x, many, "lr", 12, CPU))
+    assert torch.equal(accuracies(x, many, "lr", 12, CPU, budget=1, augmented=copies), each)
+
+
+def test_recipe_rfs_is_tested_with_five_copies_and_logistic_regression(tmp_path: Path) -> None:
+    y = labels([20] * 8)
+    x = features(y, noise=2.0)
+    copies = x[:, None] + torch.randn(len(x), 5, x.shape[1], generator=torch.Generator().manual_seed(3))
+    file = write_features(tmp_path / "features.pt", y, x)
+    checkpoint.save(file, checkpoint.load(file) | {"recipe": "rfs", "augmented": copies})
+    found = []
+    for words in ([], ["--aug_support", 2], ["--aug_support", 0]):
+        assert run_test("--features", file, "--episodes", 20, *words) == 0
+        found.append(json.loads((tmp_path / "result.json").read_text()))
+    assert [r.get("aug_support") for r in found] == [5, 2, None]
+    assert {k for k in found[0] if k.startswith("1shot") and not k.endswith("_ci")} == {"1shot-lr", "1shot-proto"}
+    assert len({r["1shot-lr"] for r in found}) == 3
+    with pytest.raises(UserError, match="--aug_support 6: .* holds 5 augmented copies"):
+        run_test("--features", file, "--aug_support", 6)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -175,6 +175,39 @@ def test_a_checkpoint_without_its_decoder_gives_the_same_features(images: Path, 
         save_features.main([*words, str(tmp_path / "features.pt")])
 
 
+def test_recipe_rfs_keeps_five_augmented_copies(images: Path, tmp_path: Path) -> None:
+    """Drawn by (copy, image) alone, by the training's own augmentation; other recipes keep none."""
+    train(images, tmp_path / "rfs", *"--recipe rfs --lr 0.001 --aet none --crop rfs".split())
+    train(images, tmp_path / "plain", "--aet", "none")
+    for name in ("rfs", "plain"):
+        for copy, workers in (("a", "0"), ("b", "2")):
+            out = tmp_path / f"{name}-{copy}.pt"
+            flags = ["--checkpoint", str(tmp_path / name / "checkpoint.pth"), "--out", str(out), "--workers", workers]
+            assert save_features.main([*flags, "--threads", "1"]) == 0
+    first, second, plain = (checkpoint.load(tmp_path / f"{name}.pt") for name in ("rfs-a", "rfs-b", "plain-a"))
+    assert "augmented" not in plain and plain["recipe"] == "closerlook"
+    assert first["recipe"] == "rfs" and first["augmented"].shape == (14, 5, first["features"].shape[1])
+    assert torch.equal(first["augmented"], second["augmented"])
+    spread = first["augmented"].std(1).mean(1)
+    assert (spread > 0).all() and not torch.equal(first["augmented"][:, 0], first["features"])
+    flags = ["--checkpoint", str(tmp_path / "plain/checkpoint.pth"), "--out", str(tmp_path / "asked.pt")]
+    assert save_features.main([*flags, "--workers", "0", "--threads", "1", "--aug_support", "2"]) == 0
+    assert checkpoint.load(tmp_path / "asked.pt")["augmented"].shape[1] == 2
+
+
+def test_a_ramp_is_resumed_to_the_bit(images: Path, tmp_path: Path, monkeypatch) -> None:
+    flags = "--model ResNet12 --drop_block 0.4 --drop_block_steps 6 --aet none --stop_epoch 2".split()
+    log = train(images, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        stop_at(2, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
+        with pytest.raises(SystemExit):
+            train(images, tmp_path / "parts", *flags)
+    train(images, tmp_path / "parts", *flags)
+    assert differing(tmp_path / "whole", tmp_path / "parts", 40) == []
+    at_once = train(images, tmp_path / "once", *flags, "--drop_block_steps", "0")
+    assert [row["loss"] for row in at_once] != [row["loss"] for row in log]
+
+
 def test_selection_on_the_validation_classes(images: Path, tmp_path: Path) -> None:
     flags = ["--select", "val", "--episodes", "20", "--test_n_way", "2", "--n_shot", "1", "--save_freq", "1"]
     bigger = tmp_path / "data"
@@ -334,7 +367,7 @@ def test_two_processes_equal_one(images: Path, tmp_path: Path) -> None:
         ("--shrink 1.3", r"--shrink 1.3 --enlarge 1.2: must be above 0 and in this order"),
         ("--aet_shift 4", r"--aet_shift 4: must be below a quarter of --image_size 16"),
         ("--aet_lambda -1", r"--aet_lambda -1: must not be negative"),
-        ("--stop_epoch 0", r"--stop_epoch 0: must be at least 1"),
+        ("--stop_epoch -2", r"--stop_epoch -2: must be at least -1"),
         ("--aet_pool gap --decoder block", r"--decoder block has a pooling of its own"),
         ("--method protonet --epoch_steps 3", r"5-way episodes need as many classes, the split has 4"),
         ("--method protonet --epoch_steps 3 --train_n_way 2", r"class train0 has 6 images, an episode takes 5 shots"),

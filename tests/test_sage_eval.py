@@ -55,7 +55,7 @@ def weights(tmp_path_factory) -> Path:
         for value in model.target_net.parameters():
             value.add_(1)
     path = tmp_path_factory.mktemp("pretrained") / "checkpoint.pth"
-    flags = {"arch": "resnet10", "width": 8, "stem": "cifar_pool", "img_size": 16}
+    flags = {"arch": "resnet10", "width": 8, "stem": "cifar_pool", "img_size": 16, "evaluator_norm": "half"}
     checkpoint.save(path, {"state_dict": model.state_dict(), "args": flags})
     return path
 
@@ -169,6 +169,33 @@ def test_bad_attribute_files(data, tmp_path):
         attribute_labels(tmp_path / "copy", copy)
 
 
+def test_attribute_files_that_other_programs_wrote(data, tmp_path):
+    """Windows' paths and line ends, a byte-order mark, blanks, quotes: the same labels; gaps and contradictions not."""
+    shutil.copytree(data, tmp_path / "copy")
+    root = tmp_path / "copy"
+    images, file = image_folder(root / "train"), root / "attributes.csv"
+    wanted, lines = attribute_labels(root, images), file.read_text().splitlines()
+    for text in (
+        "\ufeff" + "\r\n".join(line.replace("/", "\\") for line in lines) + "\r\n",
+        "\n".join([lines[0].replace(",", ", "), *(f"./{line} " for line in lines[1:]), "", ",,,,"]),
+        "\n".join([*lines, lines[1]]),  # a line twice says nothing new
+        "\n".join(",".join(f'"{cell}"' for cell in line.split(",")) for line in lines),
+    ):
+        file.write_bytes(text.encode())
+        found = attribute_labels(root, images)
+        assert all(torch.equal(found[k][0], y) and found[k][1] == values for k, (y, values) in wanted.items())
+    cells = lines[1].split(",")
+    for line, message in (
+        (",".join([*cells[:-1], ""]), "line 2: needs a value for each of path, class, hue"),
+        (",".join(cells[:-1]), "line 2: needs a value"),
+        (lines[1] + ",x", "line 2: needs a value"),
+        ("\n".join([lines[1], ",".join([*cells[:-1], "other"])]), "line 3: .* has other values than in a line above"),
+    ):
+        file.write_text("\n".join([lines[0], line, *lines[2:]]))
+        with pytest.raises(UserError, match=message):
+            attribute_labels(root, images)
+
+
 def test_linear_accuracy_is_that_of_the_minimum():
     torch.manual_seed(0)
     y = torch.arange(300) % 3
@@ -269,6 +296,40 @@ def test_wrong_labels_of_the_fine_grained_sets(data, tmp_path):
         READERS["aircraft"](tmp_path)
 
 
+def test_fine_grained_lists_that_other_programs_wrote(data, tmp_path):
+    write_mini("cub", data, tmp_path)
+    root = tmp_path / "CUB_200_2011"
+    wanted = [part.samples for part in READERS["cub"](tmp_path)]
+    (root / ".DS_Store").write_bytes(b"x")
+    (root / "images/.ipynb_checkpoints").mkdir()
+    for file in root.glob("*.txt"):
+        file.write_bytes(("\ufeff" + file.read_text().replace("\n", " \r\n") + "\r\n").encode())
+    assert [part.samples for part in READERS["cub"](tmp_path)] == wanted
+    moved = wanted[0][0][0].rename(wanted[0][0][0].with_name("a b.jpg"))  # a blank in a name
+    images = root / "images.txt"
+    images.write_text(images.read_text().replace(wanted[0][0][0].name, "a b.jpg", 1))
+    assert READERS["cub"](tmp_path)[0].samples[0][0] == moved
+    splits, labels = root / "train_test_split.txt", root / "image_class_labels.txt"
+    for file, old, new, message in (
+        (splits, "1 1", "1 2", r"train_test_split.txt: image 1 has 2, expected 1 \(training\) or 0"),
+        (labels, "2 1", "1 1", "image_class_labels.txt: number 1 is there twice"),
+        (images, "2 ", "3 ", "images.txt: number 3 is there twice"),
+        (images, images.read_text().splitlines()[1], "", "images.txt does not name image 2"),
+        (images, images.read_text().splitlines()[1][2:], images.read_text().splitlines()[0].split(None, 1)[1].strip(),
+         "listed twice, for training or for the test"),
+    ):  # fmt: skip
+        text = file.read_text()
+        file.write_text(text.replace(old, new, 1))
+        with pytest.raises(UserError, match=message):
+            READERS["cub"](tmp_path)
+        file.write_text(text)
+    write_mini("aircraft", data, tmp_path)
+    folder = tmp_path / "fgvc-aircraft-2013b/data"
+    (folder / "images_variant_test.txt").write_text((folder / "images_variant_trainval.txt").read_text())
+    with pytest.raises(UserError, match="listed twice, for training or for the test"):
+        READERS["aircraft"](tmp_path)
+
+
 def test_fine_tuning_and_linear_of_a_fine_grained_set(data, weights, tmp_path):
     write_mini("aircraft", data, tmp_path)
     args = main_finegrained.get_parser().parse_args(["--pretrained", "x"])
@@ -287,7 +348,12 @@ def test_fine_tuning_and_linear_of_a_fine_grained_set(data, weights, tmp_path):
     [
         (main_lincls, "--data_dir {tmp}/nowhere", "nowhere/train: no such folder"),
         (main_knn, "--pretrained {tmp}/none.pth", "none.pth: no such checkpoint"),
-        (main_lincls, "--pretrained {tmp}/foreign.pth", "foreign.pth, taken as resnet50, width 64.*missing"),
+        (main_lincls, "--pretrained {tmp}/foreign.pth", "foreign.pth: does not say which mean and standard deviation"),
+        (
+            main_lincls,
+            "--pretrained {tmp}/foreign.pth --normalise half",
+            "foreign.pth, taken as resnet50, width 64.*missing",
+        ),
         (main_semi, "--arch resnet18 --fraction 0.5", "taken as resnet18, width 8.*missing"),
         (main_lincls, "--total_epochs 0", "--total_epochs 0: must be at least 1"),
         (main_attributes, "--penalty -1", "--penalty -1: must not be negative"),
@@ -316,7 +382,7 @@ def test_command_line_error_is_one_line_and_exit_code_2(tmp_path):
 def test_export_for_detection_and_segmentation(tmp_path, capsys):
     model = SaGe(build("resnet50"), 16, 8)
     path = tmp_path / "w.pth"
-    flags = {"arch": "resnet50", "width": 64, "stem": "imagenet"}
+    flags = {"arch": "resnet50", "width": 64, "stem": "imagenet", "evaluator_norm": "half"}
     checkpoint.save(path, {"state_dict": model.state_dict(), "args": flags})
     source = model.online_net[0].state_dict()
     for kind in ("torchvision", "detectron2", "release"):

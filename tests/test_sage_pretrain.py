@@ -396,7 +396,7 @@ def test_two_processes_equal_one(data, tmp_path):
         ("--mode pixel --img_size 8", r"--img_size 8: resnet10 with stem cifar_pool halves the side 4 times, give 16"),
         ("--mode pixel --decoder_width 20", r"--decoder_width 20: must be a multiple of 16"),
         ("--mode byol --base_momentum 1.5", r"--base_momentum must lie in 0..1"),
-        ("--mode byol --total_epochs 0", r"--total_epochs 0: must be at least 1"),
+        ("--mode byol --total_epochs -1", r"--total_epochs -1: must not be negative"),
         ("--mode pixel --w_pix -1", r"--w_pix -1: must not be negative"),
         ("--mode byol --lr 0", r"--lr 0.0: must be above 0"),
         ("--mode byol --list_file {tmp}/none.txt", r"none.txt: no such file; expected a list"),
