@@ -27,6 +27,7 @@ from shared_utils import UserError, distributed
 from shared_utils.augment import moco_v1, moco_v2
 from shared_utils.data import EpochSampler, Keyed, mix_key
 from shared_utils.flags import Parser, add_run_flags, not_negative, positive
+from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 
 
@@ -80,10 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     model = MoCo(encoders[0], encoders[1], args.moco_dim, args.moco_k, args.moco_m)
     model.check_batch(args.batch_size)
     distributed.convert_norm(model, "split" if args.bn_splits > 1 else "local", args.bn_splits)
-    model = model.to(run.device).to(memory_format=torch.channels_last).train()
-    query: nn.Module = model.encoder_q
-    if run.world > 1:
-        query = nn.parallel.DistributedDataParallel(model.encoder_q, broadcast_buffers=False)
+    model = place(model, run.device).train()
+    query = distributed.wrap(model.encoder_q)
     optimizer = torch.optim.SGD(
         model.encoder_q.parameters(),
         args.init_lr,
@@ -112,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     for epoch, batch in run.batches(loader, sampler, args.end_epoch):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, epoch)
-        im_q, im_k = (x.to(run.device, memory_format=torch.channels_last, non_blocking=True) for x in batch)
+        im_q, im_k = (follow(x, model) for x in batch)
         with run.autocast():
             q = nn.functional.normalize(query(im_q).float(), dim=1)  # [N, dim]
             model.update_key_encoder()

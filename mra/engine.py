@@ -17,8 +17,9 @@ from mra.data import POLICIES
 from mra.mra import MRA, attention_scores, score_entropy
 from shared_utils import UserError, augment, distributed
 from shared_utils.data import EpochSampler, ImageList, mix_key, sample_rng
-from shared_utils.evaluation import same_buffers, stream, topk
+from shared_utils.evaluation import stream, topk
 from shared_utils.flags import natural, not_negative, positive
+from shared_utils.layout import follow
 from shared_utils.run import Run
 
 MIXES = ("none", "mixup", "cutmix", "cutout")
@@ -146,7 +147,7 @@ class Info:
 @torch.no_grad()
 def accuracy(run: Run, network: nn.Module, images: ImageList, per_class: bool = False) -> dict[str, Any]:
     """top1 and top5 in per cent on clean images; `per_class`: also hits and images of each class. Keeps train mode."""
-    same_buffers(network)
+    distributed.same_buffers(network)
     was = network.training
     network.eval()
     classes = len(images.classes)
@@ -173,13 +174,13 @@ def fit(
 ) -> None:  # fmt: skip
     """Train `network` from the run's position to its end; `evaluate` is called after the epochs of --eval_every."""
     args, classes = run.args, len(info.classes)
-    net: nn.Module = nn.parallel.DistributedDataParallel(network) if run.world > 1 else network
+    net = distributed.wrap(network)
     network.train()
     for epoch, (images, labels, _) in run.batches(loader, sampler, args.epochs):
         lr = learning_rate(args, epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        x = images.to(run.device, memory_format=torch.channels_last, non_blocking=True)  # [B, 3, H, W]
+        x = follow(images, network)  # [B, 3, H, W]
         y = labels.to(run.device, non_blocking=True)  # [B]
 
         # x_hat = MRA(x), without gradient; then mixing of (x_hat, y); then one step of the classifier alone
@@ -190,7 +191,7 @@ def fit(
         own = 0 if args.mix == "cutout" else run.rank  # Mixup and CutMix: a share and partners within each process
         x_mix, target = mixed(args, x_hat, y, classes, (args.seed, run.step, own, MIXING))
         with run.autocast():
-            logits = net(x_mix.contiguous(memory_format=torch.channels_last))  # [B, C]
+            logits = net(follow(x_mix, network))  # [B, C]
         loss = F.cross_entropy(logits.float(), target)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -237,8 +238,7 @@ def estimate(run: Run, network: nn.Module, operator: MRA | None, total: int, par
     args = run.args
     local = args.batch_size // run.world
     augmented = parts[1] * local
-    x = torch.zeros(parts[0] * local, 3, args.input_size, args.input_size, device=run.device)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = follow(torch.zeros(parts[0] * local, 3, args.input_size, args.input_size, device=run.device), network)
     network.eval()
     for _ in range(2):
         seconds = [time.perf_counter()]

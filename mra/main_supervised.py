@@ -16,6 +16,7 @@ from shared_utils import distributed
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.evaluation import write_result
 from shared_utils.flags import Parser, add_run_flags, not_negative, positive
+from shared_utils.layout import place
 from shared_utils.run import Run, cli
 
 # epochs, batch, lr, decay, milestones, weight decay: the community's recipes, the paper's own are not known
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     network = nets.build(args.arch, len(train.classes), args.width, args.stem)
     started = nets.load_pretrained(network, args.pretrained) if args.pretrained else "random weights"
     distributed.convert_norm(network, "sync" if args.sync_bn else "local")
-    network.to(run.device).to(memory_format=torch.channels_last)
+    place(network, run.device)
     optimizer = engine.optimizer_of(args, network)
     info = engine.Info(train.classes)
     run.track(state_dict=network, optimizer=optimizer, info=info)

@@ -343,7 +343,7 @@ def test_statistics_are_made_the_same_before_the_evaluation(data, weights, tmp_p
         trained.append(network.training)
         network.bn1.running_mean.fill_(torch.nan)
 
-    monkeypatch.setattr(main_semi, "same_buffers", sent)
+    monkeypatch.setattr(main_semi.distributed, "same_buffers", sent)
     monkeypatch.setattr(main_semi, "topk", lambda logits, y, ks=(1, 5): logits.isnan().any().double().expand(len(ks)))
     found = semi(data, weights, tmp_path, "--end_epoch", "1", "--fraction", "0.2")
     assert trained == [True] and found["semi"] == 100 * 3 / 48  # each of three batches counts once

@@ -370,7 +370,7 @@ def test_process_0_decides_whether_there_are_pseudo_labels(tmp_path, monkeypatch
     assert main_semi.label(run, network, images, [], file) == [(1, 2)]
 
     run.rank, run.world, sent = 1, 2, None
-    monkeypatch.setattr(main_semi, "same_buffers", lambda network: None)
+    monkeypatch.setattr(main_semi.distributed, "same_buffers", lambda network: None)
     monkeypatch.setattr(main_semi.distributed, "barrier", lambda: calls.append("barrier"))
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box, source: box.__setitem__(0, sent))
     assert main_semi.label(run, network, images, [], file) == [] and calls == ["barrier"]
