@@ -33,6 +33,10 @@ ARMS = Arms(
         "paper_loss": "BINGO, L_intra + L_inter as published",
         "random": "BINGO with random bags (control)",
         "label": "BINGO with label bags (upper bound)",
+        "alone_wide": "student alone (MoCo v2), BINGO's head, equal epochs",
+        "alone_wide_eq": "student alone (MoCo v2), BINGO's head, equal compute (6 x the epochs)",
+        "bingo_narrow": "BINGO, release's loss, MoCo v2's head, batch-norm shares of 32",
+        "bingo_wide": "BINGO, release's loss, batch-norm shares of 32",
     },
     metrics={
         "few_shot": "10-shot kNN top-1",
@@ -47,10 +51,13 @@ ARMS = Arms(
     },
     claim="few_shot",
     baseline="alone",
+    against={"bingo_wide": "alone_wide", "alone_wide_eq": "alone_wide"},  # of the same head
     pairs=[
         ("bingo", "alone"), ("bingo", "alone_eq"),
         ("bingo", "intra"), ("bingo", "anchors"), ("bingo", "random"), ("label", "bingo"), ("intra", "alone"),
         ("paper_loss", "bingo"),
+        ("bingo_narrow", "alone"), ("bingo_narrow", "alone_eq"), ("bingo_wide", "alone_wide"),
+        ("bingo_wide", "alone_wide_eq"),
     ],
     curve=("step", "loss", "acc1", "sim/positive", "sim/bag", "feat/std"),
     command="export DATA_ROOT=/path/to/data SET={set} && bash bingo/run_teacher.sh small && bash bingo/run_knn.sh small"

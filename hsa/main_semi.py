@@ -112,7 +112,7 @@ def finetune(run: Run, network: Any, images: ImageList, facts: dict[str, Any]) -
     """Train all of `network` on labelled images, new or from where the run was stopped."""
     args = run.args
     images.transform = linear_train(args.img_size)
-    sampler = EpochSampler(len(images), args.batch_size // run.world, args.seed, run.rank, run.world)
+    sampler = EpochSampler(len(images), args.batch_size // run.world, args.seed, run.rank, run.world, least=2)
     loader = run.loader(Keyed(images, args.seed), sampler)
     head = list(network.fc.parameters())
     body = [p for name, p in network.named_parameters() if not name.startswith("fc.")]
@@ -138,7 +138,7 @@ def finetune(run: Run, network: Any, images: ImageList, facts: dict[str, Any]) -
         target = batch[1].to(run.device, non_blocking=True)
         with run.autocast():
             logits = net(x).float()
-        loss = F.cross_entropy(logits, target)
+        loss = F.cross_entropy(logits, target) * sampler.weight(run.step_in_epoch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     net = distributed.wrap(probes)
     optimizer = torch.optim.SGD(probes.parameters(), args.init_lr, args.momentum, weight_decay=args.wd)
     scores = Scores(ids)
-    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world)
+    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world, least=0)
     run.track(state_dict=ReleaseKeys(probes), optimizer=optimizer, scores=scores)
     run.preflight(
         {
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
             f = embed(follow(batch[0], encoder))
             target = batch[1].to(run.device, non_blocking=True)
         logits = net(f)  # [B, classes] each
-        loss = torch.stack([F.cross_entropy(out, target) for out in logits]).sum()
+        loss = torch.stack([F.cross_entropy(out, target) for out in logits]).sum() * sampler.weight(run.step_in_epoch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -92,7 +92,7 @@ def one_cell(args: argparse.Namespace, job: str, train: ImageList, val: ImageLis
     distributed.convert_norm(network, "sync")
     place(network, run.device)
     train.transform = linear_train(args.img_size)
-    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world)
+    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world, least=2)
     loader = run.loader(Keyed(train, args.seed), sampler)
     groups = [
         {"params": list(network.backbone.parameters()), "scale": 1.0},
@@ -120,7 +120,7 @@ def one_cell(args: argparse.Namespace, job: str, train: ImageList, val: ImageLis
         target = batch[1].to(run.device, non_blocking=True)
         with run.autocast():
             logits = net(x).float()  # [B, classes]
-        loss = F.cross_entropy(logits, target)
+        loss = F.cross_entropy(logits, target) * sampler.weight(run.step_in_epoch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     net = distributed.wrap(probe)
     optimizer = torch.optim.SGD(probe.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     scores = Scores()
-    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world)
+    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world, least=0)
     run.track(state_dict=probe, optimizer=optimizer, scores=scores)
     run.preflight(
         {
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
             x = embed(follow(x, encoder))[0].float()
         target = batch[1].to(run.device, non_blocking=True)
         logits = net(x)  # [B, classes]
-        loss = F.cross_entropy(logits, target)
+        loss = F.cross_entropy(logits, target) * sampler.weight(run.step_in_epoch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -120,6 +120,7 @@ class Arms:
         curve: columns of log.jsonl that are kept.
         command: how a row is made again; {set}, {arms} and {seeds} are filled in.
         read: metrics of the run in a folder, from the results beside it; None while they are not complete.
+        against: {arm: the arm that its last column compares it with}, where that is not `baseline`.
         paired: compare arms seed by seed, over the seeds that both have.
     """
 
@@ -135,6 +136,7 @@ class Arms:
     command: str
     read: Callable[[Path], dict[str, float] | None]
     shown: Mapping[str, str] = field(default_factory=dict)
+    against: Mapping[str, str] = field(default_factory=dict)
     paired: bool = False
 
     def collect(self, root: Path) -> dict[str, dict[int, Path]]:
@@ -174,10 +176,10 @@ class Arms:
         lines = ["| arm | seeds | " + " | ".join([*titles.values(), last]) + " |", "|---" * (len(titles) + 3) + "|"]
         for arm in (arm for arm in self.arms if arm in found):
             numbers = [self.values(found[arm], metric) for metric in titles]
-            against = ""
-            if arm != self.baseline and self.baseline in found:
-                sides = self.compared(found[arm], found[self.baseline], self.claim)
-                against = verdict(*sides, self.paired)
+            other, against = self.against.get(arm, self.baseline), ""
+            if arm != other and other in found:
+                against = verdict(*self.compared(found[arm], found[other], self.claim), self.paired)
+                against += f" (against {self.arms[other]})" if other != self.baseline else ""
             cells = [*(cell(x) if x else "" for x in numbers), against]
             lines.append(f"| {self.arms[arm]} | {len(found[arm])} | " + " | ".join(cells) + " |")
         return "\n".join(lines)

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     classes = len(train.classes)
     labelled = subset(train, chosen)
     labelled.transform = augmentations(args.img_size, args.weak, "moco", not args.no_flip, args.min_scale)["weak"]
-    sampler = EpochSampler(len(labelled), args.batch_size // run.world, args.seed, run.rank, run.world)
+    sampler = EpochSampler(len(labelled), args.batch_size // run.world, args.seed, run.rank, run.world, least=2)
     loader = run.loader(Keyed(labelled, args.seed), sampler)
 
     encoder, report = load_encoder(args, None)
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
         y = batch[1].to(run.device, non_blocking=True)
         with run.autocast():
             logits = net(x).float()
-        loss = F.cross_entropy(logits, y)
+        loss = F.cross_entropy(logits, y) * sampler.weight(run.step_in_epoch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

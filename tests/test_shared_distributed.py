@@ -87,6 +87,30 @@ grads = d.gather(net[0].weight.grad[None])
 means = d.gather(net[1].running_mean[None])
 assert torch.equal(grads[0], grads[1]) and grads[0].abs().sum() > 0 and not torch.equal(means[0], means[1])
 
+# a kept last batch: 7 = 4 + (2, 1) and 5 = 4 + (1, 0) samples; gradients and loss are those of one process
+from shared_utils.data import EpochSampler
+x, y = torch.randn(7, 3, generator=torch.Generator().manual_seed(5)), torch.arange(7) % 2
+for size, last in ((7, (2, 1)), (5, (1, 1))):
+    mine, lone = nn.Linear(3, 2), nn.Linear(3, 2)
+    with torch.no_grad():
+        for p in (*mine.parameters(), *lone.parameters()):
+            p.fill_(0.5)
+    mine = d.wrap(mine)
+    sampler = EpochSampler(size, 2, 0, r, 2, least=0)
+    order = [i for _, i in sum(EpochSampler(size, 1, 0), [])]
+    assert len(sampler) == 2
+    for step, batch in enumerate(sampler):
+        assert len(batch) == (2 if step == 0 else last[r])
+        rows = [i for _, i in batch]
+        loss = nn.functional.cross_entropy(mine(x[rows]), y[rows]) * sampler.weight(step)
+        loss.backward()
+        rows = order[4 * step : 4 * step + 4]
+        whole = nn.functional.cross_entropy(lone(x[rows]), y[rows])
+        whole.backward()
+        torch.testing.assert_close(d.all_sum(loss) / 2, whole.detach())
+    for a, b in zip(mine.parameters(), lone.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
+
 # features of five images: three and two of them, in memory and in a file
 import sys
 from pathlib import Path
