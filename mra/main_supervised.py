@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     train.transform = data.train_transform(args.input_size, args.crop, args.policy, args.mean_std, args.min_scale)
     for images in tests.values():
         images.transform = data.test_transform(args.input_size, args.mean_std)
-    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world)
+    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world, least=2)
     loader = run.loader(Keyed(train, args.seed), sampler)
     counts = torch.bincount(train.labels, minlength=len(train.classes))
     tailed = bool(args.imbalance or args.train_list)
