@@ -60,7 +60,7 @@ def test_gradients_are_those_of_float64(width: int, given: torch.memory_format) 
     assert seen == [width >= 16] * len(seen) and len(seen) >= 6
     for (name, one), two in zip(network.named_parameters(), exact.parameters(), strict=True):
         scale = two.grad.abs().max()
-        torch.testing.assert_close(one.grad.double() / scale, two.grad / scale, rtol=0, atol=2e-4, msg=name)
+        torch.testing.assert_close(one.grad.double().div(scale), two.grad.div(scale), rtol=0, atol=2e-4, msg=name)
 
 
 def test_contiguous_images_give_a_channels_last_network_the_same_bits() -> None:
