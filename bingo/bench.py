@@ -17,6 +17,7 @@ from bingo import cutmix, losses
 from bingo.arch import build, mlp_head
 from bingo.builder import BINGO
 from shared_utils import distributed
+from shared_utils.layout import memory_format, place
 
 B, S, D, K = 32, 224, 128, 65536
 
@@ -25,10 +26,11 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
     """Cases for tests/bench.py; on a CPU the floor runs on 2 anchors and is scaled to 32."""
     torch.manual_seed(0)
     cuda = device.type == "cuda"
+    form = memory_format(build("resnet18"), device)
     few = B if cuda else 2
     rng = np.random.Generator(np.random.PCG64(0))
     query, key, add_posq, add_posk = (
-        torch.randn(B, 3, S, S, device=device).contiguous(memory_format=torch.channels_last) for _ in range(4)
+        torch.randn(B, 3, S, S, device=device).contiguous(memory_format=form) for _ in range(4)
     )
     raw = torch.randn(3, B, D, device=device)
     keys = torch.randn(2, B, D, device=device)
@@ -37,8 +39,8 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
         student, fixed = build("resnet18"), build(teacher)
         student.fc = mlp_head(student.num_features, D)
         fixed.fc = mlp_head(fixed.num_features, D, 8192 if teacher == "resnet50w2" else 2048, teacher == "resnet50w2")
-        both = BINGO(student, fixed, D, K, teacher_bn="train").to(device)
-        return both.to(memory_format=torch.channels_last).train()
+        both = BINGO(student, fixed, D, K, teacher_bn="train")
+        return place(both, device).train()
 
     def floor(both: BINGO) -> Callable[[], None]:
         def run() -> None:

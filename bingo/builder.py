@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared_utils import UserError, distributed
+from shared_utils import UserError, checkpoint, distributed
 
 
 class Queue(nn.Module):
@@ -100,4 +100,4 @@ class ReleaseKeys:
         return {f"module.{key}": value for key, value in self.model.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+        checkpoint.load_strict(self.model, {key.removeprefix("module."): value for key, value in state.items()})

@@ -32,6 +32,7 @@ from bingo.cutmix import draw_box, paste
 from bingo.data import Bags
 from shared_utils import compare, distributed, neighbours
 from shared_utils.flags import Parser, positive
+from shared_utils.layout import follow, place
 from shared_utils.run import cli
 
 URL = "https://github.com/haohang96/bingo"
@@ -288,9 +289,9 @@ def time_steps(code: SimpleNamespace, device: torch.device, repeats: int, batch:
     ours = BINGO(student, teacher, 128, 65536, teacher_bn="train")
     ours.load_state_dict(theirs.state_dict())
     theirs.to(device)
-    ours.to(device).to(memory_format=torch.channels_last).train()
+    place(ours, device).train()
     images = torch.randn(4, batch, 3, size, size, device=device)
-    views = [x.contiguous(memory_format=torch.channels_last) for x in images]
+    views = [follow(x, ours) for x in images]
     our_update = compare.updater(ours.encoder_q, fused=device.type == "cuda")  # as it trains
     their_update = compare.updater(theirs.encoder_q, fused=False)
     rng = np.random.default_rng(0)

@@ -19,6 +19,7 @@ from bingo.teachers import ALGS, fingerprint, load_teacher
 from shared_utils import UserError, distributed
 from shared_utils.augment import plain
 from shared_utils.flags import Parser, add_machine_flags, natural, positive
+from shared_utils.layout import place
 from shared_utils.neighbours import features, neighbours, purity
 from shared_utils.run import cli, set_threads
 
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError("--ckpt_name: the weights of the teacher are needed for these bags")
         teacher, _ = load_teacher(args.arch, args.ckpt_name, args.pretrain_alg, args.t_width, args.t_stem)
         made_by = {"sha256": fingerprint(teacher), "name": f"{args.arch} of {args.ckpt_name} ({args.pretrain_alg})"}
-        teacher = teacher.to(device).to(memory_format=torch.channels_last).eval()
+        teacher = place(teacher, device).eval()
         images.transform = plain(args.img_size)
         bank = features(
             lambda x: teacher(x, pre_out=True),

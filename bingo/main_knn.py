@@ -19,6 +19,7 @@ from shared_utils import distributed
 from shared_utils.augment import plain
 from shared_utils.evaluation import add_data_flags, add_network_flags, freeze, load_backbone, open_splits, write_result
 from shared_utils.flags import Parser, add_machine_flags, positive
+from shared_utils.layout import place
 from shared_utils.neighbours import features, few_shot, knn_accuracy, neighbours, purity
 from shared_utils.run import cli, set_threads
 
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     bags = load_bags(args.bags, train, args.clus_pos_num)[0] if args.bags else None
     encoder, report = load_backbone(build, args, "resnet18", stored_as=STORED)
     freeze(encoder)
-    encoder = encoder.to(device).to(memory_format=torch.channels_last)
+    encoder = place(encoder, device)
     if distributed.rank() == 0:
         print(f"bingo/knn: {report}; {len(train)} train / {len(val)} val images", flush=True)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bingo import cutmix, losses
 from bingo.arch import ARCHS, STEMS, Encoder, build, mlp_head
@@ -36,6 +36,7 @@ from shared_utils import UserError, distributed
 from shared_utils.augment import moco_v1, moco_v2, plain
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key, per_class
 from shared_utils.flags import Parser, add_run_flags, floats, natural, not_negative, positive
+from shared_utils.layout import follow, place
 from shared_utils.neighbours import features, neighbours, purity
 from shared_utils.run import Run, cli
 
@@ -143,8 +144,7 @@ def estimated_minutes(run: Run, model: BINGO, embed: Embed, views: int, teacher_
     args = run.args
     before = {k: v.clone() for k, v in model.state_dict().items()}
     count = args.bn_splits * max(2, 8 // args.bn_splits)
-    x = torch.randn(count, 3, args.img_size, args.img_size, device=run.device)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = follow(torch.randn(count, 3, args.img_size, args.img_size, device=run.device), model)
     for _ in range(2):  # the first one pays for warm-up
         start = time.perf_counter()
         with run.autocast():
@@ -191,10 +191,8 @@ def main(argv: list[str] | None = None) -> int:
     distributed.convert_norm(teacher, "split", args.bn_splits)
     model = BINGO(student, teacher, dim, args.moco_k, args.teacher_bn)
     model.check_batch(args.batch_size)
-    model = model.to(run.device).to(memory_format=torch.channels_last).train()
-    query: nn.Module = model.encoder_q
-    if run.world > 1:
-        query = nn.parallel.DistributedDataParallel(model.encoder_q, broadcast_buffers=False)
+    model = place(model, run.device).train()
+    query = distributed.wrap(model.encoder_q)
     optimizer = torch.optim.SGD(
         model.encoder_q.parameters(),
         args.init_lr,
@@ -235,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     for epoch, batch in run.batches(loader, sampler, args.end_epoch):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, epoch)
-        batch = [x.to(run.device, memory_format=torch.channels_last, non_blocking=True) for x in batch]
+        batch = [follow(x, model) for x in batch]
         im_q, im_k = batch[:2]
         # Shuffle-BN; a teacher in eval mode sees the same whatever the batch.
         deal = [

@@ -27,13 +27,13 @@ from shared_utils.evaluation import (
     labelled_indices,
     load_backbone,
     open_splits,
-    same_buffers,
     stream,
     subset,
     topk,
     write_result,
 )
 from shared_utils.flags import Parser, add_run_flags, not_negative, positive
+from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 
 STORED = ("s_{}", "{}")  # names of the network's flags in a student's checkpoint, else in a teacher's
@@ -102,13 +102,13 @@ def finetune(run: Run, network: Any, images: ImageList, facts: dict[str, Any]) -
     """Train all of `network` on labelled images, new or from where the run was stopped."""
     args = run.args
     images.transform = linear_train(args.img_size)
-    sampler = EpochSampler(len(images), args.batch_size // run.world, args.seed, run.rank, run.world)
+    sampler = EpochSampler(len(images), args.batch_size // run.world, args.seed, run.rank, run.world, least=2)
     loader = run.loader(Keyed(images, args.seed), sampler)
     head = list(network.fc.parameters())
     body = [p for name, p in network.named_parameters() if not name.startswith("fc.")]
     groups = [{"params": body, "scale": 1.0}, {"params": head, "scale": args.head_lr_mult}]
     optimizer = torch.optim.SGD(groups, args.init_lr, args.momentum, weight_decay=args.wd)
-    net: nn.Module = nn.parallel.DistributedDataParallel(network) if run.world > 1 else network
+    net = distributed.wrap(network)
     run.track(state_dict=network, optimizer=optimizer)
     steps = sampler.steps_per_epoch
     run.reads(images)
@@ -125,11 +125,11 @@ def finetune(run: Run, network: Any, images: ImageList, facts: dict[str, Any]) -
         lr = args.init_lr * (1 + math.cos(math.pi * run.step / (steps * args.end_epoch))) / 2
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        x = batch[0].to(run.device, memory_format=torch.channels_last, non_blocking=True)
+        x = follow(batch[0], network)
         target = batch[1].to(run.device, non_blocking=True)
         with run.autocast():
             logits = net(x).float()
-        loss = F.cross_entropy(logits, target)
+        loss = F.cross_entropy(logits, target) * sampler.weight(run.step_in_epoch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -145,7 +145,7 @@ def predict(run: Run, network: Any, images: ImageList) -> Iterator[tuple[Tensor,
     All processes predict with the network that the checkpoint holds, that of process 0.
     """
     images.transform = plain(run.args.img_size)
-    same_buffers(network)
+    distributed.same_buffers(network)
     network.eval()
 
     def logits(x: Tensor) -> list[Tensor]:
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     chosen = labelled_indices(train, args.labels, args.fraction, Path(args.data_dir) / "train", args.seed)
     resolve(args, len(chosen), len(train), run.world)
     encoder, report = load_backbone(build, args, "resnet18", stored_as=STORED)
-    network = classifier(encoder, len(train.classes)).to(run.device).to(memory_format=torch.channels_last)
+    network = place(classifier(encoder, len(train.classes)), run.device)
     labelled = subset(train, chosen)
     finetune(
         run,

@@ -26,7 +26,8 @@ from bingo.visualize import views_picture
 from shared_utils import UserError, distributed
 from shared_utils.augment import moco_v1, moco_v2
 from shared_utils.data import EpochSampler, Keyed, mix_key
-from shared_utils.flags import Parser, add_run_flags, not_negative, positive
+from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 
 
@@ -38,6 +39,7 @@ def get_parser() -> Parser:
     a("--width", type=positive, default=64, help="channels of the first stage")
     a("--stem", choices=STEMS, default="imagenet", help="7x7/2 and max-pool, 3x3, or 3x3 and max-pool")
     a("--moco_dim", type=positive, default=128, help="length of an embedding")
+    a("--hidden", type=natural, default=0, help="width of the head; 0: as MoCo v2, the length of the features")
     a("--moco_k", type=positive, default=65536, help="K, negatives in the queue; a multiple of --batch_size")
     a("--moco_m", type=float, default=0.999, help="m, momentum of the key encoder")
     a("--moco_t", type=float, default=0.2, help="tau, temperature")
@@ -75,15 +77,13 @@ def main(argv: list[str] | None = None) -> int:
     encoders = []
     for _ in range(2):
         encoder = build(args.arch, args.width, args.stem)
-        encoder.fc = mlp_head(encoder.num_features, args.moco_dim, encoder.num_features)
+        encoder.fc = mlp_head(encoder.num_features, args.moco_dim, args.hidden or encoder.num_features)
         encoders.append(encoder)
     model = MoCo(encoders[0], encoders[1], args.moco_dim, args.moco_k, args.moco_m)
     model.check_batch(args.batch_size)
     distributed.convert_norm(model, "split" if args.bn_splits > 1 else "local", args.bn_splits)
-    model = model.to(run.device).to(memory_format=torch.channels_last).train()
-    query: nn.Module = model.encoder_q
-    if run.world > 1:
-        query = nn.parallel.DistributedDataParallel(model.encoder_q, broadcast_buffers=False)
+    model = place(model, run.device).train()
+    query = distributed.wrap(model.encoder_q)
     optimizer = torch.optim.SGD(
         model.encoder_q.parameters(),
         args.init_lr,
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     for epoch, batch in run.batches(loader, sampler, args.end_epoch):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, epoch)
-        im_q, im_k = (x.to(run.device, memory_format=torch.channels_last, non_blocking=True) for x in batch)
+        im_q, im_k = (follow(x, model) for x in batch)
         with run.autocast():
             q = nn.functional.normalize(query(im_q).float(), dim=1)  # [N, dim]
             model.update_key_encoder()

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # The arms of the small tier's table: bash bingo/run_arms.sh [mini|small|paper] [flags of the training script]
+# Arms that differ in the method alone, with equal heads and batch norms of as many images: alone and bingo_narrow
+# (MoCo v2's head), alone_wide and bingo_wide (BINGO's). The others have BINGO's head and one batch norm of the batch.
 # ARMS, SEEDS, SET (cifar10, tiny_imagenet50), JOBS (arms at once), DATA_ROOT, RUNS. What is finished is not run again.
 # paper: DATA_ROOT is the folder of train/ and val/, TEACHER the file of the teacher, GPUS the processes of an arm.
 set -euo pipefail
@@ -22,8 +24,9 @@ case "$tier" in
   mini)
     # Every arm on the generated images; where compute is to be equal the student alone trains 4.4 times as long.
     data=(--synthetic --cache --img_size 32)
-    student=(--arch resnet10 --width 16)
-    equal=36
+    student=(--arch resnet10 --width 16 --init_lr 0.06)
+    equal=36 equal_wide=32
+    narrow=128 shares=(--bn_splits 2)
     knn=(--synthetic --cache --img_size 32)
     out=$runs/arms/mini
     corr=$runs/imgs_corr/mini
@@ -31,12 +34,15 @@ case "$tier" in
   small)
     # The table of README.md: 4,000 images, 10 epochs for every arm. Equal compute counts the floating-point operations
     # of a step: BINGO 3 x (forward + backward) of the student + 2 forward of the teacher = 228 M an anchor, MoCo v2 of
-    # the student alone 34.4 M: 6.6 times the epochs. The teacher's own training and the bags are not counted.
+    # the student alone 34.4 M: 6.6 times the epochs; with BINGO's head 38.3 M, 6 times. The teacher's own training and
+    # the bags are not counted. MoCo v2 needs two batch-norm shares of 32 (run_teacher.sh), so what is held against it
+    # has them too.
     per_class=400
     if [ "$set_name" = tiny_imagenet50 ]; then per_class=80; fi
     data=(--data_dir "${DATA_ROOT:-data}/$set_name" --per_class "$per_class" --cache --img_size 32)
     student=(--arch resnet10 --width 16 --per_class "$per_class" --init_lr 0.06 --end_epoch 10)
-    equal=66
+    equal=66 equal_wide=60
+    narrow=128 shares=(--bn_splits 2)
     knn=("${data[@]}")
     out=$runs/arms/small/$set_name
     corr=$runs/imgs_corr/$set_name
@@ -47,7 +53,8 @@ case "$tier" in
     # evaluation is run_lincls.sh's. GPUS processes each; never run here, so no time is given.
     data=(--data_dir "${DATA_ROOT:-data}")
     student=(--arch resnet18 --end_epoch 200)
-    equal=678
+    equal=678 equal_wide=678 # the head is a thousandth of the student
+    narrow=512 shares=()     # a process's batch is its share
     knn=("${data[@]}")
     out=$runs/arms/paper
     corr=imgs_corr/imgs_corr_moco_epoch800
@@ -68,29 +75,32 @@ for bags in random label; do
   fi
 done
 
+every="alone alone_eq bingo_narrow alone_wide alone_wide_eq bingo_wide bingo intra anchors random label"
 run_one() { # arm seed [flags]
   local arm=$1 seed=$2 flags=() folder=$out/$1/seed$2
   shift 2
   case "$arm" in
     alone | alone_eq | untrained) ;;
+    alone_wide | alone_wide_eq) flags=(--hidden 2048) ;;
     intra) flags=(--loss intra) ;;
     anchors) flags=(--lam 1,0 --mix none) ;;
     bingo) ;;
+    bingo_narrow) flags=(--hidden "$narrow" "${shares[@]}") ;;
+    bingo_wide) flags=("${shares[@]}") ;;
     paper_loss) flags=(--loss paper) ;;
     random) flags=(--corr_npy "$corr-random.npy") ;;
     label) flags=(--corr_npy "$corr-label.npy") ;;
     *)
-      echo "error: unknown arm '$arm'; choose alone alone_eq intra anchors bingo paper_loss random label untrained" >&2
+      echo "error: unknown arm '$arm'; choose $every paper_loss" >&2
       return 2
       ;;
   esac
   case "$arm" in
-    alone) bash bingo/run_teacher.sh "$tier" "${student[@]}" --seed "$seed" --output-dir "$folder" "$@" ;;
-    untrained)
-      bash bingo/run_teacher.sh "$tier" "${student[@]}" --end_epoch 0 --seed "$seed" --output-dir "$folder" "$@"
-      ;;
-    alone_eq)
-      bash bingo/run_teacher.sh "$tier" "${student[@]}" --end_epoch "$equal" --seed "$seed" --output-dir "$folder" "$@"
+    alone* | untrained)
+      if [ "$arm" = alone_eq ]; then flags+=(--end_epoch "$equal"); fi
+      if [ "$arm" = alone_wide_eq ]; then flags+=(--end_epoch "$equal_wide"); fi
+      if [ "$arm" = untrained ]; then flags+=(--end_epoch 0); fi
+      bash bingo/run_teacher.sh "$tier" "${student[@]}" "${flags[@]}" --seed "$seed" --output-dir "$folder" "$@"
       ;;
     *) bash bingo/run_pretrain.sh "$tier" "${teacher[@]}" "${flags[@]}" --seed "$seed" --output-dir "$folder" "$@" ;;
   esac
@@ -107,7 +117,7 @@ run_one() { # arm seed [flags]
 
 rm -f "$out/failed" # a job may fail between two looks at the jobs: it leaves its name there
 for seed in ${SEEDS:-0}; do
-  for arm in ${ARMS:-alone alone_eq intra anchors bingo random label}; do
+  for arm in ${ARMS:-$every}; do
     while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n || true; done
     if [ -f "$out/$arm/seed$seed-linear/result.json" ]; then continue; fi
     echo "arm $arm, seed $seed -> $out/$arm-seed$seed.log"

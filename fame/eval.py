@@ -21,7 +21,7 @@ from fame.network import add_network_flags, load, outputs, resolve, trunk
 from fame.train import check_optimizer, keyed, learning_rate
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, Keyed
-from shared_utils.evaluation import freeze, same_buffers, topk, unchanged, write_result
+from shared_utils.evaluation import freeze, topk, unchanged, write_result
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
 from shared_utils.run import Run, cli
 
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
             return model(x)
 
     def test() -> list[float]:
-        same_buffers(model)
+        distributed.same_buffers(model)
         model.eval()
         return accuracy(outputs(lambda x: predict(embed(x)), val, args, run.device), len(val), run.device)
 
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world)
     clips = OneClip(train, args.crop_size, args.min_scale, args.hflip)
     loader = run.loader(Keyed(clips, args.seed), sampler)
-    net: nn.Module = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
+    net = distributed.wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.wd)
     colours, scores = augment.Colours(args.crop_size, None, args.jitter), Scores()
     run.track(state_dict=ReleaseKeys(model), optimizer=optimizer, scores=scores)

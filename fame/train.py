@@ -10,7 +10,7 @@ from shlex import quote
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.utils import make_grid
 
 from fame import augment
@@ -22,6 +22,7 @@ from shared_utils import UserError, distributed
 from shared_utils.data import EpochSampler, Keyed, mix_key, sample_rng
 from shared_utils.evaluation import write_result
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils.layout import place
 from shared_utils.run import Run, cli
 
 QUEUE = {"k400": 65536}  # K where --moco_k is not given; 2,048 for the others, as the release does for UCF101
@@ -158,10 +159,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     model.check_batch(args.batch_size)
     distributed.convert_norm(model, "split" if splits > 1 else "local", splits)
-    model.to(run.device).train()
-    if run.device.type == "cuda":
-        model.to(memory_format=torch.channels_last_3d)
-    query: nn.Module = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
+    place(model, run.device, dims=3).train()
+    query = distributed.wrap(model)
     optimizer = torch.optim.SGD(
         model.encoder_q.parameters(), args.lr, args.momentum, weight_decay=args.wd, fused=run.device.type == "cuda"
     )

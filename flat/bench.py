@@ -15,6 +15,7 @@ from PIL import Image
 
 from flat import aet, data
 from flat.backbone import build
+from shared_utils.layout import follow, place
 
 B = 16
 
@@ -26,12 +27,12 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
     for model, s in (("Conv4", 84), ("ResNet18", 224), ("ResNet12", 84)):
         few = B if device.type == "cuda" or model == "Conv4" else 2
         fam = aet.Family("projective", s, aet.side_shift(s), 0.8, 1.2)
-        encoder = build(model, s).to(device).to(memory_format=torch.channels_last).train()
+        encoder = place(build(model, s), device).train()
         decoder = aet.Decoder("linear", encoder.num_features, 8).to(device)
         pixels = torch.randint(256, (B, 3, s, s), device=device).to(torch.uint8)
         note = f"{B} images of {s} pixels" + ("" if few == B else f"; floor: {few} x {B // few}")
         common = {"floor": floor(encoder, pixels[:few]), "floor_scale": B / few, "items": B, "note": note}
-        step = method(fam, decoder, pixels, encoder.num_features)
+        step = method(fam, decoder, pixels, encoder)
         out.append({"name": f"{model}, regulariser", "method": step, **common})
         if model == "Conv4":
             warp = {"method": sample_and_warp(fam, pixels), "release": pillow_loop(fam, pixels)}
@@ -40,7 +41,7 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
 
 
 def floor(encoder: torch.nn.Module, pixels: torch.Tensor) -> Callable[[], None]:
-    x = data.normalise(pixels, "imagenet").repeat(2, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+    x = follow(data.normalise(pixels, "imagenet").repeat(2, 1, 1, 1), encoder)
 
     def run() -> None:
         encoder.zero_grad(set_to_none=True)
@@ -58,14 +59,14 @@ def sample_and_warp(fam: aet.Family, pixels: torch.Tensor) -> Callable[[], None]
     return run
 
 
-def method(fam: aet.Family, decoder: aet.Decoder, pixels: torch.Tensor, c: int) -> Callable[[], None]:
+def method(fam: aet.Family, decoder: aet.Decoder, pixels: torch.Tensor, encoder: Any) -> Callable[[], None]:
     mean, std = aet.normalisation(fam)
-    raw = torch.randn(2, len(pixels), c, device=pixels.device)
+    raw = torch.randn(2, len(pixels), encoder.num_features, device=pixels.device)
 
     def run() -> None:
         draw = aet.sample(len(pixels), fam, torch.Generator().manual_seed(0))
         copies = data.normalise(aet.warp(pixels, draw.theta), "imagenet")
-        copies.contiguous(memory_format=torch.channels_last)
+        follow(copies, encoder)
         target = ((draw.target - mean) / std).float().to(pixels.device)
         f, f_t = raw.clone().requires_grad_()
         decoder.zero_grad(set_to_none=True)

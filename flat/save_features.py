@@ -24,6 +24,7 @@ from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import ImageList, sample_rng
 from shared_utils.evaluation import collect
 from shared_utils.flags import Parser, add_machine_flags, at_least, natural
+from shared_utils.layout import follow, place
 from shared_utils.run import cli, set_threads
 
 SUPPORT = 11  # seed of augmented support images
@@ -39,7 +40,7 @@ def extract(encoder: Encoder, images: ImageList, args: argparse.Namespace, devic
 
     def embed(x: Tensor) -> list[Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-            return [encoder(data.normalise(x, args.mean_std).contiguous(memory_format=torch.channels_last))]
+            return [encoder(follow(data.normalise(x, args.mean_std), encoder))]
 
     (feats,), _ = collect(embed, images, device, 256, args.workers, everything=True)
     return feats
@@ -96,7 +97,7 @@ def decoder_scores(
         theta = draw.theta[done : done + len(x)]
         done += len(x)
         pair = [data.normalise(z, args.mean_std) for z in (x, aet.warp(x, theta, args.aet_pad))]
-        _, _, read, read_t = model.encode(*(z.contiguous(memory_format=torch.channels_last) for z in pair))
+        _, _, read, read_t = model.encode(*(follow(z, model) for z in pair))
         assert read_t is not None
         return [model.decode(read, read_t)[0]]
 
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     encoder, model, args, digest = load(given.checkpoint, given)
     found = data.read_dataset(args.dataset, args.data_dir)
     images = data.as_list(found[given.split])
-    (model or encoder).to(device).to(memory_format=torch.channels_last)
+    place(model or encoder, device)
     feats = extract(encoder, images, args, device)
     copies = given.aug_support if given.aug_support >= 0 else 5 * (args.recipe == "rfs")
     augmented = extract_augmented(encoder, images, args, device, copies) if copies else None

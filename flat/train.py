@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.utils import make_grid
 
@@ -32,6 +32,7 @@ from flat.save_features import base_scores, extract
 from flat.test import accuracies
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
+from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli, plain
 
 TRANSFORMS = 1  # names the stream of transformations among those of a seed
@@ -96,8 +97,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # Model
     sync = "sync" if run.world > 1 else "local"
-    model = build_model(args, sync).to(run.device).to(memory_format=torch.channels_last).train()
-    wrapped: nn.Module = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
+    model = place(build_model(args, sync), run.device).train()
+    wrapped = distributed.wrap(model)
     optimizer = build_optimizer(args, model, run.device)
     scores = Scores()
     run.track(state=model, optimizer=optimizer, scores=scores)
@@ -128,12 +129,12 @@ def main(argv: list[str] | None = None) -> int:
             group["lr"] = lr * group["scale"]
         ramp_drop_block(model, run.step, args.drop_block_steps)
         pixels, y = pixels.to(run.device, non_blocking=True), y.to(run.device)  # [B, 3, s, s] bytes, [B]
-        x = data.normalise(pixels, args.mean_std).contiguous(memory_format=torch.channels_last)
+        x = follow(data.normalise(pixels, args.mean_std), model)
         x_t = target = None
         if paired:  # the copy is made of the crop that the network sees, in pixel units, and normalised afterwards
             theta, raw_target = transformations(run, fam, local, args.aet_targets == "shuffled")
             copies = aet.warp(pixels, theta, args.aet_pad)
-            x_t = data.normalise(copies, args.mean_std).contiguous(memory_format=torch.channels_last)
+            x_t = follow(data.normalise(copies, args.mean_std), model)
             target = ((raw_target - mean) / std).float().to(run.device)  # [B, dim]
 
         # One step: L = L_cls + lambda L_AT; L_AT reaches the encoder through both images, and sees no label.
@@ -249,7 +250,7 @@ def estimate(run: Run, model: PairModel, local: int, steps: int) -> str:
     for _ in range(2):
         started = time.perf_counter()
         with run.autocast():
-            model.feature(x.contiguous(memory_format=torch.channels_last)).sum().item()
+            model.feature(follow(x, model)).sum().item()
         seconds = time.perf_counter() - started
     model.train()
     passes = 3 * (2 if has_decoder(args) or args.cls_on_transformed else 1)

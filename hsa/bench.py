@@ -18,6 +18,7 @@ from hsa.arch import build
 from hsa.builder import CsMl
 from hsa.cutmix import draw_box, paste
 from shared_utils import distributed
+from shared_utils.layout import memory_format, place
 
 B, S, D, K = 32, 224, 128, 65536
 
@@ -26,10 +27,11 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
     """Cases for tests/bench.py; on a CPU the floor runs on 2 anchors and is scaled to 32."""
     torch.manual_seed(0)
     cuda = device.type == "cuda"
+    form = memory_format(build("resnet50"), device)
     few = B if cuda else 2
     rng = np.random.Generator(np.random.PCG64(0))
     query, key, add_posq, add_posk = (
-        torch.randn(B, 3, S, S, device=device).contiguous(memory_format=torch.channels_last) for _ in range(4)
+        torch.randn(B, 3, S, S, device=device).contiguous(memory_format=form) for _ in range(4)
     )
     raw = torch.randn(2, 3, B, D, device=device)  # levels, groups
     keys = torch.randn(2, 2, B, D, device=device)  # k_q and k_p, levels
@@ -68,7 +70,7 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
     note = f"{B} anchors of {S}, queue {K} x {D}" + ("" if cuda else f"; floor: {few} x {B // few}")
     out = []
     for name, head in (("release, one level", None), ("with level 3, mlp head", "mlp")):
-        model = CsMl(build("resnet50"), D, K, inter_head=head).to(device).to(memory_format=torch.channels_last).train()
+        model = place(CsMl(build("resnet50"), D, K, inter_head=head), device).train()
         case = {"name": name, "floor": floor(model), "method": method(model), "floor_scale": B / few, "note": note}
         out.append(case | {"items": B})
     return out

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 
@@ -24,6 +24,7 @@ from hsa.data import Neighbours, Views, small_crop, training_images
 from shared_utils import UserError, augment, distributed, mini
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
 from shared_utils.flags import Parser, add_run_flags, boolean, floats, ints, natural, not_negative, positive
+from shared_utils.layout import follow, place
 from shared_utils.neighbours import features
 from shared_utils.run import Run, cli
 
@@ -207,8 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     model = CsMl(encoder, args.moco_dim, args.moco_k, args.moco_m, args.inter_head if args.inter_weight else None)
     model.check_batch(args.batch_size)
     distributed.convert_norm(model, "split" if args.bn_splits > 1 else "local", args.bn_splits)
-    model.to(run.device).to(memory_format=torch.channels_last).train()
-    query: nn.Module = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
+    place(model, run.device).train()
+    query = distributed.wrap(model)
     level_weights = [1.0, args.inter_weight][: len(model.queues)]
     optimizer = torch.optim.SGD(
         model.encoder_q.parameters(), args.init_lr, args.momentum, weight_decay=args.wd,
@@ -225,11 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         lr = learning_rate(args, epoch)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
-        x = {
-            name: view.to(run.device, memory_format=torch.channels_last, non_blocking=True)
-            for name, view in batch.items()
-            if name != "small"
-        }  # [B, 3, H, W] each
+        x = {name: follow(view, model) for name, view in batch.items() if name != "small"}  # [B, 3, H, W] each
         seen = [x["query"]]
         weights = torch.ones(1, 1, 1)
         if cross:  # the groups query, neighbour, CutMix, small crops; weights [G, B, 2] on k_q and k_p
@@ -342,7 +339,7 @@ def estimate(run: Run, model: CsMl, images: int, steps: int) -> str:
     for _ in range(2):
         started = time.perf_counter()
         with run.autocast():
-            encoder(x.contiguous(memory_format=torch.channels_last)).sum().item()
+            encoder(follow(x, encoder)).sum().item()
         seconds = time.perf_counter() - started
     encoder.train()
     small = 3 * args.crops * (args.crop_size / args.img_size) ** 2

@@ -34,7 +34,6 @@ from shared_utils.evaluation import (
     labelled_indices,
     load_backbone,
     open_splits,
-    same_buffers,
     share,
     stream,
     subset,
@@ -42,6 +41,7 @@ from shared_utils.evaluation import (
     write_result,
 )
 from shared_utils.flags import Parser, add_run_flags, not_negative, positive
+from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 
 # [inferred] by share of labels: epochs, learning rate of the backbone, factor of the classifier's.
@@ -112,13 +112,13 @@ def finetune(run: Run, network: Any, images: ImageList, facts: dict[str, Any]) -
     """Train all of `network` on labelled images, new or from where the run was stopped."""
     args = run.args
     images.transform = linear_train(args.img_size)
-    sampler = EpochSampler(len(images), args.batch_size // run.world, args.seed, run.rank, run.world)
+    sampler = EpochSampler(len(images), args.batch_size // run.world, args.seed, run.rank, run.world, least=2)
     loader = run.loader(Keyed(images, args.seed), sampler)
     head = list(network.fc.parameters())
     body = [p for name, p in network.named_parameters() if not name.startswith("fc.")]
     groups = [{"params": body, "scale": 1.0}, {"params": head, "scale": args.head_lr_mult}]
     optimizer = torch.optim.SGD(groups, args.init_lr, args.momentum, weight_decay=args.wd)
-    net: nn.Module = nn.parallel.DistributedDataParallel(network) if run.world > 1 else network
+    net = distributed.wrap(network)
     run.track(state_dict=network, optimizer=optimizer)
     steps = sampler.steps_per_epoch
     run.reads(images)
@@ -135,11 +135,11 @@ def finetune(run: Run, network: Any, images: ImageList, facts: dict[str, Any]) -
         lr = args.init_lr * (1 + math.cos(math.pi * run.step / (steps * args.end_epoch))) / 2
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        x = batch[0].to(run.device, memory_format=torch.channels_last, non_blocking=True)
+        x = follow(batch[0], network)
         target = batch[1].to(run.device, non_blocking=True)
         with run.autocast():
             logits = net(x).float()
-        loss = F.cross_entropy(logits, target)
+        loss = F.cross_entropy(logits, target) * sampler.weight(run.step_in_epoch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -155,7 +155,7 @@ def predict(run: Run, network: Any, images: ImageList) -> Iterator[tuple[Tensor,
     All processes predict with the network that the checkpoint holds, that of process 0.
     """
     images.transform = plain(run.args.img_size)
-    same_buffers(network)
+    distributed.same_buffers(network)
     network.eval()
 
     def logits(x: Tensor) -> list[Tensor]:
@@ -206,7 +206,7 @@ def label(run: Run, network: Any, train: ImageList, rest: list[int], file: Path)
     with the very labels it began with, also on GPUs, which may round otherwise the next time. Process 0 alone reads
     and decides: another one may look only when the new file is there.
     """
-    same_buffers(network)
+    distributed.same_buffers(network)
     digest = hashlib.sha256(repr((run.args.threshold, rest)).encode())
     for key, value in sorted(network.state_dict().items()):
         digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
@@ -248,7 +248,7 @@ def new_network(args: argparse.Namespace, classes: int, device: torch.device) ->
     """The pretrained backbone with a new classifier, the same at every call."""
     torch.manual_seed(args.seed)
     encoder, report = load_backbone(build, args, "resnet50", DROP, ("{}",))
-    return classifier(encoder, classes).to(device).to(memory_format=torch.channels_last), report
+    return place(classifier(encoder, classes), device), report
 
 
 def main(argv: list[str] | None = None) -> int:

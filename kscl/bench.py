@@ -17,6 +17,7 @@ from kscl.builder import KSCL
 from kscl.losses import kscl_loss
 from kscl.subspace import RankRule
 from shared_utils import distributed
+from shared_utils.layout import memory_format, place
 
 N, S, D, M = 256, 224, 128, 65536
 
@@ -25,8 +26,9 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
     """Cases for tests/bench.py; on a CPU the floor runs on 2 images and is scaled to 256."""
     torch.manual_seed(0)
     cuda = device.type == "cuda"
+    form = memory_format(build("resnet50"), device)
     few = N if cuda else 2
-    images = torch.randn(N, 3, S, S, device=device).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(N, 3, S, S, device=device).contiguous(memory_format=form)
 
     def floor(model: KSCL, shots: int, with_gradient: bool) -> Callable[[], None]:
         def run() -> None:
@@ -72,7 +74,7 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
         ("K = 5, gradient through the subspace", 5, "proj_len", True),
         ("K = 1, cosine (MoCo v2)", 1, "signed", False),
     ):
-        model = KSCL(build("resnet50"), RankRule(shots), D, M).to(device).to(memory_format=torch.channels_last).train()
+        model = place(KSCL(build("resnet50"), RankRule(shots), D, M), device).train()
         out.append(
             {
                 "name": name,

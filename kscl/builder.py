@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kscl.arch import Encoder, mlp_head
 from kscl.subspace import RankRule, Subspaces, configure
 from shared_utils import UserError, checkpoint, distributed
+from shared_utils.layout import follow
 
 Deals = Sequence[torch.Generator]
 
@@ -61,7 +62,7 @@ class KSCL(nn.Module):
     def _embed(self, encoder: nn.Module, im_k: Tensor, deals: Deals) -> Tensor:
         keys = []
         for x, deal in zip(im_k.unbind(1), deals, strict=True):
-            x, order = distributed.shuffle(x.contiguous(memory_format=torch.channels_last), deal)
+            x, order = distributed.shuffle(follow(x, encoder), deal)
             everyone = distributed.gather_with_grad(F.normalize(encoder(x).float(), dim=1))  # [world * N, D]
             keys.append(everyone[torch.argsort(order).view(distributed.world(), -1)[distributed.rank()]])
         return torch.stack(keys, 2)

@@ -10,7 +10,6 @@ that have its label. All in per cent.
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from kscl import arch
@@ -20,6 +19,7 @@ from shared_utils.augment import plain
 from shared_utils.data import ImageList
 from shared_utils.evaluation import add_data_flags, add_network_flags, freeze, load_backbone, open_splits, write_result
 from shared_utils.flags import Parser, add_machine_flags, positive
+from shared_utils.layout import place
 from shared_utils.neighbours import features, few_shot, knn_accuracy, neighbours, purity
 from shared_utils.run import cli, set_threads
 
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     build, drop = (arch.build, DROP) if pooled else (with_head(args.pretrained), ())
     encoder, report = load_backbone(build, args, "resnet50", drop)
     freeze(encoder)
-    encoder = encoder.to(device).to(memory_format=torch.channels_last)
+    encoder = place(encoder, device)
     if distributed.rank() == 0:
         print(f"kscl/knn, {args.features} features: {report}; {len(train)} train / {len(val)} val images", flush=True)
 

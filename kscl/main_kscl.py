@@ -11,7 +11,7 @@ from shlex import quote
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.utils import make_grid
 
 from kscl import arch
@@ -22,6 +22,7 @@ from kscl.subspace import RANK_RULES, SIMILARITIES, RankRule, Subspaces
 from shared_utils import UserError, augment, checkpoint, distributed, mini
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
 from shared_utils.flags import Parser, add_run_flags, boolean, ints, natural, not_negative, positive
+from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 
 
@@ -166,8 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.pretrained:
         start_from(args.pretrained, model)
     distributed.convert_norm(model, "split" if args.bn_splits > 1 else "local", args.bn_splits)
-    model.to(run.device).to(memory_format=torch.channels_last).train()
-    query: nn.Module = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
+    place(model, run.device).train()
+    query = distributed.wrap(model)
     optimizer = torch.optim.SGD(
         model.encoder_q.parameters(), args.init_lr, args.momentum, weight_decay=args.wd,
         fused=run.device.type == "cuda",
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         lr = learning_rate(args, epoch)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
-        im_q = im_q.to(run.device, memory_format=torch.channels_last, non_blocking=True)  # [N, 3, H, W]
+        im_q = follow(im_q, model)  # [N, 3, H, W]
         im_k = im_k.to(run.device, non_blocking=True)  # [N, K, 3, H, W]
 
         # Queries; the key encoder takes over the weights as they were for them, once; then K passes for the keys.
@@ -306,7 +307,7 @@ def estimate(run: Run, model: KSCL, steps: int) -> str:
     for _ in range(2):
         started = time.perf_counter()
         with run.autocast():
-            encoder(x.contiguous(memory_format=torch.channels_last)).sum().item()
+            encoder(follow(x, encoder)).sum().item()
         seconds = time.perf_counter() - started
     encoder.train()
     minutes = seconds * args.end_epoch * forwards(args) * steps / 60

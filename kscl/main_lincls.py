@@ -37,6 +37,7 @@ from shared_utils.evaluation import (
     write_result,
 )
 from shared_utils.flags import Parser, add_run_flags, ints, not_negative, positive
+from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 
 
@@ -244,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     # Frozen backbone, in eval mode throughout
     encoder, report = load_backbone(build, args, "resnet50", DROP, ("{}",))
     before = freeze(encoder)
-    encoder = encoder.to(run.device).to(memory_format=torch.channels_last)
+    encoder = place(encoder, run.device)
     ids = block_ids(args.selected_feat_id, encoder)
     backbone = Features(encoder, ids, args.pool_type)
 
@@ -264,10 +265,10 @@ def main(argv: list[str] | None = None) -> int:
 
     # Classifiers
     probes = Probes(sizes, len(train.classes)).to(run.device)
-    net: nn.Module = nn.parallel.DistributedDataParallel(probes) if run.world > 1 else probes
+    net = distributed.wrap(probes)
     optimizer = torch.optim.SGD(probes.parameters(), args.init_lr, args.momentum, weight_decay=args.wd)
     scores = Scores(ids)
-    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world)
+    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world, least=0)
     run.track(state_dict=ReleaseKeys(probes), optimizer=optimizer, scores=scores)
     run.reads(train, val)
     run.preflight(
@@ -303,10 +304,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.cached_train:
             f, target = [x.to(run.device) for x in batch[0]], batch[1].to(run.device)
         else:
-            f = embed(batch[0].to(run.device, memory_format=torch.channels_last, non_blocking=True))
+            f = embed(follow(batch[0], encoder))
             target = batch[1].to(run.device, non_blocking=True)
         logits = net(f)  # [B, classes] each
-        loss = torch.stack([F.cross_entropy(out, target) for out in logits]).sum()
+        loss = torch.stack([F.cross_entropy(out, target) for out in logits]).sum() * sampler.weight(run.step_in_epoch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -18,6 +18,7 @@ from mdp.main_pretrain import pixels
 from mdp.mixing import apply_plan, draw_plan
 from mdp.models import Encoder
 from mdp.prototypes import PrototypeBank, region_means
+from shared_utils.layout import follow, place
 
 B, S, D, C, M = 64, 224, 128, 342, 10560
 
@@ -28,8 +29,8 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
     cuda = device.type == "cuda"
     few = B if cuda else 2
     bank = PrototypeBank(C, D, M).to(device)
-    model = MDP(Encoder("resnet50", "aspp", D), bank).to(device).to(memory_format=torch.channels_last)
-    x = torch.randn(B, 3, S, S, device=device).contiguous(memory_format=torch.channels_last)
+    model = place(MDP(Encoder("resnet50", "aspp", D), bank), device)
+    x = follow(torch.randn(B, 3, S, S, device=device), model)
     # Label maps of 8 x 8 px blocks: about ten classes an image, a tenth of the pixels ignored.
     few_classes = torch.randint(0, C, (B, 10), device=device)
     cells = few_classes.gather(1, torch.randint(0, 10, (B, 49), device=device)).view(B, 1, 7, 7)

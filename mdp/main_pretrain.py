@@ -24,6 +24,7 @@ from mdp.visualize import batch_picture
 from shared_utils import UserError, checkpoint, distributed, mini
 from shared_utils.data import EpochSampler, Keyed, mix_key
 from shared_utils.flags import Parser, add_run_flags, ints, natural, not_negative, positive
+from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 
 
@@ -187,11 +188,9 @@ def main(argv: list[str] | None = None) -> int:
         bank.check_batch(args.batch_size)
     encoder = build_encoder(args, c)
     distributed.convert_norm(encoder, "sync" if args.norm == "sync" and run.world > 1 else "local")
-    model = MDP(encoder, bank, args.moco_m, args.key_encoder).to(run.device).to(memory_format=torch.channels_last)
+    model = place(MDP(encoder, bank, args.moco_m, args.key_encoder), run.device)
     model.train()
-    query: nn.Module = model.encoder_q
-    if run.world > 1:
-        query = nn.parallel.DistributedDataParallel(model.encoder_q, broadcast_buffers=False)
+    query = distributed.wrap(model.encoder_q)
     optimizer = torch.optim.SGD(
         model.encoder_q.parameters(), args.lr, args.momentum, weight_decay=args.wd, fused=run.device.type == "cuda"
     )
@@ -214,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         lr = learning_rate(args, run.step, steps)
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr
-        q, k = (batch[x].to(run.device, memory_format=torch.channels_last, non_blocking=True) for x in "qk")
+        q, k = (follow(batch[x], model) for x in "qk")
         q_label, k_label, dataset = (
             batch[x].to(run.device, non_blocking=True) for x in ("q_label", "k_label", "dataset")
         )
@@ -312,7 +311,7 @@ def estimate(run: Run, encoder: nn.Module, args: argparse.Namespace, steps: int)
     for _ in range(2):
         started = time.perf_counter()
         with run.autocast():
-            encoder(x.contiguous(memory_format=torch.channels_last)).sum().item()
+            encoder(follow(x, encoder)).sum().item()
         seconds = time.perf_counter() - started
     encoder.train()
     factor = 4 if args.objective == "contrast" else 3

@@ -37,6 +37,7 @@ import mdp.mmseg_datasets  # noqa: F401  (registers the folder's datasets)
 from mdp.eval_seg import panels
 from shared_utils import UserError, distributed
 from shared_utils.data import Keyed, load_image
+from shared_utils.layout import place
 from shared_utils.run import Diverged, card
 
 OVERLAYS = 4  # validation images that reach tensorboard
@@ -234,8 +235,10 @@ def prepare(cfg: Config, out: Path, seed: int, workers: int) -> Config:
     if world > 1 and torch.cuda.is_available():
         for part in (cfg.model.backbone, cfg.model.decode_head):
             part.norm_cfg = dict(type="SyncBN", requires_grad=True)
-    if world > 1 and not torch.cuda.is_available():  # mmengine's default wrapper names a GPU
-        cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
+    if world > 1:
+        cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", **distributed.buffers_apart())
+        if not torch.cuda.is_available():  # mmengine's default names a GPU
+            cfg.model_wrapper_cfg.device_ids = None
     cfg.val_evaluator.type = cfg.test_evaluator.type = "ClassIoU"
     cfg.default_hooks.logger = None  # the Recorder logs
     cfg.visualizer = dict(type="Visualizer", vis_backends=[])
@@ -258,8 +261,9 @@ def build_runner(cfg: Config) -> Runner:
     quiet()
     runner = Runner.from_cfg(cfg)
     network(runner).init_weights()
+    distributed.same_buffers(network(runner))
     if distributed.world() == 1:  # DDP has fixed the layout of its gradients already
-        runner.model.to(memory_format=torch.channels_last)
+        place(network(runner), next(network(runner).parameters()).device)
     return runner
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from mra import nets
 from mra.models_mae import MAE, SIZES
 from mra.mra import MRA
+from shared_utils.layout import follow, place
 
 
 def cases(device: torch.device) -> list[dict[str, Any]]:
@@ -23,9 +24,9 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     cuda = device.type == "cuda"
     batch = 256 if cuda else 4
-    x = torch.randn(batch, 3, 224, 224, device=device).contiguous(memory_format=torch.channels_last)
     y = torch.zeros(batch, dtype=torch.long, device=device)
-    network = nets.build("resnet50", 1000).to(device).to(memory_format=torch.channels_last).train()
+    network = place(nets.build("resnet50", 1000), device).train()
+    x = follow(torch.randn(batch, 3, 224, 224, device=device), network)
 
     def augmented(operator: MRA) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
@@ -34,7 +35,7 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
     def passes(images: Tensor) -> None:
         network.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            logits = network(images.contiguous(memory_format=torch.channels_last))
+            logits = network(follow(images, network))
         F.cross_entropy(logits.float(), y).backward()
 
     def whole(operator: MRA) -> None:

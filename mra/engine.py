@@ -17,8 +17,9 @@ from mra.data import PADDINGS, POLICIES, train_transform
 from mra.mra import MRA, attention_scores, score_entropy
 from shared_utils import UserError, augment, distributed
 from shared_utils.data import EpochSampler, ImageList, mix_key, sample_rng
-from shared_utils.evaluation import same_buffers, stream, topk
+from shared_utils.evaluation import stream, topk
 from shared_utils.flags import natural, not_negative, positive
+from shared_utils.layout import follow
 from shared_utils.run import Run
 
 MIXES = ("none", "mixup", "cutmix", "cutout")
@@ -121,30 +122,36 @@ def optimizer_of(args: argparse.Namespace, network: nn.Module, nesterov: bool = 
     return torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.wd, nesterov=nesterov, fused=fused)
 
 
-def draws(run: Run, operator: MRA, count: int) -> tuple[Tensor, Tensor]:
+Share = tuple[int, int, int]  # of the global batch: first, last + 1, images in all
+
+
+def draws(run: Run, operator: MRA, count: int, share: Share | None = None) -> tuple[Tensor, Tensor]:
     """MRA's noise [B, L] and choice [B] for this process's images of this step, drawn for all processes together."""
     generator = torch.Generator().manual_seed(mix_key(run.args.seed, run.step, DRAWS) >> 1)
-    noise, use = operator.draw(count * run.world, generator)
-    mine = slice(run.rank * count, (run.rank + 1) * count)
-    return noise[mine], use[mine]
+    first, last, total = share or (run.rank * count, (run.rank + 1) * count, run.world * count)
+    noise, use = operator.draw(total, generator)
+    return noise[first:last], use[first:last]
 
 
-def cutout(x: Tensor, size: int) -> Tensor:
+def cutout(x: Tensor, size: int, share: Share | None = None) -> Tensor:
     """A square of the mean colour (0) in each image [B, 3, H, W], its centre anywhere, so that it may stick out.
 
     Drawn for all processes together, from generators that are in the same state on each of them.
     """
     holes: list[Tensor] = []
-    mine = slice(distributed.rank() * len(x), (distributed.rank() + 1) * len(x))
+    rank, count = distributed.rank(), len(x)
+    first, last, total = share or (rank * count, (rank + 1) * count, distributed.world() * count)
     for side in x.shape[2:]:
-        start = torch.randint(side, (len(x) * distributed.world(), 1))[mine] - size // 2
+        start = torch.randint(side, (total, 1))[first:last] - size // 2
         place = torch.arange(side)
         hole = (place >= start) & (place < start + size)  # [B, side]
         holes.append(hole.to(x.device, non_blocking=True))
     return x.masked_fill(holes[0][:, None, :, None] & holes[1][:, None, None, :], 0)
 
 
-def mixed(args: argparse.Namespace, x: Tensor, y: Tensor, classes: int, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def mixed(
+    args: argparse.Namespace, x: Tensor, y: Tensor, classes: int, key: tuple[int, ...], share: Share | None = None
+) -> tuple[Tensor, Tensor]:
     """Images and targets ([B] or soft [B, C]) after --mix; all that is drawn depends on `key` alone."""
     if args.mix == "none":
         return x, y
@@ -152,7 +159,7 @@ def mixed(args: argparse.Namespace, x: Tensor, y: Tensor, classes: int, key: tup
         if float(torch.rand(())) >= args.mix_prob:
             return x, y
         if args.mix == "cutout":
-            return cutout(x, args.cutout_size or x.shape[-1] // 2), y
+            return cutout(x, args.cutout_size or x.shape[-1] // 2, share), y
         kind = v2.CutMix if args.mix == "cutmix" else v2.MixUp
         return kind(alpha=args.mix_alpha, num_classes=classes)(x, y)
 
@@ -181,7 +188,7 @@ class Info:
 @torch.no_grad()
 def accuracy(run: Run, network: nn.Module, images: ImageList, per_class: bool = False) -> dict[str, Any]:
     """top1 and top5 in per cent on clean images; `per_class`: also hits and images of each class. Keeps train mode."""
-    same_buffers(network)
+    distributed.same_buffers(network)
     was = network.training
     network.eval()
     classes = len(images.classes)
@@ -208,25 +215,26 @@ def fit(
 ) -> None:  # fmt: skip
     """Train `network` from the run's position to its end; `evaluate` is called after the epochs of --eval_every."""
     args, classes = run.args, len(info.classes)
-    net: nn.Module = nn.parallel.DistributedDataParallel(network) if run.world > 1 else network
+    net = distributed.wrap(network)
     network.train()
     for epoch, (images, labels, _) in run.batches(loader, sampler, args.epochs):
         lr = learning_rate(args, epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        x = images.to(run.device, memory_format=torch.channels_last, non_blocking=True)  # [B, 3, H, W]
+        share = sampler.share(run.step_in_epoch)
+        x = follow(images, network)  # [B, 3, H, W]
         y = labels.to(run.device, non_blocking=True)  # [B]
 
         # x_hat = MRA(x), without gradient; then mixing of (x_hat, y); then one step of the classifier alone
         x_hat = x
         if operator is not None:
             with run.autocast():
-                x_hat = operator(x, *draws(run, operator, len(x)))
+                x_hat = operator(x, *draws(run, operator, len(x), share))
         own = 0 if args.mix == "cutout" else run.rank  # Mixup and CutMix: a share and partners within each process
-        x_mix, target = mixed(args, x_hat, y, classes, (args.seed, run.step, own, MIXING))
+        x_mix, target = mixed(args, x_hat, y, classes, (args.seed, run.step, own, MIXING), share)
         with run.autocast():
-            logits = net(x_mix.contiguous(memory_format=torch.channels_last))  # [B, C]
-        loss = F.cross_entropy(logits.float(), target)
+            logits = net(follow(x_mix, network))  # [B, C]
+        loss = F.cross_entropy(logits.float(), target) * sampler.weight(run.step_in_epoch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -235,7 +243,8 @@ def fit(
         watched: dict[str, Any] = {}
         tested: dict[str, float] = {}
         if run.log_due():
-            watched["acc/train"] = 100 * (logits.detach().argmax(1) == y).float().mean()
+            right = (logits.detach().argmax(1) == y).float().mean()
+            watched["acc/train"] = 100 * right * sampler.weight(run.step_in_epoch)
             if operator is not None:
                 watched |= telemetry(operator, x)
             watched = everywhere(watched)
@@ -272,8 +281,7 @@ def estimate(run: Run, network: nn.Module, operator: MRA | None, total: int, par
     args = run.args
     local = args.batch_size // run.world
     augmented = parts[1] * local
-    x = torch.zeros(parts[0] * local, 3, args.input_size, args.input_size, device=run.device)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = follow(torch.zeros(parts[0] * local, 3, args.input_size, args.input_size, device=run.device), network)
     network.eval()
     for _ in range(2):
         seconds = [time.perf_counter()]

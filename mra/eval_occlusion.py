@@ -20,6 +20,7 @@ from shared_utils import UserError, distributed
 from shared_utils.data import ImageList
 from shared_utils.evaluation import subset, write_result
 from shared_utils.flags import Parser, add_machine_flags, natural, positive
+from shared_utils.layout import follow
 from shared_utils.run import cli, set_threads
 
 SHARES = [q / 10 for q in range(10)]
@@ -86,12 +87,12 @@ def curves(
             g = operator.mae.grid
             a = F.avg_pool2d(a.view(len(x), 1, g, g), args.cell // operator.mae.p).flatten(1)  # [B, n]
             scores += [a, -a]
-        clean = (network(x.contiguous(memory_format=torch.channels_last)).argmax(1) == y).sum().cpu()
+        clean = (network(follow(x, network)).argmax(1) == y).sum().cpu()
         for v, score in enumerate(scores):
             order = torch.argsort(score, dim=1, descending=True, stable=True)
             hits[v, 0] += clean
             for i, share in enumerate(SHARES[1:], 1):
-                hidden = occlude(x, order, share, args.cell).contiguous(memory_format=torch.channels_last)
+                hidden = follow(occlude(x, order, share, args.cell), network)
                 hits[v, i] += (network(hidden).argmax(1) == y).sum().cpu()
     return {name: (100 * row / len(images)).tolist() for name, row in zip(names, hits)}
 

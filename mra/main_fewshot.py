@@ -17,8 +17,9 @@ from mra import data, engine, nets
 from mra.mra import MRA, add_mra_flags, build
 from shared_utils import UserError, distributed, mini
 from shared_utils.data import EpochSampler, ImageList, Keyed
-from shared_utils.evaluation import gather_rows, same_buffers, share, stream, write_result
+from shared_utils.evaluation import gather_rows, share, stream, write_result
 from shared_utils.flags import Parser, add_run_flags, at_least, natural, not_negative, positive
+from shared_utils.layout import place
 from shared_utils.run import Run, cli
 
 
@@ -97,7 +98,7 @@ def interval(values: Tensor) -> tuple[float, float]:
 @torch.no_grad()
 def extract(run: Run, network: Any, images: ImageList, operator: MRA | None) -> Tensor:
     """Features [V, N, D] on the CPU: of the images, and with `operator` of what it makes of them."""
-    same_buffers(network)
+    distributed.same_buffers(network)
     was = network.training
     network.eval()
     first, last = share(len(images))
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     network = nets.build(args.arch, len(train.classes), args.width, args.stem)
     started = nets.load_pretrained(network, args.pretrained) if args.pretrained else "random weights"
     distributed.convert_norm(network, "sync" if args.sync_bn else "local")
-    network.to(run.device).to(memory_format=torch.channels_last)
+    place(network, run.device)
     optimizer = engine.optimizer_of(args, network, args.nesterov)
     info = engine.Info(train.classes)
     run.track(state_dict=network, optimizer=optimizer, info=info)

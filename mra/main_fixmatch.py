@@ -25,6 +25,7 @@ from shared_utils import UserError, augment, checkpoint, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key, sample_rng
 from shared_utils.evaluation import write_result
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 
 
@@ -207,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     network = nets.build(args.arch, len(train.classes), args.width, args.stem)
     nets.set_bn_momentum(network, args.bn_momentum)
     distributed.convert_norm(network, "sync" if args.sync_bn else "local")
-    network.to(run.device).to(memory_format=torch.channels_last)
+    place(network, run.device)
     ema = Ema(network, args.ema)
     optimizer = engine.optimizer_of(args, network, nesterov=True)
     info = engine.Info(train.classes)
@@ -226,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
             "estimated time": engine.estimate(run, network, operator, args.iterations, (1 + 2 * args.mu, args.mu)),
         }
     )
-    net: nn.Module = nn.parallel.DistributedDataParallel(network) if run.world > 1 else network
+    net = distributed.wrap(network)
     network.train()
     for epoch, ((x, y, _), (u_weak, u_strong)) in run.batches(loader, both, epochs):
         lr = args.lr * math.cos(7 * math.pi * run.step / (16 * args.iterations))
@@ -242,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.strong_cutout:
             with sample_rng(args.seed, run.step, 0, engine.MIXING):
                 u_hat = engine.cutout(u_hat, size // 2)
-        views_all = torch.cat([x, u_weak, u_hat]).contiguous(memory_format=torch.channels_last)
+        views_all = follow(torch.cat([x, u_weak, u_hat]), network)
         with run.autocast():
             logits = net(views_all).float()  # [B + 2 mu B, C]
         l_weak, l_strong = logits[len(x) :].chunk(2)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision import transforms as T
 from torchvision.utils import make_grid
 
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     mae = MAE(args.input_size, resolve(args.model, vars(args)), args.norm_pix_loss).to(run.device).train()
     if not 0 < len_keep(mae.patches, args.mask_ratio) < mae.patches:
         raise UserError(f"--mask_ratio {args.mask_ratio} keeps all or none of {mae.patches} patches")
-    net: nn.Module = nn.parallel.DistributedDataParallel(mae) if run.world > 1 else mae
+    net = distributed.wrap(mae)
     cuda = run.device.type == "cuda"
     optimizer = torch.optim.AdamW(groups(mae, args.weight_decay), args.lr, betas=(0.9, 0.95), fused=cuda)
     last = Last()

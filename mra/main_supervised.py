@@ -16,6 +16,7 @@ from shared_utils import distributed
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.evaluation import write_result
 from shared_utils.flags import Parser, add_run_flags, not_negative, positive
+from shared_utils.layout import place
 from shared_utils.run import Run, cli
 
 # The community's recipes, the paper's own are not known. FILLED: flags without a default of their own, see `resolve`.
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     train.transform = engine.training_transform(args)
     for images in tests.values():
         images.transform = data.test_transform(args.input_size, args.mean_std)
-    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world)
+    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world, least=2)
     loader = run.loader(Keyed(train, args.seed), sampler)
     counts = torch.bincount(train.labels, minlength=len(train.classes))
     tailed = bool(args.imbalance or args.train_list)
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     network = nets.build(args.arch, len(train.classes), args.width, args.stem)
     started = nets.load_pretrained(network, args.pretrained) if args.pretrained else "random weights"
     distributed.convert_norm(network, "sync" if args.sync_bn else "local")
-    network.to(run.device).to(memory_format=torch.channels_last)
+    place(network, run.device)
     optimizer = engine.optimizer_of(args, network, args.nesterov)
     info = engine.Info(train.classes)
     run.track(state_dict=network, optimizer=optimizer, info=info)

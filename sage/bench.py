@@ -19,6 +19,7 @@ from sage.builder import Evaluator, SaGe
 from sage.data import normalise
 from sage.lars import LARS, parameter_groups
 from sage.losses import LEVELS, WEIGHTS, distance, latent_loss
+from shared_utils.layout import follow, place
 
 B, S = 64, 224
 
@@ -31,11 +32,11 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
     model = SaGe(arch.build("resnet50"))
     evaluator = Evaluator(arch.build("resnet50"), arch.Neck(2048))
     model.add_generation(arch.decoder_for("resnet50", 64, "imagenet", S), evaluator, WEIGHTS)
-    model.to(device).to(memory_format=torch.channels_last).train()
+    place(model, device).train()
     assert model.decoder is not None
     decoder: nn.Module = model.decoder
     images = torch.randint(256, (2, B, 3, S, S), dtype=torch.uint8, device=device)
-    x = [normalise(v[:few]).contiguous(memory_format=torch.channels_last) for v in images]
+    x = [follow(normalise(v[:few]), model) for v in images]
     levels = list(LEVELS.values())
     q, t = torch.randn(2, 2, B, 256, device=device)
     feats = [

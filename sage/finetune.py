@@ -15,8 +15,9 @@ from sage.data import linear_train, plain
 from sage.options import backbone, normalisation
 from shared_utils import UserError, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed
-from shared_utils.evaluation import same_buffers, stream, topk, write_result
+from shared_utils.evaluation import stream, topk, write_result
 from shared_utils.flags import floats, not_negative, positive
+from shared_utils.layout import follow, place
 from shared_utils.run import Run
 
 
@@ -69,7 +70,7 @@ def learning_rate(args: argparse.Namespace, lr: float, step: int, per_epoch: int
 def accuracy(run: Run, network: nn.Module, images: ImageList, norm: str = "half") -> list[float]:
     """Top-1 and top-5 in per cent of the network that the checkpoint holds, that of process 0."""
     images.transform = plain(run.args.img_size, norm)
-    same_buffers(network)
+    distributed.same_buffers(network)
     network.eval()
 
     def logits(x: Tensor) -> list[Tensor]:
@@ -89,17 +90,17 @@ def one_cell(args: argparse.Namespace, job: str, train: ImageList, val: ImageLis
     encoder, report = backbone(args)
     network: Any = Classifier(encoder, len(train.classes))
     distributed.convert_norm(network, "sync")
-    network.to(run.device).to(memory_format=torch.channels_last)
+    place(network, run.device)
     norm = normalisation(args)
     train.transform = linear_train(args.img_size, norm)
-    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world)
+    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world, least=2)
     loader = run.loader(Keyed(train, args.seed), sampler)
     groups = [
         {"params": list(network.backbone.parameters()), "scale": 1.0},
         {"params": list(network.fc.parameters()), "scale": args.head_lr_mult},
     ]
     optimizer = torch.optim.SGD(groups, args.lr, args.momentum, weight_decay=args.weight_decay)
-    net: nn.Module = nn.parallel.DistributedDataParallel(network) if run.world > 1 else network
+    net = distributed.wrap(network)
     run.track(state_dict=network, optimizer=optimizer)
     per_epoch = sampler.steps_per_epoch
     run.reads(train, val)
@@ -117,11 +118,11 @@ def one_cell(args: argparse.Namespace, job: str, train: ImageList, val: ImageLis
         lr = learning_rate(args, args.lr, run.step, per_epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        x = batch[0].to(run.device, memory_format=torch.channels_last, non_blocking=True)
+        x = follow(batch[0], network)
         target = batch[1].to(run.device, non_blocking=True)
         with run.autocast():
             logits = net(x).float()  # [B, classes]
-        loss = F.cross_entropy(logits, target)
+        loss = F.cross_entropy(logits, target) * sampler.weight(run.step_in_epoch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

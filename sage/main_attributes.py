@@ -24,6 +24,7 @@ from shared_utils import UserError, distributed
 from shared_utils.data import mix_key
 from shared_utils.evaluation import check_cache, collect, freeze, write_result
 from shared_utils.flags import Parser, add_machine_flags, at_least, natural, not_negative, positive
+from shared_utils.layout import place
 from shared_utils.neighbours import knn_accuracy
 from shared_utils.run import cli, set_threads
 
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     labels = {} if args.no_attributes else {split: attribute_labels(root, x) for split, x in (("t", train), ("v", val))}
     encoder, report = backbone(args)
     freeze(encoder)
-    encoder = encoder.to(device).to(memory_format=torch.channels_last)
+    encoder = place(encoder, device)
     print(f"sage/attributes: {report}; {len(train)} train / {len(val)} val images", flush=True)
 
     def embed(x: Tensor) -> list[Tensor]:

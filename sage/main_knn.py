@@ -7,7 +7,6 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sage.data import plain
@@ -17,6 +16,7 @@ from shared_utils import distributed
 from shared_utils.data import ImageList
 from shared_utils.evaluation import freeze, write_result
 from shared_utils.flags import Parser, add_machine_flags, positive
+from shared_utils.layout import place
 from shared_utils.neighbours import features, knn_accuracy
 from shared_utils.run import cli, set_threads
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     train.transform = val.transform = plain(args.img_size, norm)
     encoder, report = backbone(args)
     freeze(encoder)
-    encoder = encoder.to(device).to(memory_format=torch.channels_last)
+    encoder = place(encoder, device)
     if distributed.rank() == 0:
         print(f"sage/knn: {report}; {len(train)} train / {len(val)} val images", flush=True)
 

@@ -22,6 +22,7 @@ from shared_utils import UserError, distributed
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.evaluation import check_cache, collect, freeze, topk, unchanged, write_result
 from shared_utils.flags import Parser, add_run_flags, ints, not_negative, positive
+from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 
 
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     # Frozen backbone, in eval mode throughout
     encoder, report = backbone(args)
     before = freeze(encoder)
-    encoder = encoder.to(run.device).to(memory_format=torch.channels_last)
+    encoder = place(encoder, run.device)
 
     def embed(x: Tensor) -> list[Tensor]:
         with torch.no_grad(), run.autocast():
@@ -127,10 +128,10 @@ def main(argv: list[str] | None = None) -> int:
     nn.init.normal_(probe.weight, 0, 0.01)
     nn.init.zeros_(probe.bias)
     probe.to(run.device)
-    net: nn.Module = nn.parallel.DistributedDataParallel(probe) if run.world > 1 else probe
+    net = distributed.wrap(probe)
     optimizer = torch.optim.SGD(probe.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     scores = Scores()
-    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world)
+    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world, least=0)
     run.track(state_dict=probe, optimizer=optimizer, scores=scores)
     run.reads(train, val)
     run.preflight(
@@ -157,10 +158,10 @@ def main(argv: list[str] | None = None) -> int:
         optimizer.param_groups[0]["lr"] = lr
         x = batch[0].to(run.device, non_blocking=True)
         if not args.cached_train:
-            x = embed(x.contiguous(memory_format=torch.channels_last))[0].float()
+            x = embed(follow(x, encoder))[0].float()
         target = batch[1].to(run.device, non_blocking=True)
         logits = net(x)  # [B, classes]
-        loss = F.cross_entropy(logits, target)
+        loss = F.cross_entropy(logits, target) * sampler.weight(run.step_in_epoch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

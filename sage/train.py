@@ -30,6 +30,7 @@ from sage.weights import NORMS, guess_network, resolve_norm
 from shared_utils import UserError, checkpoint, distributed, mini
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 
 MODES = {"sage": list(WEIGHTS), "pixel": ["w_pix"], "byol": []}  # terms that have a weight
@@ -221,8 +222,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # Model: the decoder belongs to Adam alone, everything else that is trained to LARS.
     model, evaluator_report = make_model(args, views)
-    model.to(run.device).to(memory_format=torch.channels_last).train()
-    net: nn.Module = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
+    place(model, run.device).train()
+    net = distributed.wrap(model)
     trained = nn.ModuleDict({"online_net": model.online_net, "head": model.head})
     groups = parameter_groups(trained, args.weight_decay, args.lars_release_groups)
     optimizer = LARS(groups, args.lr, args.momentum, eta=args.eta)
@@ -247,9 +248,7 @@ def main(argv: list[str] | None = None) -> int:
         for micro in range(interval):
             rows = slice(micro * b, (micro + 1) * b)
             x = {
-                name: normalise(view[rows].to(run.device, non_blocking=True)).contiguous(
-                    memory_format=torch.channels_last
-                )
+                name: follow(normalise(view[rows].to(run.device, non_blocking=True)), model)
                 for name, view in batch.items()
             }  # [B, 3, S, S] in -1..1
             targets = None
@@ -345,8 +344,7 @@ def facts(run: Run, count: int, model: SaGe, steps: int, evaluator: str) -> dict
 def estimate(run: Run, model: SaGe, steps: int) -> str:
     """Minutes of the whole run from timed forward passes; a backward pass counts as two, for weights left out one."""
     args = run.args
-    x = torch.randn(args.imgs_per_gpu, 3, args.img_size, args.img_size, device=run.device)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = follow(torch.randn(args.imgs_per_gpu, 3, args.img_size, args.img_size, device=run.device), model)
     model.eval()
 
     def seconds(network: nn.Module, *inputs: Any) -> float:

@@ -114,6 +114,7 @@ class Arms:
         curve: columns of log.jsonl that are kept.
         command: how a row is made again; {set}, {arms} and {seeds} are filled in.
         read: metrics of the run in a folder, from the results beside it; None while they are not complete.
+        against: {arm: the arm that its last column compares it with}, where that is not `baseline`.
         paired: the arms of a seed share start and order, so they are compared seed by seed, over the seeds that both
             have; else the variance is pooled over the arms of a set.
     """
@@ -131,6 +132,7 @@ class Arms:
     read: Callable[[Path], dict[str, float] | None]
     shown: Mapping[str, str] = field(default_factory=dict)
     only: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    against: Mapping[str, str] = field(default_factory=dict)
     claims: Sequence[tuple[str, str, str]] = ()
     controls: Mapping[tuple[str, str], str] = field(default_factory=dict)
     positive: tuple[str, str] | None = None
@@ -228,9 +230,10 @@ class Arms:
         lines = ["| arm | seeds | " + " | ".join([*titles.values(), last]) + " |", "|---" * (len(titles) + 3) + "|"]
         for arm in (arm for arm in self.arms if arm in found):
             numbers = [self.values(found[arm], metric) for metric in titles]
-            against = ""
-            if arm != self.baseline and (one := self.compare(found, arm, self.baseline, self.claim)):
+            other, against = self.against.get(arm, self.baseline), ""
+            if arm != other and (one := self.compare(found, arm, other, self.claim)):
                 against = f"{one.difference:+.2f} ({one.low:.2f} to {one.high:.2f}), p = {one.p:.2g}"
+                against += f" (against {self.arms[other]})" if other != self.baseline else ""
             cells = [*(cell(x) if x else "" for x in numbers), against]
             lines.append(f"| {self.arms[arm]} | {len(found[arm])} | " + " | ".join(cells) + " |")
         return "\n".join(lines)

@@ -537,24 +537,47 @@ class Keyed(Dataset):
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) for one process; the last incomplete global batch is dropped.
+    """Batches of (epoch, index) for one process.
 
     The permutation of an epoch depends on (seed, epoch); global batch g is cut into `world` contiguous shares, so N
     processes see together what one process sees. `at(epoch, step)` starts the next iteration inside an epoch.
+
+    Args:
+        least: the last, incomplete global batch is kept where each process gets so many of its samples (batch norms of
+            a single image cannot train); 0: always. None: it is dropped. Its shares differ by one sample at most: a
+            process's mean loss times `weight(step)`, averaged over processes, is the mean over the global batch.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, shuffle: bool = True):
+    def __init__(
+        self, size: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, shuffle: bool = True,
+        least: int | None = None,
+    ):  # fmt: skip
         if batch_size * world > size:
             raise UserError(f"a global batch of {batch_size * world} needs as many samples, the data has {size}")
         self.size, self.batch_size, self.seed, self.rank, self.world = size, batch_size, seed, rank, world
         self.shuffle, self.epoch, self.start = shuffle, 0, 0
+        rest = size % (batch_size * world)
+        self.rest = rest if least is not None and rest // world >= least else 0
 
     def __len__(self) -> int:
-        return self.size // (self.batch_size * self.world) - self.start
+        return self.steps_per_epoch - self.start
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.size // (self.batch_size * self.world)
+        return self.size // (self.batch_size * self.world) + (self.rest > 0)
+
+    def share(self, step: int) -> tuple[int, int, int]:
+        """This process's samples of the global batch of a step, from first to last - 1, and how many the batch has."""
+        if (step + 1) * self.batch_size * self.world <= self.size:
+            return self.rank * self.batch_size, (self.rank + 1) * self.batch_size, self.batch_size * self.world
+        each, more = divmod(self.rest, self.world)
+        first = self.rank * each + min(self.rank, more)
+        return first, first + each + (self.rank < more), self.rest
+
+    def weight(self, step: int) -> float:
+        """This process's part of the global batch of a step over that of equal shares: 1 but for the last batch."""
+        first, last, total = self.share(step)
+        return (last - first) * self.world / total
 
     def at(self, epoch: int, step: int = 0) -> "EpochSampler":
         self.epoch, self.start = epoch, step
@@ -565,5 +588,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         if self.shuffle:
             order = np.random.Generator(np.random.PCG64(mix_key(self.seed, self.epoch))).permutation(self.size)
         for step in range(self.start, self.steps_per_epoch):
-            first = (step * self.world + self.rank) * self.batch_size
-            yield [(self.epoch, int(i)) for i in order[first : first + self.batch_size]]
+            batch = order[step * self.world * self.batch_size :]
+            first, last, _ = self.share(step)
+            if first == last:  # a process without a sample takes one that weighs nothing
+                first, last = 0, 1
+            yield [(self.epoch, int(i)) for i in batch[first:last]]

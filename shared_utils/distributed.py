@@ -1,7 +1,9 @@
 """One code path for one process and for N (torchrun): start, gather, reduce, and batch norm over several processes."""
 
 import atexit
+import inspect
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -84,6 +86,40 @@ def gather(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(world())]
     dist.all_gather(parts, x)
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def same_buffers(network: nn.Module) -> None:
+    """Buffers of process 0 on every process: the batch-norm statistics of the checkpoint and of the releases' wrappers.
+
+    After training without synchronised batch norm each process has those of its own batches.
+    """
+    if world() > 1:
+        for buffer in network.buffers():
+            sent = buffer.contiguous()
+            dist.broadcast(sent, 0)
+            buffer.copy_(sent)
+
+
+def buffers_apart() -> dict[str, Any]:
+    """The flag of DistributedDataParallel by which a forward pass leaves each process its own buffers.
+
+    torch 2.14 deprecates the older name.
+    """
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+
+
+def wrap(network: nn.Module) -> nn.Module:
+    """DistributedDataParallel around `network`, or with one process `network` itself.
+
+    Parameters and buffers start as those of process 0. From there on batch-norm statistics are each process's own; see
+    `same_buffers` for an evaluation.
+    """
+    if world() == 1:
+        return network
+    same_buffers(network)
+    return nn.parallel.DistributedDataParallel(network, **buffers_apart())
 
 
 class _SumGrad(torch.autograd.Function):

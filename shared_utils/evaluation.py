@@ -238,7 +238,8 @@ def stream(
         generator=torch.Generator(),
     )
     for x, y, _ in plain_errors(loader):
-        out = embed(x.to(device, memory_format=torch.channels_last, non_blocking=True))
+        # The network's first convolution brings them into its own format.
+        out = embed(x.to(device, memory_format=torch.contiguous_format, non_blocking=True))
         yield [value.float() for value in out], y
 
 
@@ -286,17 +287,6 @@ def check_cache(wanted: Mapping[str, tuple[int, int]]) -> None:
                 f"features of {images} images, {values} values each, in memory: {total / 1e9:.3g} GB together, more "
                 f"than half of the {2 * limit / 1e9:.3g} GB that are available; {cure}"
             )
-
-
-@torch.no_grad()
-def same_buffers(network: nn.Module) -> None:
-    """Batch-norm statistics of process 0 on every process: those of the checkpoint, and of the releases' wrappers.
-
-    After training without synchronised batch norm each process has those of its own batches.
-    """
-    if distributed.world() > 1:
-        for buffer in network.buffers():
-            torch.distributed.broadcast(buffer, 0)
 
 
 def share(count: int) -> tuple[int, int]:

@@ -50,7 +50,8 @@ def features(
 
     def blocks() -> Iterator[Tensor]:
         for x, _, _ in plain_errors(loader):
-            x = x.to(device, memory_format=torch.channels_last, non_blocking=True)
+            # The network's first convolution brings them into its own format.
+            x = x.to(device, memory_format=torch.contiguous_format, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 z = embed(x)
             yield F.normalize(z.float().flatten(1), dim=1).cpu()

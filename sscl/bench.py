@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from shared_utils import distributed
+from shared_utils.layout import memory_format, place
 from sscl import losses
 from sscl.arch import Encoder, build
 from sscl.calibration import Alignment, calibrate, log_similarity, sharpen
@@ -26,12 +27,11 @@ def cases(device: torch.device) -> list[dict[str, Any]]:
     """Cases for tests/bench.py; on a CPU the floor runs on a quarter of the images and is scaled by 4."""
     torch.manual_seed(0)
     cuda = device.type == "cuda"
+    form = memory_format(build("resnet50"), device)
     part = 1 if cuda else 4
-    x, weak, strong, key = (
-        torch.randn(n, 3, S, S, device=device).contiguous(memory_format=torch.channels_last) for n in (B, U, U, U)
-    )
+    x, weak, strong, key = (torch.randn(n, 3, S, S, device=device).contiguous(memory_format=form) for n in (B, U, U, U))
     model = SsCL(Encoder(build("resnet50"), C, D), Alignment(C), K)
-    model.to(device).to(memory_format=torch.channels_last).train()
+    place(model, device).train()
     model.queue_label.random_(C)
     model.queue_conf.fill_(True)
     model.queue_prob.uniform_().div_(C / 2)

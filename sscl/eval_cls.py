@@ -28,6 +28,7 @@ from shared_utils.evaluation import (
     write_result,
 )
 from shared_utils.flags import Parser, add_machine_flags, positive
+from shared_utils.layout import place
 from shared_utils.run import cli, set_threads
 from sscl.calibration import Alignment, calibrate, equal_coverage, log_similarity
 from sscl.data import training_images
@@ -87,7 +88,7 @@ class Predictor:
         self.momentum, _ = load_encoder(args, classes, "momentum")
         for network in (self.query, self.momentum):
             freeze(network)
-            network.to(device).to(memory_format=torch.channels_last)
+            place(network, device)
 
     def __call__(self, images: ImageList) -> tuple[list[Tensor], Tensor]:
         """[logits of the query, logits of the copy, embeddings of the copy] [N, ...] and labels, on every process."""

@@ -10,7 +10,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from shared_utils import UserError, distributed, mini
@@ -18,6 +17,7 @@ from shared_utils.augment import plain
 from shared_utils.data import ImageList, image_folder
 from shared_utils.evaluation import add_data_flags, check_cache, freeze, open_splits, write_result
 from shared_utils.flags import Parser, add_machine_flags, natural, not_negative, positive
+from shared_utils.layout import place
 from shared_utils.neighbours import features, knn_accuracy, neighbours, purity
 from shared_utils.run import cli, set_threads
 from sscl.fewshot import episodes, k_shot, logistic
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     set_threads(args.threads, args.workers, device)
     encoder, report = load_encoder(args, None, args.copy)
     freeze(encoder)
-    backbone = encoder.backbone.to(device).to(memory_format=torch.channels_last)
+    backbone = place(encoder.backbone, device)
     train, val = open_splits(args)
     if distributed.rank() == 0:
         print(f"sscl/features: {report}; {len(train)} train / {len(val)} val images", flush=True)

@@ -16,8 +16,9 @@ from torch import nn
 from shared_utils import UserError, distributed
 from shared_utils.augment import plain
 from shared_utils.data import EpochSampler, ImageList, Keyed
-from shared_utils.evaluation import add_data_flags, open_splits, same_buffers, share, stream, subset, topk, write_result
+from shared_utils.evaluation import add_data_flags, open_splits, share, stream, subset, topk, write_result
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 from sscl.data import augmentations
 from sscl.main import labelled_images
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     classes = len(train.classes)
     labelled = subset(train, chosen)
     labelled.transform = augmentations(args.img_size, args.weak, "moco", not args.no_flip, args.min_scale)["weak"]
-    sampler = EpochSampler(len(labelled), args.batch_size // run.world, args.seed, run.rank, run.world)
+    sampler = EpochSampler(len(labelled), args.batch_size // run.world, args.seed, run.rank, run.world, least=2)
     loader = run.loader(Keyed(labelled, args.seed), sampler)
 
     encoder, report = load_encoder(args, None)
@@ -93,8 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     nn.init.normal_(head.weight, 0, 0.01)
     nn.init.zeros_(head.bias)
     network = nn.Sequential(encoder.backbone, head)
-    network.to(run.device).to(memory_format=torch.channels_last).train()
-    net: nn.Module = nn.parallel.DistributedDataParallel(network) if run.world > 1 else network
+    place(network, run.device).train()
+    net = distributed.wrap(network)
     groups: list[dict[str, Any]] = [
         {"params": list(encoder.backbone.parameters()), "peak": args.lr},
         {"params": list(head.parameters()), "peak": args.lr_head},
@@ -117,11 +118,11 @@ def main(argv: list[str] | None = None) -> int:
         fall = 0.1 ** sum(epoch >= drop for drop in drops)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * fall
-        x = batch[0].to(run.device, memory_format=torch.channels_last, non_blocking=True)
+        x = follow(batch[0], network)
         y = batch[1].to(run.device, non_blocking=True)
         with run.autocast():
             logits = net(x).float()
-        loss = F.cross_entropy(logits, y)
+        loss = F.cross_entropy(logits, y) * sampler.weight(run.step_in_epoch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
 def accuracy(run: Run, network: nn.Module, images: ImageList) -> list[float]:
     """Top-1 and top-5 in per cent; each process predicts its share."""
     images.transform = plain(run.args.img_size)
-    same_buffers(network)
+    distributed.same_buffers(network)
     network.eval()
 
     def logits(x: torch.Tensor) -> list[torch.Tensor]:

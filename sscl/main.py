@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from shared_utils import UserError, augment, distributed, mini
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
 from shared_utils.evaluation import labelled_indices
+from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 from sscl import losses, options
 from sscl.arch import Encoder, build
@@ -121,8 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     model.check_batch(args.batch_labelled * (args.mu + (labelled is not None)))
     distributed.convert_norm(model, "split" if args.bn_splits > 1 else "local", args.bn_splits)
     set_norm_momentum(model, args.bn_momentum)
-    model.to(device).to(memory_format=torch.channels_last).train()
-    query: nn.Module = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if run.world > 1 else model
+    place(model, device).train()
+    query = distributed.wrap(model)
     trained = [parameter for parameter in model.encoder_q.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(
         trained, args.lr, args.momentum, weight_decay=args.wd, nesterov=args.momentum > 0, fused=device.type == "cuda"
@@ -140,15 +141,11 @@ def main(argv: list[str] | None = None) -> int:
         started = epoch >= args.pl_start
         if keyed and labelled is not None and refresh_due(args, model, epoch):
             renew_prototypes(run, model, unlabelled, recipes["weak"], labelled)
-        u = {
-            name: batch[name].to(device, memory_format=torch.channels_last, non_blocking=True)
-            for name in views
-            if name in batch
-        }
+        u: dict[str, Any] = {name: follow(batch[name], model) for name in views if name in batch}
         if keyed:
             u.setdefault("key", u.get("weak"))  # --key_view weak
         index = batch["index"].to(device)  # [U]
-        x = own[0].to(device, memory_format=torch.channels_last, non_blocking=True) if own else None  # [B, 3, H, W]
+        x = follow(own[0], model) if own else None  # [B, 3, H, W]
         y, x_index = (own[1].to(device), own[2].to(device)) if own else (None, None)
 
         # The momentum copy follows; then all that is not trained: keys, p, q, and the calibrated pseudo-labels.

@@ -11,6 +11,7 @@ from torchvision.utils import make_grid
 
 from shared_utils import augment
 from shared_utils.data import ImageList
+from shared_utils.layout import follow
 from shared_utils.run import Run
 from sscl import losses
 from sscl.calibration import calibrate, equal_coverage
@@ -115,7 +116,7 @@ def estimate(run: Run, model: SsCL, steps: int, views: Sequence[str]) -> str:
     for _ in range(2):
         started = time.perf_counter()
         with run.autocast():
-            encoder.embed(x.contiguous(memory_format=torch.channels_last)).sum().item()
+            encoder.embed(follow(x, encoder)).sum().item()
         seconds = time.perf_counter() - started
     encoder.train()
     unlabelled = args.mu * (("weak" in views) + 3 * ("strong" in views) + ("key" in views))

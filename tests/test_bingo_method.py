@@ -279,6 +279,16 @@ def test_release_keys():
     other = BINGO(tiny(), tiny(), 4, 8)
     ReleaseKeys(other).load_state_dict(state)
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    absent = {k: v + 1 for k, v in state.items() if k != "module.queue_ptr"}
+    for wrong, said in (
+        (absent, "1 missing .queue_ptr."),
+        (state | {"module.encoder_q.9.weight": torch.ones(1)}, "1 unexpected .encoder_q.9.weight."),
+        (state | {"module.queue": torch.ones(4, 9)}, r"1 mis-shaped .queue \(4, 9\) in the file, \(4, 8\) here."),
+    ):
+        with pytest.raises(UserError, match=f"the weights do not fit BINGO: {said}"):
+            ReleaseKeys(other).load_state_dict(wrong)
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
 
 
 # --- bags and views --------------------------------------------------------------------------------------------------

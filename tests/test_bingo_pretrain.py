@@ -618,3 +618,32 @@ def test_a_run_counts_when_both_evaluations_are_there(tmp_path):
     metrics = {"few_shot": 20.0, "knn": 30.0, "linear_last": 40.0, "purity": 25.0, "bag_gap": 0.5}
     assert arms.read(folder) == metrics
     assert "| BINGO, release's loss | 1 | 20.00 | 30.00 | 40.00 |" in arms.ARMS.table(arms.ARMS.measured(tmp_path))
+
+
+def test_arms_of_equal_heads_are_held_against_each_other():
+    """The table's last column, and the rows."""
+    metrics = dict.fromkeys(arms.ARMS.metrics, 0.0)
+    level = {"alone": 20.0, "bingo": 30.0, "alone_wide": 40.0, "bingo_wide": 30.0}
+    found = {arm: {s: {"metrics": metrics | {"few_shot": x + s}} for s in (0, 1)} for arm, x in level.items()}
+    rows = {line.split(" | ")[0]: line.split(" | ")[-1] for line in arms.ARMS.table(found).splitlines()}
+    assert rows["| BINGO, release's loss"] == "above |"
+    wide = "student alone (MoCo v2), BINGO's head, equal epochs"
+    assert rows["| BINGO, release's loss, batch-norm shares of 32"] == f"below (against {wide}) |"
+    assert rows[f"| {wide}"] == "above |"
+    assert set(arms.ARMS.against.items()) <= {*arms.ARMS.pairs, ("alone_wide_eq", "alone_wide")}
+    assert ("bingo_narrow", "alone") in arms.ARMS.pairs
+
+
+def test_the_students_head_may_be_bingos(data, tmp_path):
+    """--hidden of the student alone; by default MoCo v2's, and a checkpoint keeps loading as a teacher."""
+    from bingo.teachers import load_teacher
+
+    flags = "--arch resnet10 --width 4 --stem cifar --batch_size 16 --moco_k 32 --end_epoch 1 --log-every 1".split()
+    for name, hidden, more in (("moco", 32, []), ("bingo", 48, ["--hidden", "48"])):
+        out = tmp_path / name
+        assert main_teacher.main([*DATA, "--data_dir", str(data), *flags, *more, "--output-dir", str(out)]) == 0
+        state = checkpoint.load(out / "checkpoint.pth")["state_dict"]
+        assert state["module.encoder_q.fc.0.weight"].shape == (hidden, 32) and hidden * 128 == (
+            state["module.encoder_k.fc.2.weight"].numel()
+        )
+        assert load_teacher("resnet10", out / "checkpoint.pth", "moco", 4, "cifar")[1] == 128

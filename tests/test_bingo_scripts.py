@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from bingo import main_moco, main_teacher
+from bingo.arch import build
+
 ROOT = Path(__file__).resolve().parents[1]
 STUB = '#!/usr/bin/env bash\necho "$*" >> "$CALLS"\n'
 
@@ -40,6 +43,31 @@ def test_arms_of_the_paper_tier_have_the_papers_protocol(script):
     small = script("bingo/run_arms.sh", "small", DATA_ROOT="/data", ARMS="bingo")[1]
     (probe,) = (call for call in small if "-m bingo.main_lincls " in call)
     assert "--cached_train" in probe and "--init_lr 0.3" in probe and "--workers 0 --threads 1" in probe
+
+
+@pytest.mark.parametrize("tier", ["mini", "small", "paper"])
+def test_arms_that_are_compared_differ_in_the_method_alone(tier, script):
+    """Head, images of a batch norm and epochs of the student alone are BINGO's; equal compute changes epochs alone."""
+    names = "alone bingo_narrow alone_wide bingo_wide alone_eq alone_wide_eq"
+    calls = script("bingo/run_arms.sh", tier, DATA_ROOT="/data", ARMS=names)[1]
+    found = {}
+    for call in calls:
+        for module in (main_teacher, main_moco):
+            words = call.split(f"-m {module.__name__} ")
+            if len(words) == 2:
+                args = module.get_parser().parse_args(words[1].split())
+                arch, width = (getattr(args, n, None) or getattr(args, f"s_{n}") for n in ("arch", "width"))
+                features = build(arch, width).num_features
+                found[args.output_dir.parent.name] = {
+                    "arch": (arch, width), "hidden": args.hidden or features, "epochs": args.end_epoch,
+                    "share": args.batch_size // args.bn_splits, "lr": args.init_lr, "seed": args.seed,
+                }  # fmt: skip
+    assert set(found) == set(names.split())
+    for one, other in (("alone", "bingo_narrow"), ("alone_wide", "bingo_wide")):
+        assert found[one] == found[other]
+        assert found[f"{one}_eq"].pop("epochs") > 3 * found[one].pop("epochs")
+        assert found[f"{one}_eq"] == found[one]
+    assert found["alone_wide"]["hidden"] == 2048 > found["alone"]["hidden"]
 
 
 @pytest.mark.parametrize(

@@ -512,8 +512,7 @@ def test_one_shot_is_a_plain_step_of_moco_v2_to_the_last_bit():
             for a, b in zip(moco.encoder_k.parameters(), moco.encoder_q.parameters()):
                 a.mul_(0.9).add_(b, alpha=1 - 0.9)
             order = torch.randperm(8, generator=deals(1, step)[0])
-            dealt = im_k[order].contiguous(memory_format=torch.channels_last)
-            k = F.normalize(moco.encoder_k(dealt), dim=1)[torch.argsort(order)]
+            k = F.normalize(moco.encoder_k(im_k[order]), dim=1)[torch.argsort(order)]
         logits = torch.cat([(z * k).sum(1, keepdim=True), z @ queue], 1) / 0.2
         plain = F.cross_entropy(logits, torch.zeros(8, dtype=torch.long))
         theirs.zero_grad()

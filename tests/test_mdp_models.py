@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mdp import eval_seg, export_mmseg, finetune
 from mdp.models import ASPPHead, Encoder, ResNet
 from shared_utils import UserError, checkpoint
+from shared_utils.layout import follow, place
 
 NARROW: dict[str, Any] = {"arch": "resnet18", "base_channels": 4, "head_channels": 8, "dilations": (1, 2, 4)}
 
@@ -62,8 +63,9 @@ def test_basic_block_dilates_its_first_convolution_only() -> None:
 
 @pytest.mark.parametrize(("head", "stride"), [("aspp", 8), ("sep_aspp", 4), ("none", 8)])
 def test_encoder_shapes(head: str, stride: int) -> None:
-    x = torch.randn(2, 3, 64, 96).to(memory_format=torch.channels_last)
-    encoder = Encoder(**NARROW, head=head, dim=5).to(memory_format=torch.channels_last)
+    encoder = place(Encoder(**{**NARROW, "base_channels": 16}, head=head, dim=5), torch.device("cpu"))
+    x = follow(torch.randn(2, 3, 64, 96), encoder)
+    assert x.is_contiguous(memory_format=torch.channels_last)
     assert encoder(x).shape == (2, 5, 64 // stride, 96 // stride)
     classifier = Encoder(**NARROW, head=head, num_classes=7)
     assert classifier(x).shape == (2, 7, 64 // stride, 96 // stride)

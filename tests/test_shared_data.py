@@ -221,6 +221,24 @@ def test_a_batch_larger_than_the_data_is_refused():
         EpochSampler(10, 8, 0, world=2)
 
 
+@pytest.mark.parametrize(("size", "least", "kept"), [(23, None, 0), (23, 0, 7), (23, 3, 7), (23, 4, 0), (24, 0, 8)])
+def test_the_last_batch_is_kept_where_it_is_large_enough(size, least, kept):
+    """Of 8 a process's share: 16 a step with two processes."""
+    flat = lambda s: [i for batch in s for _, i in batch]  # noqa: E731
+    parts = [EpochSampler(size, 8, 1, rank=r, world=2, least=least) for r in (0, 1)]
+    steps = size // 16 + (kept > 0)
+    assert [len(s) for s in parts] == [s.steps_per_epoch for s in parts] == [steps, steps]
+    seen = flat(parts[0]) + flat(parts[1])
+    assert len(set(seen)) == len(seen) == size // 16 * 16 + kept
+    weights = [[s.weight(step) for step in range(steps)] for s in parts]
+    assert all(a + b == pytest.approx(2) for a, b in zip(*weights))
+    assert weights[0][: size // 16] == weights[1][: size // 16] == [1.0] * (size // 16)
+    one = list(EpochSampler(size, 16, 1, least=least and 2 * least).at(0))
+    both = [a + b for a, b in zip(parts[0].at(0), parts[1].at(0))]
+    assert one == both  # the order too
+    assert list(parts[0].at(0, steps - 1)) == list(parts[0].at(0))[-1:]
+
+
 def test_cache_refuses_what_would_not_fit(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "a" / "x.png")

@@ -1,5 +1,6 @@
 """Two gloo processes against one: batch norm, gathers, shuffle; and the split batch norm."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -64,6 +65,52 @@ try:
 except UserError as error:
     assert str(error) == "give a folder that all nodes share"
 
+# wrapped: no warning, buffers of process 0 at the start in their own layout, each process's own after a step; the
+# gradient is the mean of both
+import warnings
+torch.manual_seed(r)
+net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+net.register_buffer("queue", torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
+net[1](torch.randn(4, 4, 2, 2) + r)
+first = [d.gather(b.flatten()[None]) for b in net.buffers()]
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    wrapped = d.wrap(net)
+assert isinstance(wrapped, nn.parallel.DistributedDataParallel) and wrapped.module is net
+for was, b in zip(first, net.buffers()):
+    torch.testing.assert_close(b.flatten(), was[0], rtol=0, atol=0)
+assert not torch.equal(first[0][0], first[0][1]) and net.queue.is_contiguous(memory_format=torch.channels_last)
+x = torch.randn(2, 3, 2, 2) * (1 + r)
+for _ in range(2):
+    wrapped(x).square().mul(torch.arange(4.0).view(4, 1, 1)).mean().backward()
+grads = d.gather(net[0].weight.grad[None])
+means = d.gather(net[1].running_mean[None])
+assert torch.equal(grads[0], grads[1]) and grads[0].abs().sum() > 0 and not torch.equal(means[0], means[1])
+
+# a kept last batch: 7 = 4 + (2, 1) and 5 = 4 + (1, 0) samples; gradients and loss are those of one process
+from shared_utils.data import EpochSampler
+x, y = torch.randn(7, 3, generator=torch.Generator().manual_seed(5)), torch.arange(7) % 2
+for size, last in ((7, (2, 1)), (5, (1, 1))):
+    mine, lone = nn.Linear(3, 2), nn.Linear(3, 2)
+    with torch.no_grad():
+        for p in (*mine.parameters(), *lone.parameters()):
+            p.fill_(0.5)
+    mine = d.wrap(mine)
+    sampler = EpochSampler(size, 2, 0, r, 2, least=0)
+    order = [i for _, i in sum(EpochSampler(size, 1, 0), [])]
+    assert len(sampler) == 2
+    for step, batch in enumerate(sampler):
+        assert len(batch) == (2 if step == 0 else last[r])
+        rows = [i for _, i in batch]
+        loss = nn.functional.cross_entropy(mine(x[rows]), y[rows]) * sampler.weight(step)
+        loss.backward()
+        rows = order[4 * step : 4 * step + 4]
+        whole = nn.functional.cross_entropy(lone(x[rows]), y[rows])
+        whole.backward()
+        torch.testing.assert_close(d.all_sum(loss) / 2, whole.detach())
+    for a, b in zip(mine.parameters(), lone.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
+
 # features of five images: three and two of them, in memory and in a file
 import sys
 from pathlib import Path
@@ -103,6 +150,19 @@ def test_two_processes(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "fine0" in done.stdout and "fine1" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["forward_sync_buffers", "broadcast_buffers"])
+def test_the_flag_is_the_one_that_this_torch_knows(name, monkeypatch):
+    class Wrapper:
+        def __init__(self, module, **kwargs):
+            pass
+
+    known = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY)
+    both = inspect.Parameter("broadcast_buffers", inspect.Parameter.KEYWORD_ONLY)
+    Wrapper.__signature__ = inspect.Signature([both, known] if name != "broadcast_buffers" else [both])  # type: ignore[attr-defined]
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Wrapper)
+    assert distributed.buffers_apart() == {name: False}
 
 
 def test_split_batch_norm_is_batch_norm_on_each_share():
@@ -179,3 +239,5 @@ def test_one_process_is_a_passthrough():
     assert distributed.gather(x) is x and distributed.gather_with_grad(x) is x and distributed.all_sum(x) is x
     shuffled, order = distributed.shuffle(x.detach() * torch.arange(3), torch.Generator().manual_seed(0))
     assert torch.equal(distributed.unshuffle(shuffled, order), torch.arange(3.0))
+    net = nn.Linear(2, 2)
+    assert distributed.wrap(net) is net

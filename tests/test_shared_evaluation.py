@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from shared_utils import UserError, checkpoint, evaluation
+from shared_utils import UserError, checkpoint, distributed, evaluation
 from shared_utils.data import image_folder
 
 
@@ -174,7 +174,7 @@ def _buffers(rank: int, folder: str) -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     net(torch.randn(4, 2, generator=torch.Generator().manual_seed(rank)) + rank)
     torch.save([b.clone() for b in net.buffers()], f"{folder}/before{rank}")
-    evaluation.same_buffers(net)
+    distributed.same_buffers(net)
     torch.save(list(net.buffers()), f"{folder}/after{rank}")
     torch.distributed.destroy_process_group()
 

@@ -24,6 +24,7 @@ TRAIN = """
 import os, sys
 import torch
 from torch import nn
+from shared_utils import distributed
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.flags import Parser, add_run_flags
 from shared_utils.run import Run
@@ -42,7 +43,7 @@ add_run_flags(p, "x")
 run = Run(p.parse_args(), "shared", "test")
 torch.manual_seed(0)
 model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+ddp = distributed.wrap(model)
 sgd = torch.optim.SGD(model.parameters(), 0.1)
 sampler = EpochSampler(16, 2, 0, run.rank, run.world)
 loader = run.loader(Keyed(Noise(), 0), sampler)

@@ -548,6 +548,19 @@ def test_workflow_forgets_no_folder(tmp_path: Path) -> None:
     assert listed_by_workflow(small, tmp_path / "there") == ["fame", "mdp"]
 
 
+@pytest.mark.parametrize("job", ["smoke", "workspace"])
+def test_workflow_stands_for_both_kinds_of_cpu(job: str, tmp_path: Path) -> None:
+    """A job each on the runner's CPU and on one without AVX-512."""
+    found = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"][job]
+    matrix = found["strategy"]["matrix"]
+    assert {*matrix["cpu"], *(entry["cpu"] for entry in matrix.get("include", ()))} == {"native", "avx2"}
+    (step,) = [step for step in found["steps"] if step.get("if") == "matrix.cpu == 'avx2'"]
+    subprocess.run(
+        ["bash", "-e", "-c", step["run"]], env={**os.environ, "GITHUB_ENV": str(tmp_path / "env")}, check=True
+    )
+    assert (tmp_path / "env").read_text().split() == ["ONEDNN_MAX_CPU_ISA=AVX2", "ATEN_CPU_CAPABILITY=avx2"]
+
+
 @pytest.mark.parametrize("finished", [0, 150])
 @pytest.mark.parametrize("folder", sorted(path.parent.name for path in ROOT.glob("*/run_arms.sh")))
 def test_an_arm_that_fails_is_not_lost(folder: str, finished: int, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     plain = [p for p in student.parameters() if p.dim() <= 1]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.wd, fused=run.device.type == "cuda")
-    trained: nn.Module = nn.parallel.DistributedDataParallel(student) if run.world > 1 else student
+    trained = distributed.wrap(student)
     run.track(student=student, teacher=teacher, optimizer=optimizer, dino_loss=criterion)
     run.reads(frames.paths)
     run.preflight(

@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--num_heads {args.num_heads}: does not divide the encoder's {encoder.embed_dim} channels")
     torch.manual_seed(mix_key(args.seed, 3) % 2**63)  # the block's start does not depend on the encoder's size
     model = AttEncoder(encoder, args.num_t, args.num_heads, args.drop, args.attn_drop_t).to(run.device)
-    trained: nn.Module = nn.parallel.DistributedDataParallel(model) if run.world > 1 else model
+    trained = distributed.wrap(model)
     optimizer = torch.optim.AdamW(
         param_groups(model.temporal_transformer), args.lr, weight_decay=args.wd, fused=run.device.type == "cuda"
     )
