@@ -193,6 +193,10 @@ class ImageList(Dataset):
         """The decoded image, RGB."""
         return load_image(self.samples[index][0]) if self._decoded is None else self._decoded[index]
 
+    def pixels(self, index: int) -> np.ndarray:
+        """The decoded image, uint8 [H, W, 3]."""
+        return np.asarray(self.image(index))
+
     def __getitem__(self, index: int) -> tuple[Any, int, int]:
         image = self.image(index)
         return (self.transform(image) if self.transform else image), self.samples[index][1], index

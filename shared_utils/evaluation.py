@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
 from shared_utils import UserError, checkpoint, distributed, mini
 from shared_utils.data import ImageList, image_folder, list_file, mix_key, per_class, read_text
+from shared_utils.feed import in_order
 from shared_utils.flags import natural, positive
-from shared_utils.run import plain_errors, worker_init
+from shared_utils.run import plain_errors
 
 SETS = ("folder", "cifar10", "cifar100")
 
@@ -52,7 +52,10 @@ class ArrayImages(ImageList):
         self.array = array
 
     def image(self, index: int) -> Image.Image:
-        return Image.fromarray(self.array[int(self.samples[index][0].name)])
+        return Image.fromarray(self.pixels(index))
+
+    def pixels(self, index: int) -> np.ndarray:
+        return self.array[int(self.samples[index][0].name)]
 
 
 def _cifar(args: argparse.Namespace) -> tuple[ImageList, ImageList]:
@@ -233,14 +236,7 @@ def stream(
     mode and the transform deterministic.
     """
     first, last = (0, len(images)) if everything else share(len(images))
-    loader = DataLoader(
-        Subset(images, range(first, last)),
-        batch_size,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=worker_init,
-        generator=torch.Generator(),
-    )
+    loader = in_order(images, first, last, batch_size, workers, device)
     for x, y, _ in plain_errors(loader):
         out = embed(x.to(device, memory_format=torch.channels_last, non_blocking=True))
         yield [value.float() for value in out], y

@@ -65,6 +65,8 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+AUG_BACKENDS, AUG_BACKEND = ("pil", "batch"), "pil"  # what --aug_backend offers, and its default
+
 positive, natural, not_negative = at_least(1), at_least(0), at_least(0, float)
 finite = at_least(-math.inf, float)
 ints, floats = several(int), several(float)
@@ -109,6 +111,15 @@ class Parser(argparse.ArgumentParser):
             name = next((name for name in names if name.startswith("--")), names[0])
             raise UserError(f"{name}{' ' if ': must ' in found[2] else ': '}{found[2]}")
         raise UserError(f"{message}; --help lists the flags")
+
+
+def add_aug_flag(parser: Any) -> None:
+    """--aug_backend, of scripts whose images go through `shared_utils.feed`."""
+    text = (
+        "how images are augmented: pil, view by view as in the original releases; batch, decoded once and in batches, "
+        "several times as fast: other draws of the same distribution"
+    )
+    parser.add_argument("--aug_backend", choices=AUG_BACKENDS, default=AUG_BACKEND, help=text)
 
 
 def add_machine_flags(parser: Any, workers: int | None = 2, amp: str | None = None, output_dir: str = "") -> None:

@@ -229,12 +229,15 @@ class Run:
 
     def loader(self, dataset: Dataset, sampler: EpochSampler) -> DataLoader:
         """Workers are persistent and pinned memory is used on GPUs; iterating leaves the global RNG untouched."""
+        in_process = getattr(dataset, "in_process", False)  # it uses the device, which a worker cannot
+        workers = 0 if in_process else self.args.workers
         return DataLoader(
             dataset,
             batch_sampler=sampler,
-            num_workers=self.args.workers,
-            pin_memory=self.device.type == "cuda",
-            persistent_workers=self.args.workers > 0,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda" and not in_process,
+            persistent_workers=workers > 0,
+            collate_fn=getattr(dataset, "collate_fn", None),
             worker_init_fn=worker_init,
             generator=torch.Generator(),
         )
@@ -277,6 +280,8 @@ class Run:
             )
         mine = {**plain(self.args), "world": self.world}
         theirs = {**saved["args"], "world": saved["progress"]["world"]}
+        if "aug_backend" in mine:  # older runs had one alone
+            theirs.setdefault("aug_backend", "pil")
         changed = [
             f"{'processes' if k == 'world' else '--' + k.replace('_', '-')} was {theirs.get(k)}, is {mine.get(k)}"
             for k in sorted(set(mine) | set(theirs))
