@@ -11,11 +11,12 @@ each sample). Backend `batch` draws the same distributions from a counter-based 
 (seed, epoch, index, view) alone. `shared_utils.feed` decodes and makes batches with it.
 
 Given the same parameters, the largest differences from PIL, in levels of 0..255 (tests/test_shared_augment.py):
-    crop and antialiased resize   1
-    brightness, contrast, saturation, grey, solarise   1 (PIL truncates; all steps clamp and give whole levels)
-    hue   on a CPU a few (OpenCV's bytes of hue have 256 steps a turn, PIL's 255); on other devices 1, as PIL quantises
-    blur   a true Gaussian, its edge replicated, cut at 3 sigma and within 1 level of scipy's. PIL approximates it by
-           three box filters, from which it differs by up to a tenth of the contrast at an edge
+    crop and antialiased resize   1 (bicubic and on devices 2 in one of 10,000 values, by two roundings)
+    brightness, contrast, saturation, grey, solarise   1 (every step clamps, and truncates to whole levels as PIL does)
+    hue   12, on average 1, on a CPU (OpenCV's bytes of hue are rounded and have 256 steps a turn, PIL's are truncated
+          and have 255, of 6 levels each); the same but for rounding errors on other devices, which do as PIL does
+    blur  a true Gaussian cut at 3 sigma, edges replicated: within 1 of scipy's. PIL approximates it by three box
+          filters, from which it differs by a few levels
 Sources: torchvision.transforms for the distributions; Pillow's Resample.c, Convert.c and Blend.c for the arithmetic.
 """
 
@@ -384,7 +385,7 @@ class Painter:
         else:
             # The strides of channels-last memory, of the batch of one too: else torch is half as fast.
             strides = (3 * height * width, 1, 3 * width, 3)
-            grid = torch.from_numpy(np.ascontiguousarray(part)).as_strided((1, 3, height, width), strides)
+            grid = torch.from_numpy(np.array(part)).as_strided((1, 3, height, width), strides)
             grown = F.interpolate(grid, (tall, wide), mode=self.recipe.interpolation, antialias=True)
             whole = grown[0].permute(1, 2, 0).numpy()
             x[...] = whole[first : first + size, start : start + size]
@@ -467,15 +468,14 @@ def apply_tensor(recipe: Recipe, array: Tensor, rows: np.ndarray, draws: Draws) 
                  size, array.shape[1 + side], recipe.interpolation, device)
         for side in (1, 0)
     )  # fmt: skip
-    x = (x @ across.transpose(1, 2)[:, None]).round_().clamp_(0, 255)  # across first, as PIL
-    x = (down[:, None] @ x).round_().clamp_(0, 255)
+    x = (x @ across.transpose(1, 2)[:, None]).add_(0.5).floor_().clamp_(0, 255)  # across first, halves up, as PIL
+    x = (down[:, None] @ x).add_(0.5).floor_().clamp_(0, 255)
     for step in recipe.order:
         if step == "jitter":
             for place in range(4):
                 for which in range(4):
                     chosen = np.flatnonzero(draws.jitter & (draws.order[:, place] == which))
-                    factor = torch.from_numpy(draws.factors[chosen, which].astype(np.float32)).to(device)
-                    _on(x, chosen, _jittered, which, factor.view(-1, 1, 1, 1))
+                    _on(x, chosen, _jittered, which, draws.factors[chosen, which])
         elif step == "grey":
             _on(x, np.flatnonzero(draws.grey), _grey)
         elif step == "blur":
@@ -552,8 +552,10 @@ def _grey(x: Tensor) -> Tensor:
     return ((x * weights).sum(1, keepdim=True) + 0.5).floor_()
 
 
-def _jittered(x: Tensor, which: int, factor: Tensor) -> Tensor:
-    """One step of ColorJitter on whole levels [N, 3, H, W]; factor [N, 1, 1, 1]. Truncated as Pillow does."""
+def _jittered(x: Tensor, which: int, factors: np.ndarray) -> Tensor:
+    """One step of ColorJitter on whole levels [N, 3, H, W]; factors [N]. Truncated as Pillow does."""
+    given = np.trunc(factors * 255) if which == HUE else factors
+    factor = torch.from_numpy(given.astype(np.float32)).to(x.device).view(-1, 1, 1, 1)
     if which == HUE:
         return _turned(x, factor)
     if which == BRIGHTNESS:
@@ -564,17 +566,22 @@ def _jittered(x: Tensor, which: int, factor: Tensor) -> Tensor:
     return (base + factor * (x - base)).clamp_(0, 255).floor_()
 
 
-def _turned(x: Tensor, factor: Tensor) -> Tensor:
-    """Hue shifted by `factor` turns through Pillow's HSV of bytes."""
+def _bytes(x: Tensor) -> Tensor:
+    """0..1 to whole levels: Pillow truncates the product of a float with a double."""
+    return (x.float().double() * 255).floor_().float()
+
+
+def _turned(x: Tensor, shift: Tensor) -> Tensor:
+    """Hue shifted by this much [N, 1, 1, 1] of its bytes, through Pillow's HSV of bytes."""
     red, green, blue = x.unbind(1)
     value, least = x.amax(1), x.amin(1)
     chroma = (value - least).clamp(min=1e-6)
     r, g, b = ((value - part) / chroma for part in (red, green, blue))
     hue = torch.where(red == value, b - g, torch.where(green == value, 2 + r - b, 4 + g - r))
-    hue = ((hue / 6 + 1) % 1 * 255).floor_()
+    hue = _bytes((hue.double() / 6 + 1) % 1)
     hue = torch.where(value == least, torch.zeros_like(hue), hue)
-    saturation = ((value - least) / value.clamp(min=1) * 255).floor_() / 255
-    sixth = (hue + (factor[:, 0] * 255).trunc()) % 256 * (6 / 255)
+    saturation = _bytes((value - least) / value.clamp(min=1)) / 255
+    sixth = (hue + shift[:, 0]) % 256 * (6 / 255)
     part, out = sixth.floor(), []
     f = sixth - part
     p, q, t = (value * (1 - saturation * k) for k in (torch.ones_like(f), f, 1 - f))

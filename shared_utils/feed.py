@@ -171,7 +171,7 @@ def _empty(*shape: int) -> Tensor:
     if get_worker_info() is None:
         return torch.empty(shape)
     count = math.prod(shape)
-    return torch.frombuffer(torch.UntypedStorage._new_shared(4 * count), dtype=torch.float32).view(shape)
+    return torch.empty(0).set_(torch.UntypedStorage._new_shared(4 * count), 0, shape)  # type: ignore[call-overload]
 
 
 class Batched(Dataset):
