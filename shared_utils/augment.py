@@ -11,7 +11,8 @@ each sample). Backend `batch` draws the same distributions from a counter-based 
 (seed, epoch, index, view) alone. `shared_utils.feed` decodes and makes batches with it.
 
 Given the same parameters, the largest differences from PIL, in levels of 0..255 (tests/test_shared_augment.py):
-    crop and antialiased resize   1 (bicubic and on devices 2 in one of 10,000 values, by two roundings)
+    crop and antialiased resize   1; bicubic, and on devices, 2 in one of 10,000 values, by two roundings; the resize of
+          `plain` is equal on a CPU but for less than one value in 100
     brightness, contrast, saturation, grey, solarise   1 (every step clamps, and truncates to whole levels as PIL does)
     hue   12, on average 1, on a CPU (OpenCV's bytes of hue are rounded and have 256 steps a turn, PIL's are truncated
           and have 255, of 6 levels each); the same but for rounding errors on other devices, which do as PIL does
@@ -325,6 +326,7 @@ class Painter:
         self.buffers = [np.empty((size, size, 3), np.uint8) for _ in range(2)]
         self.grey = np.empty((size, size), np.uint8)
         self.colourless = np.empty((size, size, 3), np.uint8)
+        self.random = recipe.scale is not None
         self.steps = [name for name in recipe.order if name != "flip"]  # a flip changes places with all of them
         # Lists, an element of an array costs more than a small image's step; and flat ones: thousands of small lists
         # would call the garbage collector.
@@ -362,7 +364,7 @@ class Painter:
             out[...] = x
 
     def _cropped(self, pixels: np.ndarray, i: int, x: np.ndarray, reduced: int) -> None:
-        """Resized with antialiasing, to within a level of PIL: OpenCV where the image grows, else torch's kernel."""
+        """Resized with antialiasing as PIL does, by torch's kernel; a random crop that grows by OpenCV's."""
         cv2 = self.cv2
         top, left, height, width = self.box[4 * i : 4 * i + 4]
         tall, wide, first, start = self.target[4 * i : 4 * i + 4]
@@ -376,12 +378,8 @@ class Painter:
         part = pixels[top : top + height, left : left + width]
         if (height, width) == (tall, wide):
             x[...] = part[first : first + size, start : start + size]
-        elif tall >= height and wide >= width and self.recipe.interpolation == "bilinear":
-            if (tall, wide) == (size, size):
-                cv2.resize(part, (size, size), dst=x, interpolation=cv2.INTER_LINEAR)
-            else:
-                whole = cv2.resize(part, (wide, tall), interpolation=cv2.INTER_LINEAR)
-                x[...] = whole[first : first + size, start : start + size]
+        elif tall >= height and wide >= width and self.random and self.recipe.interpolation == "bilinear":
+            cv2.resize(part, (size, size), dst=x, interpolation=cv2.INTER_LINEAR)
         else:
             # The strides of channels-last memory, of the batch of one too: else torch is half as fast.
             strides = (3 * height * width, 1, 3 * width, 3)

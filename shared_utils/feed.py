@@ -208,7 +208,7 @@ class Labelled(Dataset):
         return views[0], self.labels[rows], rows
 
 
-def keyed(dataset: Any, seed: int, backend: str, device: torch.device | None = None) -> Dataset:
+def keyed(dataset: Any, seed: int, backend: str, device: torch.device | None = None) -> Any:
     """A data set for `Run.loader`, its draws keyed by (seed, epoch, index), by the backend `pil` or `batch`.
 
     `dataset` is an `ImageList` whose transform is a recipe, or a data set with `images` and a method `batch`.

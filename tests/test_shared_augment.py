@@ -149,8 +149,9 @@ def test_plain_is_within_a_level_of_pil(shape):
     recipe = augment.plain(24)
     draws = recipe.draw(mix_keys(0, 0, 0, 0), np.array([shape[0]]), np.array([shape[1]]))
     theirs = np.asarray(T.Compose(recipe.transforms[:2])(Image.fromarray(image)))
-    for own in both(recipe, image[None], draws):
-        assert np.abs(own[0] - theirs).max() <= 1
+    on_cpu, on_device = (np.abs(own[0] - theirs) for own in both(recipe, image[None], draws))
+    assert on_cpu.max() <= 1 and on_device.max() <= 2
+    assert (on_cpu > 0).mean() < 0.01 and (on_device > 1).mean() < 1e-3  # evaluations see what they saw with PIL
 
 
 COLOURS = {
