@@ -12,7 +12,7 @@ each sample). Backend `batch` draws the same distributions from a counter-based 
 
 Given the same parameters, the largest differences from PIL, in levels of 0..255 (tests/test_shared_augment.py):
     crop and antialiased resize   1; bicubic, and on devices, 2 in one of 10,000 values, by two roundings; the resize of
-          `plain` is equal on a CPU but for less than one value in 100
+          `plain` is equal on a CPU but for one value in 300 at usual sizes, one in 25 at odd ones
     brightness, contrast, saturation, grey, solarise   1 (every step clamps, and truncates to whole levels as PIL does)
     hue   12, on average 1, on a CPU (OpenCV's bytes of hue are rounded and have 256 steps a turn, PIL's are truncated
           and have 255, of 6 levels each); the same but for rounding errors on other devices, which do as PIL does
