@@ -18,7 +18,7 @@ from bingo.options import add_data_flags, prepare_data, train_images
 from bingo.teachers import ALGS, fingerprint, load_teacher
 from shared_utils import UserError, distributed
 from shared_utils.augment import plain
-from shared_utils.flags import Parser, add_machine_flags, natural, positive
+from shared_utils.flags import Parser, add_aug_flag, add_machine_flags, natural, positive
 from shared_utils.layout import place
 from shared_utils.neighbours import features, neighbours, purity
 from shared_utils.run import cli, set_threads
@@ -28,6 +28,7 @@ def get_parser() -> Parser:
     p = Parser(prog="bingo.compute_knn", description=__doc__.splitlines()[0])
     a = p.add_argument
     add_data_flags(p)
+    add_aug_flag(p)
     a("--arch", choices=ARCHS, default="resnet50", help="network of the teacher")
     a("--t_width", type=positive, default=64, help="channels of its first stage")
     a("--t_stem", choices=STEMS, default="imagenet")
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         teacher, _ = load_teacher(args.arch, args.ckpt_name, args.pretrain_alg, args.t_width, args.t_stem)
         made_by = {"sha256": fingerprint(teacher), "name": f"{args.arch} of {args.ckpt_name} ({args.pretrain_alg})"}
         teacher = place(teacher, device).eval()
-        images.transform = plain(args.img_size)
+        images.transform = plain(args.img_size, args.aug_backend)
         bank = features(
             lambda x: teacher(x, pre_out=True),
             images,

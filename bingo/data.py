@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from shared_utils import UserError
+from shared_utils import UserError, feed
 from shared_utils.data import ImageList
 
 
@@ -36,6 +36,8 @@ class Bags:
             order = np.argsort(array, kind="stable")
             bounds = np.flatnonzero(np.diff(array[order])) + 1
             self._groups = np.split(order, bounds)
+            self._order, self._first = order, np.concatenate([[0], bounds])
+            self._sizes = np.diff([*self._first, len(order)])
             self._group_of = np.empty(len(array), np.int64)
             self._place = np.empty(len(array), np.int64)
             for number, members in enumerate(self._groups):
@@ -54,6 +56,15 @@ class Bags:
             return index
         place = np.random.randint(len(members) - 1)  # skip the anchor itself
         return int(members[place + (place >= self._place[index])])
+
+    def draw_all(self, indices: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """Members of the bags of `indices` [B], uniformly, by numbers `u` [B] in 0..1."""
+        if self.array.ndim == 2:
+            return self.array[indices, (u * self.array.shape[1]).astype(np.int64)]
+        groups = self._group_of[indices]
+        sizes, place = self._sizes[groups], self._place[indices]
+        other = (u * (sizes - 1)).astype(np.int64)
+        return self._order[self._first[groups] + np.where(sizes == 1, 0, other + (other >= place))]
 
 
 def sha256(array: np.ndarray) -> str:
@@ -164,3 +175,11 @@ class Views(Dataset):
         anchor = self.images.image(index)
         key, query = self.transform(anchor), self.transform(anchor)
         return query, key, *extra
+
+    def batch(self, batch: feed.Batch) -> list[Tensor]:
+        """The same of a whole batch, [B, 3, S, S] each, draws keyed (see `shared_utils.feed`)."""
+        asks = [feed.Ask(batch.indices, self.transform, (0, 1))]
+        if self.bags is not None:
+            members = self.bags.draw_all(batch.indices, batch.uniform(1)[:, 0])
+            asks.append(feed.Ask(members, self.transform, (2, 3)))
+        return [view for made in batch.render(*asks) for view in made]

@@ -18,7 +18,7 @@ from bingo.data import load_bags
 from shared_utils import distributed
 from shared_utils.augment import plain
 from shared_utils.evaluation import add_data_flags, add_network_flags, freeze, load_backbone, open_splits, write_result
-from shared_utils.flags import Parser, add_machine_flags, positive
+from shared_utils.flags import Parser, add_aug_flag, add_machine_flags, positive
 from shared_utils.layout import place
 from shared_utils.neighbours import features, few_shot, knn_accuracy, neighbours, purity
 from shared_utils.run import cli, set_threads
@@ -31,6 +31,7 @@ def get_parser() -> Parser:
     a = p.add_argument
     add_network_flags(p, ARCHS, STEMS, "resnet18")
     add_data_flags(p)
+    add_aug_flag(p)
     a("--bags", type=Path, help="correlation file of bingo.compute_knn for the same training images")
     a("--clus_pos_num", type=positive, default=5, help="K, members of a bag that count")
     a("--feature_dir", type=Path, help="keep features in .npy files there (mapped, not in memory: for ImageNet)")
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     device = distributed.init(args.device)
     set_threads(args.threads, args.workers, device)
     train, val = open_splits(args)
-    train.transform = val.transform = plain(args.img_size)
+    train.transform = val.transform = plain(args.img_size, args.aug_backend)
     bags = load_bags(args.bags, train, args.clus_pos_num)[0] if args.bags else None
     encoder, report = load_backbone(build, args, "resnet18", stored_as=STORED)
     freeze(encoder)

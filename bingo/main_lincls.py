@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from bingo.arch import ARCHS, STEMS, Encoder, build
 from bingo.builder import ReleaseKeys
-from shared_utils import UserError, checkpoint, distributed
+from shared_utils import UserError, checkpoint, distributed, feed
 from shared_utils.augment import linear_train, plain
-from shared_utils.data import EpochSampler, Keyed
+from shared_utils.data import EpochSampler
 from shared_utils.evaluation import (
     add_data_flags,
     add_network_flags,
@@ -36,7 +36,7 @@ from shared_utils.evaluation import (
     unchanged,
     write_result,
 )
-from shared_utils.flags import Parser, add_run_flags, ints, natural, not_negative, positive
+from shared_utils.flags import Parser, add_aug_flag, add_run_flags, ints, natural, not_negative, positive
 from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 
@@ -48,6 +48,7 @@ def get_parser() -> Parser:
     a = p.add_argument
     add_network_flags(p, ARCHS, STEMS, "resnet18")
     add_data_flags(p)
+    add_aug_flag(p)
     a("--selected_feat_id", type=_words, default="last", help="comma-separated block ids, or last, layer1 to layer4; "
       "a classifier each, trained at once")  # fmt: skip
     a("--pool_type", choices=["avg", "max"], default="avg")
@@ -229,7 +230,10 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(args, "bingo", "lincls")
     check_flags(args, run.world)
     train, val = open_splits(args)
-    train.transform, val.transform = linear_train(args.img_size), plain(args.img_size)
+    train.transform, val.transform = (
+        linear_train(args.img_size, args.aug_backend),
+        plain(args.img_size, args.aug_backend),
+    )
 
     # Frozen backbone, in eval mode throughout
     encoder, report = load_backbone(build, args, "resnet18", stored_as=STORED)
@@ -284,11 +288,11 @@ def main(argv: list[str] | None = None) -> int:
 
     batches: Any = None
     if args.cached_train and run.epoch < args.end_epoch:
-        train.transform = plain(args.img_size)
+        train.transform = plain(args.img_size, args.aug_backend)
         feats, labels = collect(embed, train, run.device, args.batch_size, args.workers, everything=True)
         batches = FeatureBatches(feats, labels, sampler)
     elif not args.cached_train:
-        batches = run.loader(Keyed(train, args.seed), sampler)
+        batches = run.loader(feed.keyed(train, args.seed, args.aug_backend, run.device), sampler)
 
     for epoch, batch in run.batches(batches, sampler, args.end_epoch):
         for group in optimizer.param_groups:

@@ -32,10 +32,10 @@ from bingo.options import (
 )
 from bingo.teachers import ALGS, fingerprint, load_teacher
 from bingo.visualize import views_picture
-from shared_utils import UserError, distributed
+from shared_utils import UserError, distributed, feed
 from shared_utils.augment import moco_v1, moco_v2, plain
-from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key, per_class
-from shared_utils.flags import Parser, add_run_flags, floats, natural, not_negative, positive
+from shared_utils.data import EpochSampler, ImageList, mix_key, per_class
+from shared_utils.flags import Parser, add_aug_flag, add_run_flags, floats, natural, not_negative, positive
 from shared_utils.layout import follow, place
 from shared_utils.neighbours import features, neighbours, purity
 from shared_utils.run import Run, cli
@@ -91,6 +91,7 @@ def get_parser() -> Parser:
     a("--wd", "--weight_decay", type=not_negative, default=1e-4, help="weight decay (4e-5 for EfficientNet)")
     add_schedule_flags(p, 0.03, 200, "120,160")
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
+    add_aug_flag(p)
     add_run_flags(p, "bingo/pretrain/default")
     p.set_defaults(images_sha256="", bags_sha256="")  # of the data: a run is not resumed on others
     return p
@@ -129,7 +130,7 @@ def sample_classes(images: ImageList, count: int, each: int = 32) -> ImageList:
 def check_teacher(teacher: Encoder, images: ImageList, count: int, img_size: int, run: Run) -> str:
     """Purity of the teacher's 5 nearest neighbours on images of a few classes, beside that of chance."""
     some = sample_classes(images, count)
-    some.transform = plain(img_size)
+    some.transform = plain(img_size, run.args.aug_backend)
     if len(some) < 7:
         return "too few images to look at its neighbours"
     bank = features(lambda x: teacher(x, pre_out=True), some, run.device, 64, 0, run.args.amp == "bf16")
@@ -176,7 +177,8 @@ def main(argv: list[str] | None = None) -> int:
         args.bags_sha256 = sha256(bags.array)
     augment = (moco_v2 if args.aug_plus == "true" else moco_v1)(args.img_size)
     sampler = EpochSampler(len(images), args.batch_size // run.world, args.seed, run.rank, run.world)
-    loader = run.loader(Keyed(Views(images, augment, bags), args.seed), sampler)
+    seen = Views(images, augment, bags)
+    loader = run.loader(feed.keyed(seen, args.seed, args.aug_backend, run.device), sampler)
 
     # Student, teacher, queue.
     mixes = args.loss == "release" and args.mix == "cutmix"

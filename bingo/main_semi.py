@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bingo.arch import ARCHS, STEMS, build
-from shared_utils import UserError, distributed
+from shared_utils import UserError, distributed, feed
 from shared_utils.augment import linear_train, plain
-from shared_utils.data import EpochSampler, ImageList, Keyed
+from shared_utils.data import EpochSampler, ImageList
 from shared_utils.evaluation import (
     add_data_flags,
     add_network_flags,
@@ -32,7 +32,7 @@ from shared_utils.evaluation import (
     topk,
     write_result,
 )
-from shared_utils.flags import Parser, add_run_flags, not_negative, positive
+from shared_utils.flags import Parser, add_aug_flag, add_run_flags, not_negative, positive
 from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 
@@ -46,6 +46,7 @@ def get_parser() -> Parser:
     a = p.add_argument
     add_network_flags(p, ARCHS, STEMS, "resnet18")
     add_data_flags(p)
+    add_aug_flag(p)
     a(
         "--labels",
         type=Path,
@@ -101,9 +102,9 @@ def classifier(encoder: Any, classes: int) -> Any:
 def finetune(run: Run, network: Any, images: ImageList, facts: dict[str, Any]) -> None:
     """Train all of `network` on labelled images, new or from where the run was stopped."""
     args = run.args
-    images.transform = linear_train(args.img_size)
+    images.transform = linear_train(args.img_size, args.aug_backend)
     sampler = EpochSampler(len(images), args.batch_size // run.world, args.seed, run.rank, run.world, least=2)
-    loader = run.loader(Keyed(images, args.seed), sampler)
+    loader = run.loader(feed.keyed(images, args.seed, args.aug_backend, run.device), sampler)
     head = list(network.fc.parameters())
     body = [p for name, p in network.named_parameters() if not name.startswith("fc.")]
     groups = [{"params": body, "scale": 1.0}, {"params": head, "scale": args.head_lr_mult}]
@@ -144,7 +145,7 @@ def predict(run: Run, network: Any, images: ImageList) -> Iterator[tuple[Tensor,
 
     All processes predict with the network that the checkpoint holds, that of process 0.
     """
-    images.transform = plain(run.args.img_size)
+    images.transform = plain(run.args.img_size, run.args.aug_backend)
     distributed.same_buffers(network)
     network.eval()
 

@@ -23,10 +23,10 @@ from bingo.options import (
     train_images,
 )
 from bingo.visualize import views_picture
-from shared_utils import UserError, distributed
+from shared_utils import UserError, distributed, feed
 from shared_utils.augment import moco_v1, moco_v2
-from shared_utils.data import EpochSampler, Keyed, mix_key
-from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils.data import EpochSampler, mix_key
+from shared_utils.flags import Parser, add_aug_flag, add_run_flags, natural, not_negative, positive
 from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 
@@ -56,6 +56,7 @@ def get_parser() -> Parser:
     a("--wd", "--weight_decay", type=not_negative, default=1e-4, help="weight decay")
     add_schedule_flags(p, 0.03, 200, "120,160")
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
+    add_aug_flag(p)
     add_run_flags(p, "bingo/teacher/default")
     p.set_defaults(images_sha256="")  # of the data: a run is not resumed on other images
     return p
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     args.images_sha256 = order_hash(images)[:16]
     augment = (moco_v2 if args.aug_plus == "true" else moco_v1)(args.img_size)
     sampler = EpochSampler(len(images), args.batch_size // run.world, args.seed, run.rank, run.world)
-    loader = run.loader(Keyed(Views(images, augment), args.seed), sampler)
+    loader = run.loader(feed.keyed(Views(images, augment), args.seed, args.aug_backend, run.device), sampler)
 
     encoders = []
     for _ in range(2):

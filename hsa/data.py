@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import transforms as T
 
-from shared_utils import UserError, augment, neighbours
+from shared_utils import UserError, augment, feed, neighbours
 from shared_utils.data import ImageList, image_folder, mix_key, per_class
 
 
@@ -89,10 +89,9 @@ class Neighbours:
         self.set(state["index"], state["epoch"])
 
 
-def small_crop(size: int) -> T.Compose:
+def small_crop(size: int) -> augment.Recipe:
     """MoCo v2's augmentation on 5 to 14 per cent of the image (multi-crop as in SwAV) [inferred]."""
-    steps = augment.moco_v2(size).transforms
-    return T.Compose([T.RandomResizedCrop(size, (0.05, 0.14)), *steps[1:]])
+    return replace(augment.moco_v2(size), scale=(0.05, 0.14))
 
 
 class Views(Dataset):
@@ -128,4 +127,23 @@ class Views(Dataset):
         views["key"], views["query"] = self.augmentation(anchor), self.augmentation(anchor)
         if self.small_augmentation is not None:
             views["small"] = torch.stack([self.small_augmentation(anchor) for _ in range(self.small)])
+        return views
+
+    def batch(self, batch: feed.Batch) -> dict[str, Tensor]:
+        """The same of a whole batch, [B, 3, H, W] each and [B, S, 3, s, s], draws keyed (see `shared_utils.feed`)."""
+        asks = [feed.Ask(batch.indices, self.augmentation, (0, 1))]
+        if self.nearby is not None:
+            rows = self.nearby.index.numpy()[batch.indices]
+            members = rows[np.arange(len(rows)), (batch.uniform(1)[:, 0] * rows.shape[1]).astype(np.int64)]
+            if members.min() < 0:
+                raise RuntimeError("views are drawn before the neighbours were searched for the first time")
+            asks.append(feed.Ask(members, self.augmentation, (2, 3)))
+        if self.small_augmentation is not None:
+            asks.append(feed.Ask(batch.indices, self.small_augmentation, range(4, 4 + self.small)))
+        made = batch.render(*asks)
+        views = dict(zip(("query", "key"), made[0]))
+        if self.nearby is not None:
+            views |= dict(zip(("add_posq", "add_posk"), made[1]))
+        if self.small_augmentation is not None:
+            views["small"] = made[-1].transpose(0, 1)
         return views

@@ -19,7 +19,7 @@ from hsa.export_detection import DROP
 from shared_utils import UserError, distributed
 from shared_utils.augment import plain
 from shared_utils.evaluation import add_data_flags, add_network_flags, freeze, load_backbone, open_splits, write_result
-from shared_utils.flags import Parser, add_machine_flags, positive
+from shared_utils.flags import Parser, add_aug_flag, add_machine_flags, positive
 from shared_utils.layout import place
 from shared_utils.neighbours import features, few_shot, knn_accuracy, neighbours, purity
 from shared_utils.run import cli, set_threads
@@ -30,6 +30,7 @@ def get_parser() -> Parser:
     a = p.add_argument
     add_network_flags(p, list(DEPTHS), STEMS, "resnet50")
     add_data_flags(p)
+    add_aug_flag(p)
     a("--bags", type=Path, help="integers [N, K] in an .npy file, or [N] group numbers")
     a("--clus_pos_num", type=positive, default=5, help="K, neighbours that count")
     a("--feature_dir", type=Path, help="keep features in .npy files there (mapped, not in memory: for ImageNet)")
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     device = distributed.init(args.device)
     set_threads(args.threads, args.workers, device)
     train, val = open_splits(args)
-    train.transform = val.transform = plain(args.img_size)
+    train.transform = val.transform = plain(args.img_size, args.aug_backend)
     bags = load_bags(args.bags, len(train), args.clus_pos_num) if args.bags else None
     encoder, report = load_backbone(build, args, "resnet50", DROP, ("{}",))
     freeze(encoder)

@@ -21,9 +21,19 @@ from hsa import arch, losses
 from hsa.builder import CsMl, ReleaseKeys
 from hsa.cutmix import draw_box, mix_shares
 from hsa.data import Neighbours, Views, small_crop, training_images
-from shared_utils import UserError, augment, distributed, mini
-from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
-from shared_utils.flags import Parser, add_run_flags, boolean, floats, ints, natural, not_negative, positive
+from shared_utils import UserError, augment, distributed, feed, mini
+from shared_utils.data import EpochSampler, ImageList, mix_key
+from shared_utils.flags import (
+    Parser,
+    add_aug_flag,
+    add_run_flags,
+    boolean,
+    floats,
+    ints,
+    natural,
+    not_negative,
+    positive,
+)
 from shared_utils.layout import follow, place
 from shared_utils.neighbours import features
 from shared_utils.run import Run, cli
@@ -83,6 +93,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--momentum", type=not_negative, default=0.9)
     a("--wd", "--weight_decay", type=not_negative, default=1e-4)
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
+    add_aug_flag(p)
     add_run_flags(p, "hsa/pretrain/default")
     return p
 
@@ -195,13 +206,13 @@ def main(argv: list[str] | None = None) -> int:
     local, rank = args.batch_size // run.world, run.rank
 
     # Data: views of an image and of a neighbour drawn anew at each access; the neighbours are among the same images.
-    images = training_images(args.data_dir, args.per_class, args.cache, augment.plain(args.img_size))
+    images = training_images(args.data_dir, args.per_class, args.cache, augment.plain(args.img_size, args.aug_backend))
     nearby = Neighbours(images, args.clus_pos_num, args.seed) if cross else None
     recipe = augment.moco_v2 if args.aug_plus else augment.moco_v1
     small = small_crop(args.crop_size) if args.crops else None
     views = Views(images, recipe(args.img_size, args.min_scale), nearby, args.crops, small)
     sampler = EpochSampler(len(views), local, args.seed, rank, run.world)
-    loader: Any = run.loader(Keyed(views, args.seed), sampler)
+    loader: Any = run.loader(feed.keyed(views, args.seed, args.aug_backend, run.device), sampler)
 
     # Model
     encoder = arch.build(args.arch, args.width, args.stem)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from shared_utils import feed
 from shared_utils.data import ImageList, image_folder, per_class
 
 
@@ -36,3 +37,8 @@ class Views(Dataset):
         image = self.images.image(index)
         query = self.augmentation(image)
         return query, torch.stack([self.augmentation(image) for _ in range(self.shots)])
+
+    def batch(self, batch: feed.Batch) -> tuple[Tensor, Tensor]:
+        """The same of a whole batch, [B, 3, H, W] and [B, K, 3, H, W], draws keyed (see `shared_utils.feed`)."""
+        (views,) = batch.render(feed.Ask(batch.indices, self.augmentation, range(1 + self.shots)))
+        return views[0], views[1:].transpose(0, 1)

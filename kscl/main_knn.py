@@ -18,7 +18,7 @@ from shared_utils import UserError, checkpoint, distributed
 from shared_utils.augment import plain
 from shared_utils.data import ImageList
 from shared_utils.evaluation import add_data_flags, add_network_flags, freeze, load_backbone, open_splits, write_result
-from shared_utils.flags import Parser, add_machine_flags, positive
+from shared_utils.flags import Parser, add_aug_flag, add_machine_flags, positive
 from shared_utils.layout import place
 from shared_utils.neighbours import features, few_shot, knn_accuracy, neighbours, purity
 from shared_utils.run import cli, set_threads
@@ -29,6 +29,7 @@ def get_parser() -> Parser:
     a = p.add_argument
     add_network_flags(p, list(arch.DEPTHS), arch.STEMS, "resnet50")
     add_data_flags(p)
+    add_aug_flag(p)
     a("--features", choices=["backbone", "projected"], default="backbone", help="pooled, or after the projection head")
     a("--k", type=positive, default=200, help="neighbours of knn200")
     a("--tau", type=float, default=0.1, help="temperature of knn200's weights")
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     device = distributed.init(args.device)
     set_threads(args.threads, args.workers, device)
     train, val = open_splits(args)
-    train.transform = val.transform = plain(args.img_size)
+    train.transform = val.transform = plain(args.img_size, args.aug_backend)
     pooled = args.features == "backbone"
     build, drop = (arch.build, DROP) if pooled else (with_head(args.pretrained), ())
     encoder, report = load_backbone(build, args, "resnet50", drop)

@@ -19,9 +19,9 @@ from kscl.builder import KSCL, ReleaseKeys
 from kscl.data import Views, training_images
 from kscl.losses import against_queue, kscl_loss
 from kscl.subspace import RANK_RULES, SIMILARITIES, RankRule, Subspaces
-from shared_utils import UserError, augment, checkpoint, distributed, mini
-from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
-from shared_utils.flags import Parser, add_run_flags, boolean, ints, natural, not_negative, positive
+from shared_utils import UserError, augment, checkpoint, distributed, feed, mini
+from shared_utils.data import EpochSampler, ImageList, mix_key
+from shared_utils.flags import Parser, add_aug_flag, add_run_flags, boolean, ints, natural, not_negative, positive
 from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 
@@ -73,6 +73,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--momentum", type=not_negative, default=0.9)
     a("--wd", "--weight_decay", type=not_negative, default=1e-4)
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
+    add_aug_flag(p)
     add_run_flags(p, "kscl/pretrain/default")
     return p
 
@@ -157,7 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     images = training_images(args.data_dir, args.per_class, args.cache)
     recipe = augment.moco_v2 if args.aug_plus else augment.moco_v1
     sampler = EpochSampler(len(images), local, args.seed, rank, run.world)
-    loader = run.loader(Keyed(Views(images, recipe(args.img_size), args.shots), args.seed), sampler)
+    views = Views(images, recipe(args.img_size), args.shots)
+    loader = run.loader(feed.keyed(views, args.seed, args.aug_backend, run.device), sampler)
 
     # Model
     rule = RankRule(args.max_rank, args.rank_rule, args.energy, args.rel_gamma, args.rank)

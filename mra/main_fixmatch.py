@@ -57,6 +57,7 @@ def get_parser() -> Parser:
     a("--sync_bn", action="store_true", help="batch norm over all processes")
     a("--image_every", type=positive, default=1000, help="steps between pictures in tensorboard")
     add_run_flags(p, "mra/fixmatch/default")
+    p.older(bn_momentum=0.1, decay_bias_norm=True)
     p.set_defaults(head_lr_mult=1.0)
     return p
 

@@ -60,6 +60,7 @@ def get_parser() -> Parser:
     a("--schedule", help="epochs of --decay step, with commas")
     a("--wd", "--weight_decay", type=not_negative)
     add_run_flags(p, "mra/supervised/default")
+    p.older(**OWN)  # before presets filled them
     p.set_defaults(mix_prob=None, **dict.fromkeys(OWN))
     return p
 

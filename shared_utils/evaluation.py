@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
 from shared_utils import UserError, checkpoint, distributed, mini
 from shared_utils.data import ArrayImages, ImageList, image_folder, list_file, list_rows, mix_key, per_class
+from shared_utils.feed import in_order
 from shared_utils.flags import natural, positive
-from shared_utils.run import plain_errors, worker_init
+from shared_utils.run import plain_errors
 
 SETS = ("folder", "cifar10", "cifar100")
 
@@ -229,14 +229,7 @@ def stream(
     mode and the transform deterministic.
     """
     first, last = (0, len(images)) if everything else share(len(images))
-    loader = DataLoader(
-        Subset(images, range(first, last)),
-        batch_size,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=worker_init,
-        generator=torch.Generator(),
-    )
+    loader = in_order(images, first, last, batch_size, workers, device)
     for x, y, _ in plain_errors(loader):
         # The network's first convolution brings them into its own format.
         out = embed(x.to(device, memory_format=torch.contiguous_format, non_blocking=True))

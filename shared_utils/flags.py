@@ -65,6 +65,8 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+AUG_BACKENDS, AUG_BACKEND = ("pil", "batch"), "pil"  # what --aug_backend offers, and its default
+
 positive, natural, not_negative = at_least(1), at_least(0), at_least(0, float)
 finite = at_least(-math.inf, float)
 ints, floats = several(int), several(float)
@@ -92,16 +94,18 @@ class Flags(argparse.Namespace):
     """Parsed flags that know their defaults, which `vars` does not hold, so that neither logs nor checkpoints do.
 
     defaults: the value of each flag where it is not given. given: the flags whose value was another after parsing.
-    job: the parser's program, as `bingo.main_moco`.
+    job: the parser's program, as `bingo.main_moco`. older: what a run did before there was the flag, where that is not
+    its default (see `Parser.older`).
     """
 
-    __slots__ = ("defaults", "given", "job")
+    __slots__ = ("defaults", "given", "job", "older")
 
     def __init__(self, **values: Any):
         super().__init__(**values)
         self.defaults: dict[str, Any] = {}
         self.given: frozenset[str] = frozenset()
         self.job = ""
+        self.older: dict[str, Any] = {}
 
 
 def defaults(parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -119,6 +123,10 @@ class Parser(argparse.ArgumentParser):
     nor infinity.
     """
 
+    def older(self, **values: Any) -> None:
+        """What the job did before it had these flags: a checkpoint without them is not resumed with another value."""
+        self._older = {**getattr(self, "_older", {}), **values}
+
     def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:  # type: ignore[override]
         return _add(super().add_argument, names, kwargs)
 
@@ -132,6 +140,7 @@ class Parser(argparse.ArgumentParser):
         flags, rest = super().parse_known_args(args, Flags() if namespace is None else namespace)
         if isinstance(flags, Flags):
             flags.defaults, flags.job = defaults(self), self.prog
+            flags.older = {k: v for k, v in getattr(self, "_older", {}).items() if hasattr(flags, k)}
             flags.given = frozenset(k for k, v in vars(flags).items() if v != flags.defaults.get(k))
         return flags, rest
 
@@ -141,6 +150,16 @@ class Parser(argparse.ArgumentParser):
             name = next((name for name in names if name.startswith("--")), names[0])
             raise UserError(f"{name}{' ' if ': must ' in found[2] else ': '}{found[2]}")
         raise UserError(f"{message}; --help lists the flags")
+
+
+def add_aug_flag(parser: Any) -> None:
+    """--aug_backend, of scripts whose images go through `shared_utils.feed`."""
+    text = (
+        "how images are augmented: pil, view by view as in the original releases; batch, decoded once and in batches, "
+        "several times as fast: other draws of the same distribution"
+    )
+    parser.add_argument("--aug_backend", choices=AUG_BACKENDS, default=AUG_BACKEND, help=text)
+    parser.older(aug_backend="pil")
 
 
 def add_machine_flags(parser: Any, workers: int | None = 2, amp: str | None = None, output_dir: str = "") -> None:

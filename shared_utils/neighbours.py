@@ -9,11 +9,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
 from shared_utils import UserError, distributed
 from shared_utils.data import ImageList
-from shared_utils.run import plain_errors, worker_init
+from shared_utils.feed import in_order
+from shared_utils.run import plain_errors
 
 
 @torch.no_grad()
@@ -39,14 +39,7 @@ def features(
     world, rank = distributed.world(), distributed.rank()
     share = -(-len(images) // world)
     first = min(rank * share, len(images))
-    loader = DataLoader(
-        Subset(images, range(first, min(first + share, len(images)))),
-        batch_size,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=worker_init,
-        generator=torch.Generator(),
-    )
+    loader = in_order(images, first, min(first + share, len(images)), batch_size, workers, device)
 
     def blocks() -> Iterator[Tensor]:
         for x, _, _ in plain_errors(loader):

@@ -237,12 +237,15 @@ class Run:
 
     def loader(self, dataset: Dataset, sampler: EpochSampler) -> DataLoader:
         """Workers are persistent and pinned memory is used on GPUs; iterating leaves the global RNG untouched."""
+        in_process = getattr(dataset, "in_process", False)  # it uses the device, which a worker cannot
+        workers = 0 if in_process else self.args.workers
         return DataLoader(
             dataset,
             batch_sampler=sampler,
-            num_workers=self.args.workers,
-            pin_memory=self.device.type == "cuda",
-            persistent_workers=self.args.workers > 0,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda" and not in_process,
+            persistent_workers=workers > 0,
+            collate_fn=getattr(dataset, "collate_fn", None),
             worker_init_fn=worker_init,
             generator=torch.Generator(),
         )
@@ -299,6 +302,7 @@ class Run:
         theirs = {**saved["args"], "world": saved["progress"]["world"]}
         free = RUNTIME_FLAGS | (DATA_FLAGS if self._data else set())
         given, defaults = getattr(self.args, "given", set(mine)), getattr(self.args, "defaults", {})
+        theirs = {**getattr(self.args, "older", {}), **theirs}  # what runs did before there was the flag
         changed = []
         for k in sorted(set(mine) | set(theirs)):
             newer = k not in theirs  # than the file: it had the default

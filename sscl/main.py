@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared_utils import UserError, augment, distributed, mini
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key

@@ -1,5 +1,7 @@
 """Time what a method adds to its backbone: python tests/bench.py <paper>|all [--device cpu|cuda] [--record]
 
+`python tests/bench.py loader` times the augmentation backends beside other libraries instead (tests/loader.py).
+
 Each paper folder has `bench.py` with `cases(device) -> list of dicts`:
     name      what is timed
     floor     a function: the forward and backward passes that the paper demands anyway (one step)
@@ -143,7 +145,8 @@ def papers() -> list[str]:
 
 def get_parser() -> Parser:
     parser = Parser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("paper", help=f"a folder with a bench.py, all, or loader-memory: {', '.join(papers())}")
+    kinds = f"a folder with a bench.py, all, loader, or loader-memory: {', '.join(papers())}"
+    parser.add_argument("paper", help=kinds)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--repeats", type=positive, default=20, help="calls a median is taken of, at most")
     parser.add_argument("--budget", type=float, default=15.0, help="seconds a timed function gets, about")
@@ -159,6 +162,11 @@ def main(argv: list[str] | None = None) -> int:
             before, after = loader_memory(100_000, Path(folder))
         print(f"a worker's own memory: {before / 2**20:.1f} MiB, after 100,000 images {after / 2**20:.1f} MiB, "
               f"{(after - before) / 100_000:.0f} bytes an image")  # fmt: skip
+        return 0
+    if args.paper == "loader":
+        from tests import loader
+
+        loader.main(args.repeats, args.budget, args.only)
         return 0
     chosen = papers() if args.paper == "all" else [args.paper]
     if unknown := [name for name in chosen if name not in papers()]:

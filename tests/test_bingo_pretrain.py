@@ -250,8 +250,9 @@ def whole_flags() -> list[str]:
     return ["--save-every", "2", "--bn_splits", "2", "--teacher_bn", "train"]
 
 
-@pytest.mark.parametrize("step", [3, 8])
-def test_terminated_and_resumed_is_bit_identical(step, train, whole_flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("step", "backend"), [(3, "pil"), (8, "batch")])
+def test_terminated_and_resumed_is_bit_identical(step, backend, train, whole_flags, tmp_path, monkeypatch):
+    whole_flags = [*whole_flags, "--aug_backend", backend]
     train(tmp_path / "whole", *whole_flags)
     with monkeypatch.context() as patch:
         stop_at(step, patch)

@@ -304,6 +304,29 @@ def test_terminated_and_resumed_is_bit_identical(step, data, whole, tmp_path, mo
     assert [[r[k] for k in keys] for r in log] == [[r[k] for k in keys] for r in rows(whole)]
 
 
+def test_augmented_in_batches_a_run_resumes_bit_identical(data, whole, tmp_path, monkeypatch):
+    """Views, neighbours' draws and small crops are of the sample, whatever the workers."""
+    flags = [*FULL[:4], *"--mode paper --crops 2 --img_size 32 --crop_size 16 --aug_backend batch".split()]
+    log = train(data, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        stop_at(5, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
+        with pytest.raises(SystemExit):
+            train(data, tmp_path / "cut", *flags)
+    assert train(data, tmp_path / "cut", *flags, "--workers", "2")[-1]["loss"] == log[-1]["loss"]
+    assert differing(tmp_path / "whole", tmp_path / "cut") == []
+
+
+def test_a_checkpoint_from_before_the_flag_is_one_of_pil(data, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "old")
+    saved = checkpoint.load(tmp_path / "old/checkpoint.pth")
+    del saved["args"]["aug_backend"]
+    checkpoint.save(tmp_path / "old/checkpoint.pth", saved)
+    with pytest.raises(UserError, match="--aug-backend was pil, is batch"):
+        train(data, tmp_path / "old", *FULL, "--aug_backend", "batch")
+    train(data, tmp_path / "old", *FULL, "--aug_backend", "pil")
+    assert differing(whole, tmp_path / "old") == []
+
+
 def test_killed_between_checkpoints_and_resumed_is_bit_identical(data, whole, tmp_path):
     script = (
         "import os, signal; from shared_utils.run import Run, cli; from hsa.main_moco import main; log = Run.log\n"

@@ -346,6 +346,7 @@ def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(data, tmp_path,
 def test_two_processes_equal_one_with_two_splits(data, tmp_path):  # p
     """With gradient through the keys: those of both encoders are dealt over the processes."""
     flags = [*SMALL, "--data_dir", str(data), "--init_lr", "0.002", "--subspace_grad", "pos", "--end_epoch", "2"]
+    flags += ["--aug_backend", "batch"]
     assert main([*flags, "--output-dir", str(tmp_path / "one")]) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "kscl.main_kscl", *flags, "--bn_splits", "1", "--output-dir", str(tmp_path / "two")]

@@ -299,16 +299,16 @@ def test_wrong_labels_of_the_fine_grained_sets(data, tmp_path):
 def test_fine_grained_lists_that_other_programs_wrote(data, tmp_path):
     write_mini("cub", data, tmp_path)
     root = tmp_path / "CUB_200_2011"
-    wanted = [part.samples for part in READERS["cub"](tmp_path)]
+    wanted = [list(zip(part.paths(), part.labels.tolist())) for part in READERS["cub"](tmp_path)]
     (root / ".DS_Store").write_bytes(b"x")
     (root / "images/.ipynb_checkpoints").mkdir()
     for file in root.glob("*.txt"):
         file.write_bytes(("\ufeff" + file.read_text().replace("\n", " \r\n") + "\r\n").encode())
-    assert [part.samples for part in READERS["cub"](tmp_path)] == wanted
+    assert [list(zip(part.paths(), part.labels.tolist())) for part in READERS["cub"](tmp_path)] == wanted
     moved = wanted[0][0][0].rename(wanted[0][0][0].with_name("a b.jpg"))  # a blank in a name
     images = root / "images.txt"
     images.write_text(images.read_text().replace(wanted[0][0][0].name, "a b.jpg", 1))
-    assert READERS["cub"](tmp_path)[0].samples[0][0] == moved
+    assert READERS["cub"](tmp_path)[0].path(0) == moved
     splits, labels = root / "train_test_split.txt", root / "image_class_labels.txt"
     for file, old, new, message in (
         (splits, "1 1", "1 2", r"train_test_split.txt: image 1 has 2, expected 1 \(training\) or 0"),
