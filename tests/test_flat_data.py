@@ -213,7 +213,7 @@ def test_the_crop_of_rfs() -> None:
     """RandomCrop by 8 pixels (CIFAR 4), torchvision's jitter in any order, flip."""
     image = Image.fromarray(np.full((84, 84, 3), 200, np.uint8))
     for size, padding in ((84, 8), (32, 4)):
-        steps = data.training_pipeline(size, True, "rfs").transforms
+        steps = data.training_pipeline(size, True, "rfs").transforms  # type: ignore[attr-defined]
         assert steps[1].padding == padding and steps[1].size == (size, size)
         assert steps[2].brightness == steps[2].contrast == steps[2].saturation == (0.6, 1.4) and steps[2].hue is None
         assert data.training_pipeline(size, True, "rfs")(image).shape == (3, size, size)

@@ -523,7 +523,9 @@ def test_batch_norm_of_a_fixmatch_run(images: Path, tmp_path: Path, monkeypatch:
     update = main_fixmatch.Ema.update
 
     def watch(self, network):
-        seen.extend(m.momentum for n in (network, self.network) for m in n.modules() if isinstance(m, nn.BatchNorm2d))
+        seen.extend(
+            m.momentum or 0.0 for n in (network, self.network) for m in n.modules() if isinstance(m, nn.BatchNorm2d)
+        )
         update(self, network)
 
     monkeypatch.setattr(main_fixmatch.Ema, "update", watch)

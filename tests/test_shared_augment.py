@@ -443,9 +443,9 @@ def test_features_of_evaluations_are_in_order_and_near_pils(folder):
     assert torch.equal(labels["pil"], images.labels[3:]) and torch.equal(labels["pil"], labels["batch"])
     assert (255 * 0.224 * (made["pil"] - made["batch"]).abs()).max() < 1.03  # a level
     array = ArrayImages(np.stack([natural(20, 20, i) for i in range(6)]), [0, 1] * 3, ["a", "b"])
-    array = array.take(slice(1, None, 2))  # a subset keeps its own images
-    array.transform = augment.plain(16, "batch")
-    ((x, y, _),) = feed.in_order(array, 0, 3, 4, 0, torch.device("cpu"))
+    part = array.take(slice(1, None, 2))  # a subset keeps its own images
+    part.transform = augment.plain(16, "batch")
+    ((x, y, _),) = feed.in_order(part, 0, 3, 4, 0, torch.device("cpu"))
     one = augment.plain(16)(Image.fromarray(natural(20, 20, 3)))
     assert y.tolist() == [1, 1, 1] and (255 * 0.224 * (x[1] - one).abs()).max() < 1.03
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -692,7 +693,8 @@ def test_soft_predictions_are_one_object(tmp_path: Path) -> None:
     truth = np.stack([disc().astype(np.uint8) * 255] * 3)
     benchmark(tmp_path, "DAVIS", truth)
     soft = np.stack([cv2.GaussianBlur(x, (0, 0), 4) for x in truth])
-    for name, how in (("soft", {}), ("jpeg", {"ending": "jpg", "quality": 70})):
+    hows: tuple[tuple[str, dict[str, Any]], ...] = (("soft", {}), ("jpeg", {"ending": "jpg", "quality": 70}))
+    for name, how in hows:
         found = score(tmp_path, "DAVIS", predict(tmp_path / name, soft if name == "soft" else truth, **how))
         assert found["clusters"] == 1 and found["frame"]["J-Mean"] > 97, name
     many = metrics.upsample(np.arange(150, dtype=np.uint8).reshape(10, 15), 160, 240)  # clusters in grey, not a slope
