@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from shlex import quote
 
-from shared_utils import UserError, distributed, mini
+from shared_utils import UserError, distributed
 from shared_utils.data import ImageList, image_folder, per_class
 from shared_utils.flags import Parser, ints, natural, positive
+from shared_utils.lab import mini
 
 
 def add_data_flags(p: Parser) -> None:

@@ -132,4 +132,4 @@ if [ -f "$out/failed" ]; then
   echo "error: did not finish: $(paste -sd ';' "$out/failed"); see the logs in $out" >&2
   exit 1
 fi
-"$PYTHON" -m bingo.arms "$out"
+"$PYTHON" -m bingo.lab.arms "$out"

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fame import augment, motion
+from fame import augment
+from fame.lab import motion
 from fame.video import BESIDE, SUFFIXES, BadVideo, Index, Video, foreign, read, scan
-from shared_utils import UserError, distributed, mini
+from shared_utils import UserError, distributed
 from shared_utils.data import need_folder, read_text, subfolders
 from shared_utils.flags import natural, positive, runs_root
+from shared_utils.lab import mini
 
 DATASETS = ("k400", "ucf101", "hmdb51", "diving48", "fight")
 SYNTHETIC = {"video": "ucf101", motion.KIND: "ucf101"}  # generated sets and their layout

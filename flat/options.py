@@ -13,8 +13,9 @@ from flat.backbone import MODELS, build
 from flat.methods.baselinetrain import BaselineTrain, make_head
 from flat.methods.pair import BN_MODES, PairModel
 from flat.methods.protonet import ProtoNet
-from shared_utils import UserError, distributed, mini
+from shared_utils import UserError, distributed
 from shared_utils.flags import Parser, add_run_flags, at_least, natural, not_negative, positive
+from shared_utils.lab import mini
 
 METHODS = ("baseline", "baseline++", "cosine", "protonet")
 # optimiser, lr, weight decay, nesterov, images a step, steps an epoch (0: once through the data), schedule

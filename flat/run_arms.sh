@@ -104,4 +104,4 @@ if [ -f "$out/failed" ]; then
   echo "error: did not finish: $(paste -sd ';' "$out/failed"); see the logs in $out" >&2
   exit 1
 fi
-"$PYTHON" -m flat.arms "$out"
+"$PYTHON" -m flat.lab.arms "$out"

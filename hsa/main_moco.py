@@ -21,7 +21,7 @@ from hsa import arch, losses
 from hsa.builder import CsMl, ReleaseKeys
 from hsa.cutmix import draw_box, mix_shares
 from hsa.data import Neighbours, Views, small_crop, training_images
-from shared_utils import UserError, augment, distributed, feed, mini
+from shared_utils import UserError, augment, distributed, feed
 from shared_utils.data import EpochSampler, ImageList, mix_key
 from shared_utils.flags import (
     Parser,
@@ -34,6 +34,7 @@ from shared_utils.flags import (
     not_negative,
     positive,
 )
+from shared_utils.lab import mini
 from shared_utils.layout import follow, place
 from shared_utils.neighbours import features
 from shared_utils.run import Run, cli

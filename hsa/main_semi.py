@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsa.arch import DEPTHS, STEMS, build
-from hsa.export_detection import DROP
+from hsa.lab.export_detection import DROP
 from shared_utils import UserError, distributed, feed
 from shared_utils.augment import linear_train, plain
 from shared_utils.data import EpochSampler, ImageList

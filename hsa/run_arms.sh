@@ -69,7 +69,7 @@ run_one() { # arm seed [flags]
   esac
   bash hsa/run_pretrain.sh "$tier" "${flags[@]}" --seed "$seed" --output-dir "$folder" "$@"
   # Arms with neighbours are also measured on those that they trained with last (bag_gap, overlap).
-  "$PYTHON" -m hsa.arms "$folder" --bags "$folder-bags.npy"
+  "$PYTHON" -m hsa.lab.arms "$folder" --bags "$folder-bags.npy"
   if [ -f "$folder-bags.npy" ]; then bags=(--bags "$folder-bags.npy"); fi
   "$PYTHON" -m hsa.main_knn --pretrained "$folder/checkpoint.pth" "${data[@]}" "${bags[@]}" "${loading[@]}" \
     --output-dir "$folder-knn"
@@ -100,4 +100,4 @@ if [ -f "$out/failed" ]; then
   echo "error: did not finish: $(paste -sd ';' "$out/failed"); see the logs in $out" >&2
   exit 1
 fi
-"$PYTHON" -m hsa.arms "$out"
+"$PYTHON" -m hsa.lab.arms "$out"

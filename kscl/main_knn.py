@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kscl import arch
-from kscl.export_detection import DROP
+from kscl.lab.export_detection import DROP
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.augment import plain
 from shared_utils.data import ImageList

@@ -19,9 +19,10 @@ from kscl.builder import KSCL, ReleaseKeys
 from kscl.data import Views, training_images
 from kscl.losses import against_queue, kscl_loss
 from kscl.subspace import RANK_RULES, SIMILARITIES, RankRule, Subspaces
-from shared_utils import UserError, augment, checkpoint, distributed, feed, mini
+from shared_utils import UserError, augment, checkpoint, distributed, feed
 from shared_utils.data import EpochSampler, ImageList, mix_key
 from shared_utils.flags import Parser, add_aug_flag, add_run_flags, boolean, ints, natural, not_negative, positive
+from shared_utils.lab import mini
 from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kscl.arch import DEPTHS, STEMS, Encoder, build
-from kscl.export_detection import DROP
+from kscl.lab.export_detection import DROP
 from shared_utils import UserError, checkpoint, distributed, feed
 from shared_utils.augment import linear_train, plain
 from shared_utils.data import EpochSampler

@@ -93,4 +93,4 @@ if [ -f "$out/failed" ]; then
   echo "error: did not finish: $(paste -sd ';' "$out/failed"); see the logs in $out" >&2
   exit 1
 fi
-"$PYTHON" -m kscl.arms "$out"
+"$PYTHON" -m kscl.lab.arms "$out"

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from mdp.datasets import open_set
-from mdp.export_mmseg import load_pretrained
+from mdp.lab.export_mmseg import load_pretrained
 from mdp.models import ARCHS, HEADS
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.flags import Parser, natural, positive, runs_root

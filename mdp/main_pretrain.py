@@ -21,9 +21,10 @@ from mdp.models import ARCHS, HEADS, Encoder
 from mdp.prototypes import PrototypeBank, region_means
 from mdp.transforms import TwoViews
 from mdp.visualize import batch_picture
-from shared_utils import UserError, checkpoint, distributed, mini
+from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, Keyed, mix_key
 from shared_utils.flags import Parser, add_run_flags, ints, natural, not_negative, positive
+from shared_utils.lab import mini
 from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 
@@ -285,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
             run.image("views/query_label_nearest_prototype", batch_picture(mixed.x, mixed.y_a, v.detach(), bank, union))
 
     run.finish(
-        f"export for mmsegmentation: python -m mdp.export_mmseg {run.dir}/checkpoint.pth --out backbone_and_head.pth"
+        f"for mmsegmentation: python -m mdp.lab.export_mmseg {run.dir}/checkpoint.pth --out backbone_and_head.pth"
     )
     return 0
 

@@ -87,4 +87,4 @@ if [ -f "$out/failed" ]; then
   echo "error: did not finish: $(paste -sd ';' "$out/failed"); see the logs in $out" >&2
   exit 1
 fi
-"$PYTHON" -m mdp.arms "$out"
+"$PYTHON" -m mdp.lab.arms "$out"

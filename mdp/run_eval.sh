@@ -17,7 +17,7 @@ case "$tier" in
   mini)
     # Nearest-prototype segmentation of both pretraining sets' validation images, straight from the pretraining
     # checkpoint; half a minute on two CPU cores.
-    "$PYTHON" -m shared_utils.mini segmentation
+    "$PYTHON" -m shared_utils.lab.mini segmentation
     flags=(
       --protocol prototype
       --checkpoint "${CHECKPOINT:-$runs/mdp/pretrain/mini/checkpoint.pth}"

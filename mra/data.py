@@ -26,7 +26,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision import transforms as T
 
-from mra import textures
+from mra.lab import textures
 from shared_utils import UserError, distributed
 from shared_utils.augment import MEAN, STD
 from shared_utils.data import (

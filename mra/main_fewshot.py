@@ -15,10 +15,11 @@ from torch import Tensor
 
 from mra import data, engine, nets
 from mra.mra import MRA, add_mra_flags, build
-from shared_utils import UserError, distributed, mini
+from shared_utils import UserError, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed
 from shared_utils.evaluation import gather_rows, share, stream, write_result
 from shared_utils.flags import Parser, add_run_flags, at_least, natural, not_negative, positive
+from shared_utils.lab import mini
 from shared_utils.layout import place
 from shared_utils.run import Run, cli
 

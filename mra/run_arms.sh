@@ -106,4 +106,4 @@ if [ -f "$out/failed" ]; then
   echo "error: did not finish: $(paste -sd ';' "$out/failed"); see the logs in $out" >&2
   exit 1
 fi
-if [ "$arms" != mae ]; then "$PYTHON" -m mra.arms "$out"; fi
+if [ "$arms" != mae ]; then "$PYTHON" -m mra.lab.arms "$out"; fi

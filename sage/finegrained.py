@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from shared_utils import UserError, distributed, mini
+from shared_utils import UserError, distributed
 from shared_utils.data import ImageList, image_folder, per_class, read_mat, read_text
 from shared_utils.evaluation import open_splits, prepare_data
+from shared_utils.lab import mini
 
 LAYOUTS = "one of the layouts at the head of sage/finegrained.py"
 

@@ -88,4 +88,4 @@ for seed in ${SEEDS:-0}; do
     run_one "$arm" "$seed" "$@" >"$out/$arm-seed$seed.log" 2>&1
   done
 done
-"$PYTHON" -m sage.arms "$out"
+"$PYTHON" -m sage.lab.arms "$out"

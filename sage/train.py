@@ -27,9 +27,10 @@ from sage.lars import LARS, parameter_groups
 from sage.losses import WEIGHTS
 from sage.schedule import learning_rate, target_momentum
 from sage.weights import NORMS, guess_network, resolve_norm
-from shared_utils import UserError, checkpoint, distributed, mini
+from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils.lab import mini
 from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared_utils import UserError, checkpoint, distributed, mini
+from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import ArrayImages, ImageList, image_folder, list_file, list_rows, mix_key, per_class
 from shared_utils.feed import in_order
 from shared_utils.flags import natural, positive
+from shared_utils.lab import mini
 from shared_utils.run import plain_errors
 
 SETS = ("folder", "cifar10", "cifar100")

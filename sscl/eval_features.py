@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from shared_utils import UserError, distributed, mini
+from shared_utils import UserError, distributed
 from shared_utils.augment import plain
 from shared_utils.data import ImageList, image_folder
 from shared_utils.evaluation import add_data_flags, check_cache, freeze, open_splits, write_result
 from shared_utils.flags import Parser, add_machine_flags, natural, not_negative, positive
+from shared_utils.lab import mini
 from shared_utils.layout import place
 from shared_utils.neighbours import features, knn_accuracy, neighbours, purity
 from shared_utils.run import cli, set_threads

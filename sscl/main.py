@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared_utils import UserError, augment, distributed, mini
+from shared_utils import UserError, augment, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
 from shared_utils.evaluation import labelled_indices
+from shared_utils.lab import mini
 from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 from sscl import losses, options

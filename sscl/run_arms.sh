@@ -108,4 +108,4 @@ if [ -f "$out/failed" ]; then
   echo "error: did not finish: $(paste -sd ';' "$out/failed"); see the logs in $out" >&2
   exit 1
 fi
-"$PYTHON" -m sscl.arms "$out"
+"$PYTHON" -m sscl.lab.arms "$out"

@@ -35,9 +35,9 @@ from PIL import Image  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from shared_utils import UserError  # noqa: E402
-from shared_utils.compare import peak_mib  # noqa: E402
 from shared_utils.data import EpochSampler, Keyed, image_folder  # noqa: E402
 from shared_utils.flags import Parser, positive  # noqa: E402
+from shared_utils.lab.compare import peak_mib  # noqa: E402
 from shared_utils.run import cli, worker_init  # noqa: E402
 from tests.pretraining import record, stamp  # noqa: E402
 
@@ -140,7 +140,7 @@ def loader_memory(count: int, folder: Path, classes: int = 100) -> tuple[int, in
 
 
 def papers() -> list[str]:
-    return sorted(path.parent.name for path in ROOT.glob("*/bench.py") if path.parent.name != "tests")
+    return sorted(path.parents[1].name for path in ROOT.glob("*/lab/bench.py"))
 
 
 def get_parser() -> Parser:
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{where}, torch {torch.__version__}; medians of up to {args.repeats} calls\n")
     header: list[str] = []
     for name in chosen:
-        for case in importlib.import_module(f"{name}.bench").cases(device):
+        for case in importlib.import_module(f"{name}.lab.bench").cases(device):
             if args.only not in case.get("name", ""):
                 continue
             row = {"case": f"{name}: {case['name']}", **measure(case, device, args.repeats, args.budget)}

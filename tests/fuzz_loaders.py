@@ -39,7 +39,7 @@ def text(path: Path, lines: Iterable[str]) -> None:
 
 def film(path: Path, number: int) -> None:
     """12 frames of an mp4 or avi."""
-    from shared_utils.mini import _avi
+    from shared_utils.lab.mini import _avi
 
     _avi(path, np.random.default_rng(number).integers(0, 255, (12, 48, 48, 3), np.uint8))
 

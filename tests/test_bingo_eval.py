@@ -15,12 +15,14 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from bingo import export_detection, main_lincls, main_semi
+from bingo import main_lincls, main_semi
 from bingo.arch import build, mlp_head
-from shared_utils import UserError, checkpoint, evaluation, mini
+from bingo.lab import export_detection
+from shared_utils import UserError, checkpoint, evaluation
 from shared_utils.augment import plain
 from shared_utils.data import EpochSampler, ImageList, image_folder
 from shared_utils.evaluation import topk
+from shared_utils.lab import mini
 from shared_utils.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]

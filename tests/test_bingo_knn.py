@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bingo import main_knn
 from bingo.arch import build, mlp_head
 from bingo.data import save_bags
-from shared_utils import UserError, checkpoint, mini
+from shared_utils import UserError, checkpoint
 from shared_utils.augment import plain
 from shared_utils.data import ImageList, image_folder
+from shared_utils.lab import mini
 from shared_utils.neighbours import neighbours
 
 SMALL = "--img_size 32 --workers 0 --threads 1".split()

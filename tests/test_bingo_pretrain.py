@@ -16,13 +16,15 @@ import pytest
 import torch
 import torchvision
 
-from bingo import arms, compute_knn, main_knn, main_moco, main_teacher
+from bingo import compute_knn, main_knn, main_moco, main_teacher
 from bingo.arch import build
 from bingo.data import save_bags
+from bingo.lab import arms
 from bingo.options import learning_rate
-from shared_utils import UserError, checkpoint, mini
+from shared_utils import UserError, checkpoint
 from shared_utils.augment import plain
 from shared_utils.data import load_image
+from shared_utils.lab import mini
 from shared_utils.run import Diverged, Run
 from tests.checkpoints import differing, flat
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fame import augment, motion
+from fame import augment
 from fame.data import (
     OneClip,
     TestClips,
@@ -24,10 +24,12 @@ from fame.data import (
     open_videos,
     windows,
 )
+from fame.lab import motion
 from fame.video import Video
-from shared_utils import UserError, mini, mini_draw
+from shared_utils import UserError
 from shared_utils.data import Keyed
 from shared_utils.flags import Parser
+from shared_utils.lab import mini, mini_draw
 
 
 def folder(path: Path, count: int = 3, size: tuple[int, int] = (40, 36)) -> Path:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fame import arms, augment, main_probe, main_retrieve
+from fame import augment, main_probe, main_retrieve
 from fame import eval as fame_eval
 from fame.backbone import build
 from fame.data import VideoSet
 from fame.eval import Classifier, accuracy, main
+from fame.lab import arms
 from fame.main_retrieve import recall, video_feature
 from fame.network import outputs, resolve
 from fame.video import Video
@@ -296,7 +297,7 @@ def test_what_is_read_of_an_arm(tmp_path):
 
 
 def test_rows_are_recorded_from_json_files_alone(tmp_path, monkeypatch):
-    from shared_utils import results
+    from shared_utils.lab import results
 
     home, root = tmp_path / "home", tmp_path / "small/motion"
     home.mkdir()

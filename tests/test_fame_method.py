@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from fame import augment, compare_release, fame
+from fame import augment, fame
 from fame.backbone import build
-from fame.compare_release import clips_of, contrast_inputs, moving_squares, our_contrast, packed, summary
 from fame.fame import Fame, make_mask, merge
+from fame.lab import compare_release
+from fame.lab.compare_release import clips_of, contrast_inputs, moving_squares, our_contrast, packed, summary
 from fame.moco.builder import MoCo, contrast_rank, info_nce, passes
 from shared_utils import UserError, checkpoint
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flat import arms, options
-from shared_utils import checkpoint, results
+from flat import options
+from flat.lab import arms
+from shared_utils import checkpoint
+from shared_utils.lab import results
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = {"base": [30.0, 40.0, 35.0], "flat": [31.0, 41.5, 36.2], "shuffled": [31.0, 38.0, 35.5], "aug": [33.0]}
@@ -72,9 +74,9 @@ def test_recorded_rows_are_valid(tree: Path, tmp_path: Path, monkeypatch: pytest
     folder = tmp_path / "copy" / "flat"
     folder.mkdir(parents=True)
     shutil.copy(ROOT / "flat/results.csv", folder)
-    if (ROOT / "flat/logs").is_dir():
-        shutil.copytree(ROOT / "flat/logs", folder / "logs")
-        for old in (folder / "logs").glob("cifarfs5-*"):
+    if (ROOT / "flat/lab/logs").is_dir():
+        shutil.copytree(ROOT / "flat/lab/logs", folder / "lab/logs")
+        for old in (folder / "lab/logs").glob("cifarfs5-*"):
             old.unlink()
     monkeypatch.setattr(arms, "ARMS", dataclasses.replace(arms.ARMS, home=folder))
     for _ in range(2):

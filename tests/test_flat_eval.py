@@ -332,7 +332,7 @@ def test_a_closerlook_checkpoint_gives_features(tmp_path: Path) -> None:
     ]
     command += ["--image_size", "32", "--dataset", "folder", "--data_dir", "data/mini/fewshot", "--workers", "0"]
     command += ["--threads", "1"]
-    from shared_utils import mini
+    from shared_utils.lab import mini
 
     mini.ensure("fewshot", ROOT / "data/mini")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from hsa import arms
+from hsa.lab import arms
 from hsa.main_knn import load_bags
 from shared_utils import checkpoint
 

@@ -19,12 +19,14 @@ import torchvision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hsa import export_detection, main_knn, main_lincls, main_semi
+from hsa import main_knn, main_lincls, main_semi
 from hsa.arch import build, mlp_head
-from shared_utils import UserError, checkpoint, evaluation, mini
+from hsa.lab import export_detection
+from shared_utils import UserError, checkpoint, evaluation
 from shared_utils.augment import plain
 from shared_utils.data import ImageList, image_folder
 from shared_utils.evaluation import labelled_indices, topk
+from shared_utils.lab import mini
 from shared_utils.neighbours import neighbours
 from shared_utils.run import Run
 

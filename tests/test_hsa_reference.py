@@ -1,6 +1,6 @@
 """CsMl against its release: numbers that the release's code gave on fixed inputs, and wrong variants that miss them.
 
-`hsa.compare_release` makes the comparison anew where there is a checkout of the release.
+`hsa.lab.compare_release` makes the comparison anew where there is a checkout of the release.
 """
 
 import json
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from hsa import cutmix, losses, main_lincls
 from hsa.builder import CsMl
-from hsa.compare_release import FILES, PACKAGES, URL, Tiny, fixed_inputs, legacy, main
+from hsa.lab.compare_release import FILES, PACKAGES, URL, Tiny, fixed_inputs, legacy, main
 from hsa.main_moco import learning_rate
-from shared_utils import UserError, compare, distributed, neighbours
+from shared_utils import UserError, distributed, neighbours
+from shared_utils.lab import compare
 
 ROOT = Path(__file__).resolve().parents[1]
 FROZEN = json.loads((ROOT / "tests" / "reference" / "hsa.json").read_text())
@@ -294,7 +295,7 @@ def test_comparison_names_what_is_wrong_with_a_path(tmp_path, monkeypatch):
 
 
 def test_comparison_is_one_line_on_stderr_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "hsa.compare_release", "--release", str(tmp_path / "nothing")]
+    command = [sys.executable, "-m", "hsa.lab.compare_release", "--release", str(tmp_path / "nothing")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and not done.stdout
 

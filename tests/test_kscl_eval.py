@@ -15,11 +15,13 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from kscl import arms, export_detection, main_knn, main_lincls
+from kscl import main_knn, main_lincls
 from kscl.arch import build, mlp_head
-from shared_utils import UserError, checkpoint, evaluation, mini, results
+from kscl.lab import arms, export_detection
+from shared_utils import UserError, checkpoint, evaluation
 from shared_utils.augment import plain
 from shared_utils.data import ImageList, image_folder
+from shared_utils.lab import mini, results
 from shared_utils.neighbours import neighbours
 from shared_utils.run import Run
 
@@ -279,7 +281,7 @@ def test_recorded_rows_are_valid_and_follow_the_rule(tree: Path, tmp_path: Path,
     assert by_id["small-cifar10-abs-few_shot"]["status"] == "not run (needs further seeds, one says nothing)"
     assert by_id["small-cifar10-k5-vs-moco-few_shot"]["status"].startswith("not testable at this size (3 seeds")
     assert by_id["small-cifar10-k5-vs-mean-few_shot"]["status"] == "descriptive"
-    log = json.loads((folder / "logs/cifar10-k5.json").read_text())
+    log = json.loads((folder / "lab/logs/cifar10-k5.json").read_text())
     assert log["2"]["metrics"]["few_shot"] == 26.0 and log["0"]["curve"][-1]["subspace/rank_mean"] == 2.0
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mdp import arms
-from shared_utils import UserError, checkpoint, results
+from mdp.lab import arms
+from shared_utils import UserError, checkpoint
+from shared_utils.lab import results
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = {"scratch": [10.0, 12.0, 11.0], "p2p": [15.0, 17.0, 16.0], "multi": [16.2, 17.2, 16.4]}
@@ -68,6 +69,6 @@ def test_recorded_rows_are_valid_and_replace_older_ones(tree: Path, tmp_path: Pa
     assert measured["small-camvid-multi-vs-p2p-final"]["status"] == "descriptive"
     with pytest.raises(UserError, match="--record takes the small tier's folder"):
         arms.main([str(tree), "--record"])
-    log = json.loads((folder / "logs/camvid-multi.json").read_text())
+    log = json.loads((folder / "lab/logs/camvid-multi.json").read_text())
     assert log["2"]["metrics"]["early"] == 16.4 and log["0"]["curve"][-1]["step"] == 200
     assert log["1"]["classes"]["final"] == {"sky": 1.0}

@@ -12,8 +12,9 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from mdp import eval_seg, export_mmseg, finetune
+from mdp import eval_seg, finetune
 from mdp.datasets import NAMES, open_set
+from mdp.lab import export_mmseg
 from mdp.models import ASPPHead, Encoder, ResNet, SepASPPHead
 from shared_utils import UserError, checkpoint
 from tests.test_mdp_data import write_tree

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix
 from torch import Tensor, nn
 
-from mdp import eval_seg, export_mmseg, finetune
+from mdp import eval_seg, finetune
+from mdp.lab import export_mmseg
 from mdp.models import ASPPHead, Encoder, ResNet
 from shared_utils import UserError, checkpoint
 from shared_utils.layout import follow, place

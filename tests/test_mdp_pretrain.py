@@ -15,7 +15,8 @@ from mdp.builder import MDP
 from mdp.main_pretrain import learning_rate, main
 from mdp.models import Encoder
 from mdp.prototypes import PrototypeBank
-from shared_utils import UserError, checkpoint, mini
+from shared_utils import UserError, checkpoint
+from shared_utils.lab import mini
 from shared_utils.run import Diverged, Run
 from tests.checkpoints import differing
 

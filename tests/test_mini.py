@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared_utils import UserError, mini, mini_draw
+from shared_utils import UserError
+from shared_utils.lab import mini, mini_draw
 
 REPO = Path(__file__).resolve().parent.parent
 SEGMENTATION = {
@@ -365,7 +366,7 @@ def test_fewshot_layout(root):
 
 
 def start(folder: Path, *kinds: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "shared_utils.mini", "--root", str(folder), *kinds]
+    command = [sys.executable, "-m", "shared_utils.lab.mini", "--root", str(folder), *kinds]
     return subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

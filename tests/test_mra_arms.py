@@ -4,8 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from mra import arms
-from shared_utils import results
+from mra.lab import arms
+from shared_utils.lab import results
 
 
 def finish(root: Path, arm: str, seed: int, top1: float) -> Path:

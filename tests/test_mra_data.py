@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mra import data, main_supervised, textures
+from mra import data, main_supervised
+from mra.lab import textures
 from shared_utils import UserError
 from shared_utils.data import sample_rng
 

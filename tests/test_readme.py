@@ -184,7 +184,7 @@ def test_mini_commands(folder: str, tmp_path: Path) -> None:
         rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         course = [row["loss"] for row in rows if "loss" in row]
         assert falls(course), f"the loss of {run} does not fall: {course}"
-    tool = importlib.import_module(f"{folder}.strip")
+    tool = importlib.import_module(f"{folder}.lab.strip")
     made = tmp_path / tool.get_parser().get_default("pretrained").relative_to(runs_root())
     threads = torch.get_num_threads()
     tool.main(["--pretrained", str(made), "--out", str(tmp_path / "strip.png")])

@@ -14,8 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_utils import UserError, results
-from shared_utils.results import BEGIN, COLUMNS, END
+from shared_utils import UserError
+from shared_utils.lab import results
+from shared_utils.lab.results import BEGIN, COLUMNS, END
 
 ROOT = Path(__file__).resolve().parent.parent
 bench: Any = importlib.import_module("tests.bench")

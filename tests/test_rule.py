@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from shared_utils import rule
+from shared_utils.lab import rule
 
 
 def by_seed(values: list[float]) -> dict[int, float]:

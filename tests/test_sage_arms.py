@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sage import arch, arms
+from sage import arch
 from sage.builder import Evaluator, SaGe
+from sage.lab import arms
 from sage.losses import WEIGHTS
 from shared_utils import UserError
 

@@ -15,14 +15,16 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from sage import export, main_attributes, main_finegrained, main_knn, main_lincls, main_semi
+from sage import main_attributes, main_finegrained, main_knn, main_lincls, main_semi
 from sage.arch import build
 from sage.builder import SaGe
 from sage.data import attribute_labels, plain
 from sage.finegrained import READERS, write_mini
 from sage.finetune import Classifier, learning_rate
-from shared_utils import UserError, checkpoint, mini
+from sage.lab import export
+from shared_utils import UserError, checkpoint
 from shared_utils.data import ImageList, image_folder
+from shared_utils.lab import mini
 from shared_utils.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]

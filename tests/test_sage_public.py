@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from torchvision import transforms as T
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from sage import export, main_attributes, main_finegrained, main_knn, main_lincls, main_semi, train
+from sage import main_attributes, main_finegrained, main_knn, main_lincls, main_semi, train
 from sage.arch import build
 from sage.finegrained import write_mini
 from sage.finetune import Classifier
+from sage.lab import export
 from sage.options import backbone, normalisation
 from sage.weights import guess_network, input_norm
-from shared_utils import UserError, checkpoint, mini
+from shared_utils import UserError, checkpoint
 from shared_utils.data import image_folder
+from shared_utils.lab import mini
 
 SMALL = "--img_size 32 --workers 0 --threads 1".split()
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from shared_utils import UserError, checkpoint, results, rule
-from shared_utils.arms import Arms, replace_rows, thinned
+from shared_utils import UserError, checkpoint
+from shared_utils.lab import results, rule
+from shared_utils.lab.arms import Arms, replace_rows, thinned
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = {"base": [20.0, 22.0, 21.0], "longer": [24.0, 26.0, 25.0], "full": [25.0, 25.5, 26.0], "control": [18.0]}
@@ -167,7 +168,7 @@ def test_what_no_commit_names_is_no_row(arms: Arms, runs: Path) -> None:
     before = (arms.home / "results.csv").read_text()
     with pytest.raises(UserError, match="full/seed0: made with uncommitted changes"):
         arms.record(runs)
-    assert (arms.home / "results.csv").read_text() == before and not (arms.home / "logs").exists()
+    assert (arms.home / "results.csv").read_text() == before and not (arms.home / "lab/logs").exists()
 
 
 def test_errors_name_the_cure(arms: Arms, runs: Path, tmp_path: Path) -> None:
@@ -190,12 +191,12 @@ def test_curves_are_thinned_and_keep_their_end(tmp_path: Path) -> None:
     ]
 
 
-FOLDERS = [file.parent.name for file in sorted(ROOT.glob("*/arms.py")) if "\nARMS = Arms(" in file.read_text()]
+FOLDERS = [file.parents[1].name for file in sorted(ROOT.glob("*/lab/arms.py")) if "\nARMS = Arms(" in file.read_text()]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_rows_of_the_tree_are_what_its_logs_say(folder: str) -> None:
-    arms: Arms = importlib.import_module(f"{folder}.arms").ARMS
+    arms: Arms = importlib.import_module(f"{folder}.lab.arms").ARMS
     rows, _ = results.read(ROOT / folder)
     empty = dict.fromkeys(results.COLUMNS, "")
     for name in arms.sets:
@@ -205,7 +206,7 @@ def test_rows_of_the_tree_are_what_its_logs_say(folder: str) -> None:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_claims_of_paper_json_are_those_of_the_arms(folder: str) -> None:
     """Every claim of every set that has a row, in that order: none is left out on the front page."""
-    arms: Arms = importlib.import_module(f"{folder}.arms").ARMS
+    arms: Arms = importlib.import_module(f"{folder}.lab.arms").ARMS
     ids = {row["id"] for row in results.read(ROOT / folder)[0]}
     named = [f"small-{name}-{one}-vs-{two}-{metric}" for name in arms.sets for one, two, metric in arms.claims]
     assert list(results.paper(ROOT / folder).claims) == [name for name in named if name in ids] != []
@@ -269,7 +270,7 @@ def test_holm_is_over_all_sets_of_a_folder(arms: Arms, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_comparison_is_of_arms_that_the_script_trains(folder: str) -> None:
-    arms: Arms = importlib.import_module(f"{folder}.arms").ARMS
+    arms: Arms = importlib.import_module(f"{folder}.lab.arms").ARMS
     script = (ROOT / folder / "run_arms.sh").read_text()
     assert {arm for pair in arms.pairs for arm in pair} == set(arms.arms)
     cases = {

@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shared_utils import UserError, compare, distributed
+from shared_utils import UserError, distributed
+from shared_utils.lab import compare
 
 
 def test_steps_are_timed_in_a_process_group_of_one(capsys):

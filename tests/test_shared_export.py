@@ -14,26 +14,27 @@ from timm.models import VisionTransformer
 from torch import nn
 
 import bingo.arch
-import bingo.export_detection
+import bingo.lab.export_detection
 import fame.backbone
-import fame.export
+import fame.lab.export
 import flat.backbone
-import flat.export
+import flat.lab.export
 import hsa.arch
-import hsa.export_detection
+import hsa.lab.export_detection
 import kscl.arch
-import kscl.export_detection
-import mdp.export_mmseg
+import kscl.lab.export_detection
+import mdp.lab.export_mmseg
 import mdp.models
-import mra.export
+import mra.lab.export
 import mra.models_mae
 import mra.nets
 import sage.arch
-import sage.export
-import uvos_dino.export
+import sage.lab.export
+import uvos_dino.lab.export
 import uvos_dino.model_cluster
 import uvos_dino.vision_transformer
-from shared_utils import UserError, checkpoint, export
+from shared_utils import UserError, checkpoint
+from shared_utils.lab import export
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,8 +70,8 @@ def small(folder: str, path: Path, width: int = 8, stem: str = "cifar") -> tuple
 
 
 MAINS = {
-    "bingo": bingo.export_detection.main, "hsa": hsa.export_detection.main, "kscl": kscl.export_detection.main,
-    "mdp": mdp.export_mmseg.main, "sage": sage.export.main,
+    "bingo": bingo.lab.export_detection.main, "hsa": hsa.lab.export_detection.main,
+    "kscl": kscl.lab.export_detection.main, "mdp": mdp.lab.export_mmseg.main, "sage": sage.lab.export.main,
 }  # fmt: skip
 
 
@@ -166,8 +167,8 @@ def test_loaded_by_the_lines_of_the_card_the_outputs_are_equal(folder, kind, loa
     torch.manual_seed(0)
     net, function, shape = own(kind, tmp_path / "w.pth")
     size = ["--model", kind.split()[0], "--image_size", "32", "--width", kind.split()[1]] if folder == "flat" else []
-    main = {"mra": mra.export.main, "fame": fame.export.main, "flat": flat.export.main,
-            "uvos_dino": uvos_dino.export.main}[folder]  # fmt: skip
+    main = {"mra": mra.lab.export.main, "fame": fame.lab.export.main, "flat": flat.lab.export.main,
+            "uvos_dino": uvos_dino.lab.export.main}[folder]  # fmt: skip
     out = tmp_path / "b.safetensors"
     assert main(["--pretrained", str(tmp_path / "w.pth"), "--format", "safetensors", "--out", str(out), *size]) == 0
     monkeypatch.chdir(tmp_path)
@@ -211,7 +212,7 @@ def test_full_width_loads_into_timm_and_nothing_of_ours(tmp_path):
         "--out",
         str(tmp_path / "b.safetensors"),
     ]
-    assert hsa.export_detection.main(flags) == 0
+    assert hsa.lab.export_detection.main(flags) == 0
     code = code_of((tmp_path / "b.md").read_text())
     assert "timm.create_model" in code and len(code.strip().split("\n\n")[1].splitlines()) == 2
     code += "\nimport torch; print(float(model.eval()(torch.ones(1, 3, 64, 64)).sum()))"
@@ -229,13 +230,13 @@ def test_names_of_files_and_networks_are_checked_before_anything_is_written(tmp_
     path, _ = small("hsa", tmp_path / "w.pth")
     for kind, name in (("safetensors", "a.pth"), ("torchvision", "a.safetensors"), ("detectron2", "a.pkl")):
         with pytest.raises(UserError, match=f"with --format {kind} the name must end in"):
-            hsa.export_detection.main(["--pretrained", str(path), "--format", kind, "--out", str(tmp_path / name)])
+            hsa.lab.export_detection.main(["--pretrained", str(path), "--format", kind, "--out", str(tmp_path / name)])
     with pytest.raises(UserError, match="nothing to export"):
         export.check("none", tmp_path / "a.pth", "torchvision")
     with pytest.raises(UserError, match="detectron2 has no resnet18 of width 8"):
-        hsa.export_detection.main(["--pretrained", str(path), "--out", str(tmp_path / "a.pth")])
+        hsa.lab.export_detection.main(["--pretrained", str(path), "--out", str(tmp_path / "a.pth")])
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         flags = ["--format", "safetensors", "--out", str(tmp_path / "file" / "a.safetensors")]
-        hsa.export_detection.main(["--pretrained", str(path), *flags])
+        hsa.lab.export_detection.main(["--pretrained", str(path), *flags])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "w.pth"]

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shared_utils import UserError, checkpoint, tiles
+from shared_utils import UserError, checkpoint
 from shared_utils.flags import Parser, add_run_flags
-from shared_utils.results import papers
+from shared_utils.lab import tiles
+from shared_utils.lab.results import papers
 from shared_utils.run import Run, card
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +28,7 @@ def colours(image: Image.Image) -> set[tuple[int, ...]]:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_strip_refuses_in_one_line_what_is_no_checkpoint_of_its_job(folder: str, tmp_path: Path) -> None:
-    strip = importlib.import_module(f"{folder}.strip")
+    strip = importlib.import_module(f"{folder}.lab.strip")
     absent = tmp_path / "absent.pth"
     with pytest.raises(UserError, match=rf"absent.pth: no such checkpoint file; make it with: bash {folder}/run_"):
         strip.main(["--pretrained", str(absent)])
@@ -43,12 +44,12 @@ def test_strip_refuses_in_one_line_what_is_no_checkpoint_of_its_job(folder: str,
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_strip_in_the_tree_is_small_and_shown(folder: str) -> None:
-    file = ROOT / folder / "strip.png"
+    file = ROOT / folder / "lab" / "strip.png"
     with Image.open(file) as image:
         assert image.format == "PNG" and 400 <= image.width <= tiles.WIDTH and image.height <= 450
     assert file.stat().st_size <= 60 * 1024
-    assert "](strip.png)" in (ROOT / folder / "README.md").read_text(encoding="utf-8")
-    assert f"]({folder}/strip.png)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "](lab/strip.png)" in (ROOT / folder / "README.md").read_text(encoding="utf-8")
+    assert f'"{folder}/lab/strip.png"' in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_checkpoint_gives_its_flags_with_paths_as_paths(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from shared_utils import checkpoint, results
-from sscl import arms, main
+from shared_utils import checkpoint
+from shared_utils.lab import results
+from sscl import main
+from sscl.lab import arms
 
 ROOT = Path(__file__).resolve().parents[1]
 SCORES = {f"{name}@{share}": 10.0 for name in ("raw", "aligned", "calib") for share in (20, 50, 100)}

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from shared_utils import UserError, checkpoint, evaluation
-from sscl import eval_cls, eval_features, export, finetune
+from sscl import eval_cls, eval_features, finetune
 from sscl.arch import Encoder, build
 from sscl.data import label_split, training_images
 from sscl.eval_cls import pseudo_scores
 from sscl.fewshot import episodes, k_shot, logistic, nearest_mean
+from sscl.lab import export
 from tests.sscl_images import train, write_images
 
 LOADING = ["--workers", "0", "--threads", "1"]

@@ -1,6 +1,6 @@
 """uvos_dino against its release: numbers that the release's code gave on fixed inputs, and variants that miss them.
 
-`uvos_dino.compare_release` makes the comparison anew where there is a checkout of the release.
+`uvos_dino.lab.compare_release` makes the comparison anew where there is a checkout of the release.
 """
 
 import json
@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from shared_utils import UserError, compare
+from shared_utils import UserError
+from shared_utils.lab import compare
 from uvos_dino import losses, metrics
 from uvos_dino.attention import Block
-from uvos_dino.compare_release import FILES, PACKAGES, URL, fixed_clip, fixed_masks, our_labels, queries_and_keys
+from uvos_dino.lab.compare_release import FILES, PACKAGES, URL, fixed_clip, fixed_masks, our_labels, queries_and_keys
 from uvos_dino.vision_transformer import VisionTransformer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +98,6 @@ def test_what_is_no_checkout_is_named(tmp_path: Path) -> None:
     for name in FILES:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    command = [sys.executable, "-m", "uvos_dino.compare_release", "--release", str(tmp_path / "x")]
+    command = [sys.executable, "-m", "uvos_dino.lab.compare_release", "--release", str(tmp_path / "x")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no checkout" in done.stderr

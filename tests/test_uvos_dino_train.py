@@ -16,9 +16,10 @@ from PIL import Image
 from shared_utils import UserError, checkpoint
 from shared_utils.run import Diverged, Run
 from tests.checkpoints import differing
-from uvos_dino import arms, dino, losses, main_dino, vision_transformer
+from uvos_dino import dino, losses, main_dino, vision_transformer
 from uvos_dino import train_RGB_cluster as script
 from uvos_dino.inference import load_model
+from uvos_dino.lab import arms
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -305,7 +306,7 @@ def test_arms_are_recorded_from_the_json_files_alone(tmp_path: Path, monkeypatch
     assert (
         "| both losses | 2 | 30.50 ± 0.71 |" in said and "above" in said and "8 rows" in said
     )  # 3, and 5 arms left out
-    log = json.loads((home / "logs" / "davis2016-both.json").read_text())["0"]
+    log = json.loads((home / "lab/logs" / "davis2016-both.json").read_text())["0"]
     assert log["facts"]["minutes"] == 1.5 and log["metrics"]["clusters_other"] == 5.0
     assert log["curve"][-1] == {"step": 300, "loss": 2.0, "probe/clusters": 5.0, "probe/J": 30.0}
     assert colours_of(tmp_path / "plot.png") >= set(arms.COLOURS[:2])

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 
 from shared_utils import UserError
 from shared_utils.flags import Parser, at_least, boolean, ints, not_negative, positive, spellings
-from shared_utils.results import BEGIN, END, papers
+from shared_utils.lab.results import BEGIN, END, papers
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [paper.folder for paper in papers(ROOT)]
@@ -420,7 +420,7 @@ def entry_points(root: Path) -> list[str]:
 
 def test_every_entry_point_answers_help() -> None:
     modules = entry_points(ROOT)
-    assert "shared_utils.results" in modules
+    assert "shared_utils.lab.results" in modules
     assert without_help(ROOT, modules) == []
 
 
@@ -433,8 +433,8 @@ def test_a_module_without_help_is_named(tmp_path: Path) -> None:
     assert without_help(tmp_path, ["broken", "good", "silent"]) == ["broken", "silent"]
 
 
-# Only the standard library serves shared_utils.results, so that it runs before anything is installed.
-PARSERS = [name for name in entry_points(ROOT) if name != "shared_utils.results" and not name.startswith("tests.")]
+# Only the standard library serves shared_utils.lab.results, so that it runs before anything is installed.
+PARSERS = [name for name in entry_points(ROOT) if name != "shared_utils.lab.results" and not name.startswith("tests.")]
 
 
 # What releases call otherwise: both names are understood.

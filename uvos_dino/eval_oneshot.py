@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shared_utils import UserError, checkpoint, mini
+from shared_utils import UserError, checkpoint
 from shared_utils.flags import Parser, add_machine_flags, at_least, boolean, not_negative, positive, runs_root
-from shared_utils.mini import davis_palette
+from shared_utils.lab import mini
+from shared_utils.lab.mini import davis_palette
 from shared_utils.run import cli, plain, provenance, set_threads
 from uvos_dino import evaluate, metrics
 from uvos_dino.data import LAYOUTS, NORMS, Video, open_videos, read_mask, read_video, said

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from shared_utils import UserError, checkpoint, mini
+from shared_utils import UserError, checkpoint
 from shared_utils.flags import Parser, natural
+from shared_utils.lab import mini
 from shared_utils.run import cli
 from uvos_dino import metrics
 from uvos_dino.data import (

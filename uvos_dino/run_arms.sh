@@ -90,4 +90,4 @@ if [ -f "$out/failed" ]; then
   echo "error: did not finish: $(paste -sd ';' "$out/failed"); see the logs in $out" >&2
   exit 1
 fi
-if [ "${ARMS:-}" != dino ]; then "$PYTHON" -m uvos_dino.arms "$out"; fi
+if [ "${ARMS:-}" != dino ]; then "$PYTHON" -m uvos_dino.lab.arms "$out"; fi

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared_utils import UserError, checkpoint, distributed, mini
+from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, Keyed, mix_key
 from shared_utils.flags import Parser, add_run_flags, boolean, natural, not_negative, positive
+from shared_utils.lab import mini
 from shared_utils.run import Run, cli
 from uvos_dino import losses, metrics, vision_transformer
 from uvos_dino.data import (

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from shared_utils import UserError, mini
+from shared_utils import UserError
 from shared_utils.flags import Parser, positive, runs_root
-from shared_utils.mini import davis_palette
+from shared_utils.lab import mini
+from shared_utils.lab.mini import davis_palette
 from shared_utils.run import cli
 from uvos_dino import clustering, metrics
 from uvos_dino.data import ALL, LAYOUTS, NORMS, normalise, open_videos, read_video

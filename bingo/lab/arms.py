@@ -1,14 +1,14 @@
-"""Table of the arms that `run_arms.sh` trained: python -m bingo.arms runs/bingo/arms/small/cifar10 [--record]
+"""Table of the arms that `run_arms.sh` trained: python -m bingo.lab.arms runs/bingo/arms/small/cifar10 [--record]
 
 Mean and sample standard deviation over the seeds. `--record` writes the rows of the small tier into results.csv and
-compact logs into bingo/logs/.
+compact logs into bingo/lab/logs/.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from shared_utils.arms import Arms
+from shared_utils.lab.arms import Arms
 from shared_utils.run import cli
 
 
@@ -23,7 +23,7 @@ def read(folder: Path) -> dict[str, float] | None:
 
 ARMS = Arms(
     paper="bingo",
-    home=Path(__file__).resolve().parent,
+    home=Path(__file__).resolve().parents[1],
     arms={
         "alone": "student alone (MoCo v2), equal epochs",
         "alone_eq": "student alone (MoCo v2), equal compute (6.6 x the epochs)",

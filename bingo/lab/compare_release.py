@@ -1,4 +1,4 @@
-"""Our functions beside the authors' own, in one process: python -m bingo.compare_release --release PATH [--speed]
+"""Our functions beside the authors' own, in one process: python -m bingo.lab.compare_release --release PATH [--speed]
 
 PATH is a checkout of https://github.com/haohang96/bingo, which has no licence: none of its code is here, it is imported
 from where it lies. It was written for GPUs, an older NumPy and Intel's mkl package, so while it is in use `.cuda()`
@@ -30,8 +30,9 @@ from bingo.arch import build, mlp_head
 from bingo.builder import BINGO
 from bingo.cutmix import draw_box, paste
 from bingo.data import Bags
-from shared_utils import compare, distributed, neighbours
+from shared_utils import distributed, neighbours
 from shared_utils.flags import Parser, positive
+from shared_utils.lab import compare
 from shared_utils.layout import follow, place
 from shared_utils.run import cli
 
@@ -317,7 +318,7 @@ def time_steps(code: SimpleNamespace, device: torch.device, repeats: int, batch:
 
 
 def get_parser() -> Parser:
-    parser = Parser(prog="bingo.compare_release", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="bingo.lab.compare_release", description=(__doc__ or "").split("\n")[0])
     compare.add_flags(parser, URL, "the loss and the neighbour search")
     compare.add_step_flags(parser)
     parser.add_argument("--images", type=positive, default=50000, help="rows of the timed neighbour search")

@@ -1,4 +1,4 @@
-"""A student's backbone for detection: python -m bingo.export_detection --pretrained CHECKPOINT --out student.pth
+"""A student's backbone for detection: python -m bingo.lab.export_detection --pretrained CHECKPOINT --out student.pth
 
 `detectron2` writes the names of its ResNet (as MoCo's conversion script does), `torchvision` the plain
 names, for torchvision.models.detection and most other libraries, `safetensors` the same with a model card.
@@ -9,15 +9,15 @@ import argparse
 
 from bingo.arch import ARCHS, STEMS, build
 from shared_utils.evaluation import add_network_flags, load_backbone
-from shared_utils.export import INPUT, add_export_flags, check, resnet_lines, write_backbone, write_detectron2
 from shared_utils.flags import Parser
+from shared_utils.lab.export import INPUT, add_export_flags, check, resnet_lines, write_backbone, write_detectron2
 from shared_utils.run import cli
 
 MEAN_STD = "MODEL.PIXEL_MEAN [123.675,116.280,103.530] MODEL.PIXEL_STD [58.395,57.120,57.375]"
 
 
 def get_parser() -> argparse.ArgumentParser:
-    p = Parser(prog="bingo.export_detection", description=__doc__.splitlines()[0])
+    p = Parser(prog="bingo.lab.export_detection", description=__doc__.splitlines()[0])
     add_network_flags(p, ARCHS, STEMS, "resnet18")
     add_export_flags(p, ["torchvision", "detectron2", "safetensors"], "detectron2")
     return p

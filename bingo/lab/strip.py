@@ -1,6 +1,6 @@
 """A strip that shows what BINGO does: an anchor, its bag, and how the student comes to map the bag to the anchor.
 
-    python -m bingo.strip
+    python -m bingo.lab.strip
 
 The numbers are those of the loss: for the student's embedding of a member, the place of the teacher's embedding of the
 anchor among those of all training images (1: it matches the anchor best; half of the images: chance). "Before" is a
@@ -17,9 +17,10 @@ from bingo.data import load_bags
 from bingo.main_moco import get_parser as training_parser
 from bingo.options import prepare_data, train_images
 from bingo.teachers import head_of
-from shared_utils import UserError, checkpoint, tiles
+from shared_utils import UserError, checkpoint
 from shared_utils.augment import plain
 from shared_utils.flags import Parser, natural
+from shared_utils.lab import tiles
 from shared_utils.neighbours import features
 from shared_utils.run import cli, set_threads
 

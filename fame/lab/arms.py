@@ -1,14 +1,14 @@
-"""Table of the arms that `run_arms.sh` trained: python -m fame.arms runs/fame/arms/small/motion [--record]
+"""Table of the arms that `run_arms.sh` trained: python -m fame.lab.arms runs/fame/arms/small/motion [--record]
 
 Mean and sample standard deviation over the seeds. `--record` writes the rows of the small tier into results.csv and
-compact logs into fame/logs/; the json files of the runs are enough for it, checkpoints are not needed.
+compact logs into fame/lab/logs/; the json files of the runs are enough for it, checkpoints are not needed.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from shared_utils.arms import Arms
+from shared_utils.lab.arms import Arms
 from shared_utils.run import cli
 
 
@@ -40,7 +40,7 @@ def read(folder: Path) -> dict[str, float] | None:
 
 ARMS = Arms(
     paper="fame",
-    home=Path(__file__).resolve().parent,
+    home=Path(__file__).resolve().parents[1],
     arms={
         "moco": "MoCo",
         "fame": "MoCo + FAME",

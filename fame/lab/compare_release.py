@@ -1,4 +1,4 @@
-"""Our functions beside the authors' own, in one process: python -m fame.compare_release --release PATH [--speed]
+"""Our functions beside the authors' own, in one process: python -m fame.lab.compare_release --release PATH [--speed]
 
 PATH is a checkout of https://github.com/Mark12Ding/FAME (Apache-2.0): none of its code is here, it is imported from
 where it lies, and kornia (`pip install kornia`), which it needs, with it. It was written for GPUs and an older
@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from fame.backbone import build
 from fame.fame import make_mask, merge
 from fame.moco.builder import MoCo, info_nce, passes
-from shared_utils import UserError, compare
+from shared_utils import UserError
 from shared_utils.flags import Parser, positive
+from shared_utils.lab import compare
 from shared_utils.run import cli
 
 URL = "https://github.com/Mark12Ding/FAME"
@@ -253,7 +254,7 @@ def reference(code: SimpleNamespace) -> dict[str, Any]:
 
 
 def get_parser() -> Parser:
-    p = Parser(prog="fame.compare_release", description=__doc__.splitlines()[0])
+    p = Parser(prog="fame.lab.compare_release", description=__doc__.splitlines()[0])
     compare.add_flags(p, URL, "mask and merge")
     p.add_argument("--clips", type=positive, default=64, help="clips of --speed, a multiple of 8")
     p.add_argument("--write", type=Path, help="write the release's numbers on the fixed inputs to this json file")

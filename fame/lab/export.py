@@ -1,4 +1,4 @@
-"""The video network for other programs: python -m fame.export --pretrained CHECKPOINT --out r2plus1d_18.safetensors
+"""The video network for other programs: python -m fame.lab.export --pretrained CHECKPOINT --out r2plus1d_18.safetensors
 
 r3d_18, r2plus1d_18 and s3d have torchvision's names; I3D (the release's names), c3d and tiny their own. Heads stay
 behind.
@@ -8,8 +8,8 @@ import argparse
 
 from fame.backbone import build
 from fame.network import add_weights_flags, from_checkpoint, load
-from shared_utils.export import add_export_flags, check, write_backbone
 from shared_utils.flags import Parser
+from shared_utils.lab.export import add_export_flags, check, write_backbone
 from shared_utils.run import cli
 
 # What torchvision's networks do after their last map. s3d's own pool needs 2 x 7 x 7 of it, ours takes any.
@@ -17,7 +17,7 @@ HEADS = {"r3d_18": ("fc",), "r2plus1d_18": ("fc",), "s3d": ("avgpool", "classifi
 
 
 def get_parser() -> argparse.ArgumentParser:
-    p = Parser(prog="fame.export", description=(__doc__ or "").splitlines()[0])
+    p = Parser(prog="fame.lab.export", description=(__doc__ or "").splitlines()[0])
     add_weights_flags(p)
     add_export_flags(p, ["safetensors"], "safetensors")
     return p

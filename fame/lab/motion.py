@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from shared_utils import mini, mini_draw
+from shared_utils.lab import mini, mini_draw
 
 KIND = "motion"
 PER_CLASS = {"train01": 50, "test01": 25, "train02": 30, "test02": 25}

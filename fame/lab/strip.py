@@ -1,6 +1,6 @@
 """A strip that shows what FAME does: a clip, its motion, its mask, the merged clip, and where the network looks.
 
-python -m fame.strip
+python -m fame.lab.strip
 """
 
 import torch
@@ -12,8 +12,8 @@ from fame.data import TestClips, open_videos
 from fame.fame import make_mask, merge, motion_and_colour, seed_map
 from fame.moco.builder import MoCo, ReleaseKeys
 from fame.train import get_parser as training_parser
-from shared_utils import tiles
 from shared_utils.flags import Parser, natural
+from shared_utils.lab import tiles
 from shared_utils.run import cli, set_threads
 
 COMMAND = "bash fame/run_pretrain.sh"

@@ -1,4 +1,4 @@
-"""Table of the arms that `run_arms.sh` trained: python -m flat.arms runs/flat/arms/small/cifarfs5 [--record]
+"""Table of the arms that `run_arms.sh` trained: python -m flat.lab.arms runs/flat/arms/small/cifarfs5 [--record]
 
 Mean and sample standard deviation over the seeds; the arms of a seed have the same base classes, start, batches and
 test episodes, so they are compared seed by seed. `gain`: the mean difference to the baseline over the common episodes.
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flat.test import compare
 from shared_utils import checkpoint
-from shared_utils.arms import Arms
+from shared_utils.lab.arms import Arms
 from shared_utils.run import cli
 
 HEAD = "proto_l2"  # no hyper-parameters: what the table is about; prototypical networks have their own distance
@@ -52,7 +52,7 @@ def read(folder: Path) -> dict[str, float] | None:
 
 ARMS = Arms(
     paper="flat",
-    home=Path(__file__).resolve().parent,
+    home=Path(__file__).resolve().parents[1],
     arms={
         "base": "baseline (cosine classifier)",
         "flat": "FLAT, aet, lambda 1",

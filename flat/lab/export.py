@@ -1,4 +1,4 @@
-"""The encoder for other programs: python -m flat.export --pretrained RUN/checkpoint.pth --out conv4.safetensors
+"""The encoder for other programs: python -m flat.lab.export --pretrained RUN/checkpoint.pth --out conv4.safetensors
 
 ResNet10 and ResNet18 get the names that torchvision and timm share; Conv4, ResNet12 and WRN28, which neither has, keep
 their own. Classifier, decoder and the noise of `--aet avt` stay behind.
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flat import save_features
 from flat.backbone import WIDTHS, Encoder
-from shared_utils.export import add_export_flags, check, write_backbone
 from shared_utils.flags import Parser, natural
+from shared_utils.lab.export import add_export_flags, check, write_backbone
 from shared_utils.run import cli
 
 BLOCKS = {"ResNet10": 1, "ResNet18": 2}  # of each of the four stages
@@ -23,7 +23,7 @@ INNER = {"C1": "conv1", "BN1": "bn1", "C2": "conv2", "BN2": "bn2", "shortcut": "
 
 
 def get_parser() -> argparse.ArgumentParser:
-    p = Parser(prog="flat.export", description=(__doc__ or "").splitlines()[0])
+    p = Parser(prog="flat.lab.export", description=(__doc__ or "").splitlines()[0])
     a = p.add_argument
     a("--pretrained", required=True, help="of flat.train (checkpoint.pth, EPOCH.tar), or of CloserLookFewShot")
     a("--model", help="this and the following default to the checkpoint's own flags")

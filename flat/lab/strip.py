@@ -1,6 +1,6 @@
 """A strip that shows what FLAT does: images, transformed copies, and what the decoder reads off the features of both.
 
-    python -m flat.strip
+    python -m flat.lab.strip
 
 The quadrilateral is where the copy's frame lies in the image: green by the transformation that was drawn, red by the
 one that the decoder tells.
@@ -16,9 +16,10 @@ from flat.episodes import EpisodeDrawer
 from flat.methods.baselinefinetune import proto
 from flat.options import build_model, family, has_decoder
 from flat.options import get_parser as training_parser
-from shared_utils import UserError, checkpoint, mini, tiles
+from shared_utils import UserError, checkpoint
 from shared_utils.data import mix_key
 from shared_utils.flags import Parser, natural
+from shared_utils.lab import mini, tiles
 from shared_utils.run import cli, set_threads
 
 COMMAND = "bash flat/run_train.sh"

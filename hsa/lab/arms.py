@@ -1,8 +1,8 @@
-"""Table of the arms that `run_arms.sh` trained: python -m hsa.arms runs/hsa/arms/small/cifar10 [--record]
+"""Table of the arms that `run_arms.sh` trained: python -m hsa.lab.arms runs/hsa/arms/small/cifar10 [--record]
 
 Mean and sample standard deviation over the seeds. `--record` writes the rows of the small tier into results.csv and
-compact logs into hsa/logs/. `python -m hsa.arms RUN --bags FILE.npy` writes the neighbours that one run trained with
-last, where it had some, for the `--bags` of hsa.main_knn.
+compact logs into hsa/lab/logs/. `python -m hsa.lab.arms RUN --bags FILE.npy` writes the neighbours that one run trained
+with last, where it had some, for the `--bags` of hsa.main_knn.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from shared_utils import checkpoint
-from shared_utils.arms import Arms
+from shared_utils.lab.arms import Arms
 from shared_utils.run import cli
 
 
@@ -29,7 +29,7 @@ def read(folder: Path) -> dict[str, float] | None:
 
 ARMS = Arms(
     paper="hsa",
-    home=Path(__file__).resolve().parent,
+    home=Path(__file__).resolve().parents[1],
     arms={
         "moco": "MoCo v2, equal epochs",
         "moco_eq": "MoCo v2, equal compute (2.9 x the epochs)",

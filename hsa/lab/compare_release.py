@@ -1,4 +1,4 @@
-"""Our functions beside the authors' own, in one process: python -m hsa.compare_release --release PATH [--speed]
+"""Our functions beside the authors' own, in one process: python -m hsa.lab.compare_release --release PATH [--speed]
 
 PATH is a checkout of https://github.com/haohang96/CSML, which has no licence: none of its code is here, it is imported
 from where it lies. It was written for GPUs, an older NumPy and Intel's mkl package, so while it is in use `.cuda()`
@@ -29,8 +29,9 @@ from hsa import losses
 from hsa.arch import build
 from hsa.builder import CsMl
 from hsa.cutmix import draw_box, paste
-from shared_utils import compare, distributed, neighbours
+from shared_utils import distributed, neighbours
 from shared_utils.flags import Parser, positive
+from shared_utils.lab import compare
 from shared_utils.layout import follow, place
 from shared_utils.run import cli
 
@@ -307,7 +308,7 @@ def time_steps(code: SimpleNamespace, device: torch.device, repeats: int, batch:
 
 
 def get_parser() -> Parser:
-    parser = Parser(prog="hsa.compare_release", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="hsa.lab.compare_release", description=(__doc__ or "").split("\n")[0])
     compare.add_flags(parser, URL, "the loss and the neighbour search")
     compare.add_step_flags(parser)
     parser.add_argument("--images", type=positive, default=50000, help="rows of the timed neighbour search")

@@ -1,4 +1,4 @@
-"""The backbone for detection: python -m hsa.export_detection --pretrained CHECKPOINT --out resnet50.pth
+"""The backbone for detection: python -m hsa.lab.export_detection --pretrained CHECKPOINT --out resnet50.pth
 
 `detectron2` writes the names of its ResNet (release detection/convert-pretrain-to-detectron2.py), `torchvision` the
 plain names, for torchvision.models.detection and most other libraries, `safetensors` the same with a model card.
@@ -10,8 +10,8 @@ import argparse
 from hsa.arch import DEPTHS as ARCHS
 from hsa.arch import STEMS, build
 from shared_utils.evaluation import add_network_flags, load_backbone
-from shared_utils.export import INPUT, add_export_flags, check, resnet_lines, write_backbone, write_detectron2
 from shared_utils.flags import Parser
+from shared_utils.lab.export import INPUT, add_export_flags, check, resnet_lines, write_backbone, write_detectron2
 from shared_utils.run import cli
 
 # Heads of both levels; level 3 may have a private stage.
@@ -20,7 +20,7 @@ MEAN_STD = "MODEL.PIXEL_MEAN [123.675,116.280,103.530] MODEL.PIXEL_STD [58.395,5
 
 
 def get_parser() -> argparse.ArgumentParser:
-    p = Parser(prog="hsa.export_detection", description=__doc__.splitlines()[0])
+    p = Parser(prog="hsa.lab.export_detection", description=__doc__.splitlines()[0])
     add_network_flags(p, list(ARCHS), STEMS, "resnet50")
     add_export_flags(p, ["torchvision", "detectron2", "safetensors"], "detectron2")
     return p

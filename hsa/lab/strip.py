@@ -1,6 +1,6 @@
 """A strip that shows what HSA does: images and the neighbours that are their positives, as training goes on.
 
-    python -m hsa.strip
+    python -m hsa.lab.strip
 
 Neighbours by the pooled features of the momentum encoder: of the run's first weights (made again from its seed), those
 that the checkpoint holds (of the last refresh), and of its last weights. Green: of the image's class.
@@ -14,9 +14,9 @@ from hsa.builder import CsMl, ReleaseKeys
 from hsa.cutmix import draw_box, paste
 from hsa.data import Neighbours, training_images
 from hsa.main_moco import get_parser as training_parser
-from shared_utils import mini, tiles
 from shared_utils.augment import denormalise, plain
 from shared_utils.flags import Parser, natural
+from shared_utils.lab import mini, tiles
 from shared_utils.neighbours import features
 from shared_utils.run import cli, seed_everything, set_threads
 

@@ -1,14 +1,14 @@
-"""Table of the arms that `run_arms.sh` trained: python -m kscl.arms runs/kscl/arms/small/cifar10 [--record]
+"""Table of the arms that `run_arms.sh` trained: python -m kscl.lab.arms runs/kscl/arms/small/cifar10 [--record]
 
 Mean and sample standard deviation over the seeds. `--record` writes the rows of the small tier into results.csv and
-compact logs into kscl/logs/.
+compact logs into kscl/lab/logs/.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from shared_utils.arms import Arms
+from shared_utils.lab.arms import Arms
 from shared_utils.run import cli
 
 
@@ -24,7 +24,7 @@ def read(folder: Path) -> dict[str, float] | None:
 
 ARMS = Arms(
     paper="kscl",
-    home=Path(__file__).resolve().parent,
+    home=Path(__file__).resolve().parents[1],
     arms={
         "moco": "MoCo v2 (A0: K = 1, cosine), equal epochs",
         "moco_eq3": "MoCo v2, equal compute to K = 3 (1.5 x the epochs)",

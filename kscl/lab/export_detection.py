@@ -1,4 +1,4 @@
-"""The backbone for detection: python -m kscl.export_detection --pretrained CHECKPOINT --out resnet50.pth
+"""The backbone for detection: python -m kscl.lab.export_detection --pretrained CHECKPOINT --out resnet50.pth
 
 `detectron2` writes the names of its ResNet (as MoCo's conversion script does), `torchvision` the plain
 names, for torchvision.models.detection and most other libraries, `safetensors` the same with a model card.
@@ -10,8 +10,8 @@ import argparse
 from kscl.arch import DEPTHS as ARCHS
 from kscl.arch import STEMS, build
 from shared_utils.evaluation import add_network_flags, load_backbone
-from shared_utils.export import INPUT, add_export_flags, check, resnet_lines, write_backbone, write_detectron2
 from shared_utils.flags import Parser
+from shared_utils.lab.export import INPUT, add_export_flags, check, resnet_lines, write_backbone, write_detectron2
 from shared_utils.run import cli
 
 DROP = ("fc.*", "projection_head.*", "prototypes.*")  # heads, of other methods too
@@ -19,7 +19,7 @@ MEAN_STD = "MODEL.PIXEL_MEAN [123.675,116.280,103.530] MODEL.PIXEL_STD [58.395,5
 
 
 def get_parser() -> argparse.ArgumentParser:
-    p = Parser(prog="kscl.export_detection", description=__doc__.splitlines()[0])
+    p = Parser(prog="kscl.lab.export_detection", description=__doc__.splitlines()[0])
     add_network_flags(p, list(ARCHS), STEMS, "resnet50")
     add_export_flags(p, ["torchvision", "detectron2", "safetensors"], "detectron2")
     return p

@@ -1,6 +1,6 @@
 """A strip that shows what KSCL does: the K views of an image, the subspace that their keys span, and its query in it.
 
-python -m kscl.strip
+python -m kscl.lab.strip
 """
 
 import torch
@@ -11,9 +11,10 @@ from kscl.builder import KSCL, ReleaseKeys
 from kscl.data import Views, training_images
 from kscl.main_kscl import get_parser as training_parser
 from kscl.subspace import RankRule, own_match
-from shared_utils import augment, mini, tiles
+from shared_utils import augment
 from shared_utils.data import Keyed
 from shared_utils.flags import Parser, natural
+from shared_utils.lab import mini, tiles
 from shared_utils.run import cli, set_threads
 
 COMMAND = "bash kscl/run_pretrain.sh"

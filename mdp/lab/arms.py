@@ -1,15 +1,16 @@
-"""Table of the arms that `run_arms.sh` trained: python -m mdp.arms runs/mdp/arms/small [--record]
+"""Table of the arms that `run_arms.sh` trained: python -m mdp.lab.arms runs/mdp/arms/small [--record]
 
 mIoU after a tenth of the fine-tuning schedule and at its end. The arms of a seed share the order of both data sets and
 the fine-tuning, so they are compared seed by seed. `--record` writes the rows of the small tier into results.csv and
-compact logs into mdp/logs/.
+compact logs into mdp/lab/logs/.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from shared_utils import UserError, arms, checkpoint
+from shared_utils import UserError, checkpoint
+from shared_utils.lab import arms
 from shared_utils.run import cli
 
 WHEN = {"early": "mIoU at 10% of the schedule", "final": "mIoU at the end"}
@@ -25,7 +26,7 @@ def read(folder: Path) -> dict[str, float] | None:
 
 ARMS = arms.Arms(
     paper="mdp",
-    home=Path(__file__).resolve().parent,
+    home=Path(__file__).resolve().parents[1],
     arms={
         "scratch": "no pretraining",
         "multihead": "multi-head cross entropy, both sets",
@@ -94,13 +95,13 @@ def compact(folder: Path) -> dict:
 
 def record(found: dict[str, dict[str, dict[int, Path]]]) -> int:
     """Keep what was found in logs/, beside seeds that were kept before, and write the rows anew; how many there are."""
-    (ARMS.home / "logs").mkdir(exist_ok=True)
+    (ARMS.home / "lab" / "logs").mkdir(parents=True, exist_ok=True)
     for name, by_arm in ((name, by_arm) for name, by_arm in found.items() if name in ARMS.sets):
         old = ARMS.logs(name)
         for arm, runs in by_arm.items():
             seeds = {**old.get(arm, {}), **{seed: compact(folder) for seed, folder in runs.items()}}
             text = json.dumps({str(seed): run for seed, run in sorted(seeds.items())}, separators=(",", ":"))
-            (ARMS.home / "logs" / f"{name}-{arm}.json").write_text(text + "\n")
+            (ARMS.home / "lab" / "logs" / f"{name}-{arm}.json").write_text(text + "\n")
     return ARMS.write()
 
 

@@ -1,9 +1,9 @@
 """An MDP pretraining checkpoint as plain weights for mmsegmentation, or its backbone under other libraries' names.
 
-    python -m mdp.export_mmseg runs/mdp/pretrain/small/checkpoint.pth --out mdp_r50.pth
-    python -m mdp.export_mmseg CHECKPOINT --out backbone.pth --format torchvision    (mmdetection reads these too)
-    python -m mdp.export_mmseg CHECKPOINT --out backbone.pth --format detectron2
-    python -m mdp.export_mmseg CHECKPOINT --out backbone.safetensors --format safetensors    (and a model card)
+    python -m mdp.lab.export_mmseg runs/mdp/pretrain/small/checkpoint.pth --out mdp_r50.pth
+    python -m mdp.lab.export_mmseg CHECKPOINT --out backbone.pth --format torchvision    (mmdetection reads these too)
+    python -m mdp.lab.export_mmseg CHECKPOINT --out backbone.pth --format detectron2
+    python -m mdp.lab.export_mmseg CHECKPOINT --out backbone.safetensors --format safetensors    (and a model card)
 
 The projector and the classifier of the cross-entropy arms stay behind: fine-tuning starts with a new ``conv_seg``.
 """
@@ -18,8 +18,8 @@ from typing import Any
 from torch import Tensor
 
 from shared_utils import UserError, checkpoint
-from shared_utils.export import INPUT, add_export_flags, check, write_detectron2, write_safetensors
 from shared_utils.flags import Parser
+from shared_utils.lab.export import INPUT, add_export_flags, check, write_detectron2, write_safetensors
 from shared_utils.run import cli
 
 FORMATS = ("mmseg", "torchvision")

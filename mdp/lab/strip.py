@@ -1,6 +1,6 @@
 """A strip that shows what MDP does: one image of each set, its labels, and every class of both sets as a prototype.
 
-python -m mdp.strip
+python -m mdp.lab.strip
 """
 
 from pathlib import Path
@@ -14,8 +14,9 @@ from mdp.datasets import open_set
 from mdp.eval_seg import load_encoder, nearest_prototype, val_split
 from mdp.main_pretrain import get_parser as training_parser
 from mdp.visualize import MEAN, STD
-from shared_utils import UserError, mini, tiles
+from shared_utils import UserError
 from shared_utils.flags import Parser, natural
+from shared_utils.lab import mini, tiles
 from shared_utils.run import cli, set_threads
 
 COMMAND = "bash mdp/run_pretrain.sh"

@@ -1,15 +1,15 @@
-"""Table of the arms that `run_arms.sh` trained: python -m mra.arms runs/mra/arms/small/texture [--record]
+"""Table of the arms that `run_arms.sh` trained: python -m mra.lab.arms runs/mra/arms/small/texture [--record]
 
 Mean and sample standard deviation over the seeds; the arms of a seed have the same labelled images, start, batches and
 crops, so they are compared seed by seed. `--record` writes the rows of the small tier into results.csv and compact logs
-into mra/logs/, from the json files of the runs alone.
+into mra/lab/logs/, from the json files of the runs alone.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from shared_utils.arms import Arms
+from shared_utils.lab.arms import Arms
 from shared_utils.run import cli
 
 
@@ -27,7 +27,7 @@ def read(folder: Path) -> dict[str, float] | None:
 
 ARMS = Arms(
     paper="mra",
-    home=Path(__file__).resolve().parent,
+    home=Path(__file__).resolve().parents[1],
     arms={
         "base": "baseline",
         "mra": "MRA",

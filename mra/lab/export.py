@@ -1,4 +1,4 @@
-"""Weights for other programs: python -m mra.export --pretrained CHECKPOINT --out vit.safetensors
+"""Weights for other programs: python -m mra.lab.export --pretrained CHECKPOINT --out vit.safetensors
 
 From a run of main_pretrain or a public MAE file the encoder, as timm's ViT; from one of main_supervised, main_fixmatch
 or main_fewshot the classifier with its linear layer (its EMA where it has one), a ResNet under torchvision's names.
@@ -11,15 +11,15 @@ import torch
 from mra import models_mae, nets
 from shared_utils import checkpoint
 from shared_utils.evaluation import stored_flags
-from shared_utils.export import INPUT, add_export_flags, check, vit_lines, write_backbone
 from shared_utils.flags import Parser, positive
+from shared_utils.lab.export import INPUT, add_export_flags, check, vit_lines, write_backbone
 from shared_utils.run import cli
 
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 
 
 def get_parser() -> argparse.ArgumentParser:
-    p = Parser(prog="mra.export", description=(__doc__ or "").splitlines()[0])
+    p = Parser(prog="mra.lab.export", description=(__doc__ or "").splitlines()[0])
     p.add_argument("--pretrained", required=True, help="checkpoint of a run, or a public MAE file with its decoder")
     p.add_argument(
         "--input_size", "--img_size", type=positive, help="pixels, for an encoder; default: the checkpoint's, else 224"

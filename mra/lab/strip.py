@@ -1,6 +1,6 @@
 """A strip that shows what MRA does: image, attention, what is kept, what the autoencoder paints, the augmented image.
 
-    python -m mra.strip
+    python -m mra.lab.strip
 
 `mra.visualize` draws the same of any images and any autoencoder, with every flag of the operator.
 """
@@ -13,8 +13,9 @@ from mra import data
 from mra.main_pretrain import get_parser as training_parser
 from mra.mra import SOURCES, add_mra_flags, build
 from mra.visualize import rows
-from shared_utils import UserError, tiles
+from shared_utils import UserError
 from shared_utils.flags import Parser, natural
+from shared_utils.lab import tiles
 from shared_utils.run import cli, set_threads
 
 COMMAND = "bash mra/run_pretrain.sh"

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shared_utils import UserError, mini_draw
+from shared_utils import UserError
 from shared_utils.flags import Parser
+from shared_utils.lab import mini_draw
 from shared_utils.run import cli
 
 SHAPES = ("bar", "crescent", "cross", "disc", "ring", "square", "star", "triangle")
@@ -138,7 +139,7 @@ def ensure(folder: Path = ROOT) -> Path:
 
 
 def get_parser() -> Parser:
-    p = Parser(prog="mra.textures", description=(__doc__ or "").splitlines()[0])
+    p = Parser(prog="mra.lab.textures", description=(__doc__ or "").splitlines()[0])
     p.add_argument("--root", type=Path, default=ROOT, help="folder of the set (default: %(default)s)")
     return p
 

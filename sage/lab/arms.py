@@ -1,7 +1,7 @@
-"""Table of the arms that `run_arms.sh` trained: python -m sage.arms runs/sage/arms/small/cifar10 [--record]
+"""Table of the arms that `run_arms.sh` trained: python -m sage.lab.arms runs/sage/arms/small/cifar10 [--record]
 
 Mean and sample standard deviation over the seeds. `--record` writes the rows of the small tier into results.csv and
-compact logs into sage/logs/.
+compact logs into sage/lab/logs/.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from shared_utils.arms import Arms
+from shared_utils.lab.arms import Arms
 from shared_utils.run import cli
 
 # Evaluations beside a run: {job: the numbers that are taken from its result.json}.
@@ -46,7 +46,7 @@ def read(folder: Path) -> dict[str, float] | None:
 
 CIFAR = Arms(
     paper="sage",
-    home=Path(__file__).resolve().parent,
+    home=Path(__file__).resolve().parents[1],
     arms={
         "byol": "BYOL, equal epochs",
         "pixel": "BYOL + generation by pixels",

@@ -1,4 +1,4 @@
-"""The backbone for detection and segmentation: python -m sage.export --pretrained CHECKPOINT --out resnet50.pth
+"""The backbone for detection and segmentation: python -m sage.lab.export --pretrained CHECKPOINT --out resnet50.pth
 
 `torchvision` writes the plain names (torchvision.models.detection; mmdetection and mmsegmentation take them as
 `init_cfg`); `detectron2` the names of its ResNet in a .pth file, which its checkpointer reads; `release` all networks
@@ -14,8 +14,8 @@ from sage.arch import DEPTHS, STEMS, build
 from sage.weights import DROP, NORMS, input_norm
 from shared_utils import UserError, checkpoint
 from shared_utils.evaluation import add_network_flags, load_backbone
-from shared_utils.export import add_export_flags, check, resnet_lines, write_backbone, write_detectron2
 from shared_utils.flags import Parser
+from shared_utils.lab.export import add_export_flags, check, resnet_lines, write_backbone, write_detectron2
 from shared_utils.run import cli
 
 # normalisation of the input: in words, and as detectron2's config
@@ -36,7 +36,7 @@ INPUT = {
 
 
 def get_parser() -> argparse.ArgumentParser:
-    p = Parser(prog="sage.export", description=(__doc__ or "").splitlines()[0])
+    p = Parser(prog="sage.lab.export", description=(__doc__ or "").splitlines()[0])
     add_network_flags(p, list(DEPTHS), STEMS, "resnet50")
     p.add_argument("--normalise", choices=["auto", *NORMS], default="auto", help="what the backbone's input had in "
       "training, where the file does not tell")  # fmt: skip

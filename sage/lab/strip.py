@@ -1,6 +1,6 @@
 """A strip that shows what SaGe does: views, what the decoder made of them as training went on, and how far it is off.
 
-    python -m sage.strip
+    python -m sage.lab.strip
 
 The recovered images are those that the run's checkpoint keeps (`sage.gallery`), the distances those of its evaluator.
 """
@@ -15,9 +15,10 @@ from sage.data import Views, denormalise, normalise, training_images
 from sage.gallery import Gallery
 from sage.train import get_parser as training_parser
 from sage.weights import guess_network
-from shared_utils import UserError, checkpoint, mini, tiles
+from shared_utils import UserError, checkpoint
 from shared_utils.data import Keyed
 from shared_utils.flags import Parser, positive
+from shared_utils.lab import mini, tiles
 from shared_utils.run import cli, set_threads
 
 COMMAND = "bash sage/run_evaluator.sh && bash sage/run_pretrain.sh"

@@ -5,9 +5,9 @@ describes its arms once, in its arms.py:
 
     ARMS = Arms("hsa", arms={...}, metrics={...}, ...)
 
-and `python -m hsa.arms ROOT` prints the table, with --record writes `logs/SET-ARM.json` (metrics of each seed, what
-made them, twenty points of each training curve) and the rows of results.csv. The rows come from those logs alone, so
-arms and seeds that were recorded before stay beside new ones.
+and `python -m hsa.lab.arms ROOT` prints the table, with --record writes `lab/logs/SET-ARM.json` (metrics of each
+seed, what made them, twenty points of each training curve) and the rows of results.csv. The rows come from those logs
+alone, so arms and seeds that were recorded before stay beside new ones.
 """
 
 import argparse
@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared_utils import UserError, checkpoint, plots, rule
+from shared_utils import UserError, checkpoint
 from shared_utils.flags import Parser
+from shared_utils.lab import plots, rule
 
 Seeds = dict[int, dict[str, Any]]  # seed: what its log holds, {"metrics", "facts", "curve"}
 
@@ -99,7 +100,7 @@ class Arms:
 
     Attributes:
         paper: name of the folder.
-        home: the folder itself, where results.csv and logs/ lie.
+        home: the folder itself, where results.csv and lab/logs/ lie.
         arms: {arm: title}, in the order of the table.
         metrics: {name: title} of the numbers that rows are made of, in the order of the table.
         shown: {name: title} of numbers that the table and the logs hold where an arm has them, but no row claims.
@@ -241,7 +242,7 @@ class Arms:
     # -- what stays in the tree --------------------------------------------------------------------------------------
     def logs(self, name: str) -> dict[str, Seeds]:
         """{arm: {seed: metrics, facts, curve}} of all that was recorded for the set `name`."""
-        files = {arm: self.home / "logs" / f"{name}-{arm}.json" for arm in self.arms}
+        files = {arm: self.home / "lab" / "logs" / f"{name}-{arm}.json" for arm in self.arms}
         return {
             arm: {int(seed): run for seed, run in json.loads(file.read_text()).items()}
             for arm, file in files.items()
@@ -262,10 +263,12 @@ class Arms:
             }
             for arm, runs in found.items()
         }
-        (self.home / "logs").mkdir(exist_ok=True)
+        (self.home / "lab" / "logs").mkdir(parents=True, exist_ok=True)
         for arm, runs in new.items():
             seeds = {str(seed): run for seed, run in sorted({**old.get(arm, {}), **runs}.items())}
-            (self.home / "logs" / f"{name}-{arm}.json").write_text(json.dumps(seeds, separators=(",", ":")) + "\n")
+            (self.home / "lab" / "logs" / f"{name}-{arm}.json").write_text(
+                json.dumps(seeds, separators=(",", ":")) + "\n"
+            )
 
     def rows(self, name: str) -> list[dict[str, str]]:
         """The rows of results.csv for the set `name`: each pair of arms that both have two seeds, by each metric.
@@ -300,7 +303,7 @@ class Arms:
                         "hardware": "; ".join(machines),
                         "minutes": "" if None in minutes else f"{statistics.mean(minutes):.1f}",
                         "date": made[0]["date"],
-                        "log": f"logs/{name}-{arm}.json; logs/{name}-{against}.json",
+                        "log": f"lab/logs/{name}-{arm}.json; lab/logs/{name}-{against}.json",
                     }
                 )
         begin = {f"small-{name}-{one}-vs-{other}-": (one, other) for one, other in self.pairs}
@@ -342,9 +345,9 @@ class Arms:
             name: {arm: self.values(seeds, self.claim) for arm, seeds in of.items()} for name, of in found.items()
         }
         titles = {arm: title if len(title) < 48 else f"{title[:45]}..." for arm, title in self.arms.items()}
-        plots.arms(self.home / f"arms{suffix}.png", values, titles, self.metrics[self.claim], self.floor)
+        plots.arms(self.home / "lab" / f"arms{suffix}.png", values, titles, self.metrics[self.claim], self.floor)
         plots.curves(
-            self.home / f"curves{suffix}.png",
+            self.home / "lab" / f"curves{suffix}.png",
             {
                 name: {titles[arm]: {seed: run["curve"] for seed, run in seeds.items()} for arm, seeds in of.items()}
                 for name, of in found.items()

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from shared_utils import UserError, checkpoint, results
+from shared_utils import UserError, checkpoint
 from shared_utils.evaluation import stored_flags
+from shared_utils.lab import results
 
 DETECTRON2 = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
 INPUT = "input in ImageNet's mean and standard deviation"
@@ -90,7 +91,7 @@ def vit_lines(img_size: int, patch: int, dim: int, depth: int, heads: int) -> li
 
 def model_card(paper: str, network: str, out: Path, lines: Sequence[str], flags: Mapping[str, object]) -> str:
     """Markdown: paper, network, loading, training flags, and what the folder measured of its claim (results.csv)."""
-    folder = Path(__file__).resolve().parent.parent / paper
+    folder = Path(__file__).resolve().parents[2] / paper
     about = results.paper(folder)
     measured = [row for row in results.claim_rows(results.read(folder)[0], about) if row["ours_mean"]]
     imports = sorted(set(re.findall(r"\b((?:\w+\.)*\w+)\.\w+\(", "\n".join(lines))) - {"model"})

@@ -1,6 +1,6 @@
 """Mini data: small data sets that need no download, in the real layouts of the real ones.
 
-``shared_utils.mini_draw`` draws the samples (moving, scaled, coloured digits and shapes on textures). The five kinds:
+``mini_draw`` draws the samples (moving, scaled, coloured digits and shapes on textures). The five kinds:
 
 - ``images``        ImageNet folders, ten digit classes, with the nuisance factors in ``attributes.csv``
 - ``segmentation``  VOC, ADE20K and Cityscapes trees: three visual domains, three conflicting sets of classes
@@ -8,7 +8,7 @@
 - ``davis``         DAVIS-2016 sequences: one filled shape before a background in three parts
 - ``fewshot``       splits of disjoint classes (digit x drawing style)
 
-    python -m shared_utils.mini [--root data/mini] KIND [KIND ...]|all
+    python -m shared_utils.lab.mini [--root data/mini] KIND [KIND ...]|all
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from shared_utils import UserError, mini_draw
+from shared_utils import UserError
 from shared_utils.flags import Parser
+from shared_utils.lab import mini_draw
 from shared_utils.run import cli
 
 ROOT = Path("data/mini")
@@ -236,7 +237,7 @@ def ensure(kind: str, root: Path | str = ROOT) -> Path:
 
 
 def get_parser() -> Parser:
-    p = Parser(prog="python -m shared_utils.mini", description="Write mini data sets.")
+    p = Parser(prog="python -m shared_utils.lab.mini", description="Write mini data sets.")
     p.add_argument("kinds", nargs="+", metavar="KIND", help=f"{', '.join(WRITERS)}, or all")
     p.add_argument("--root", type=Path, default=ROOT, help="parent folder (default: %(default)s)")
     return p

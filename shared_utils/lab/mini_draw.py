@@ -2,7 +2,7 @@
 
 The objects are the 1,797 handwritten 8x8 digits inside scikit-learn's own package, scaled, coloured and moved over
 procedural textures; ``train``, ``val`` and ``test`` never share a glyph, in any kind. Those of the davis kind are
-filled shapes with a random outline, because DAVIS' objects have an area. ``shared_utils.mini`` writes the samples to
+filled shapes with a random outline, because DAVIS' objects have an area. ``mini`` writes the samples to
 disk.
 """
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared_utils import results
+from shared_utils.lab import results
 
 GREY, BLUE, RED, GREEN = "#9a9a9a", "#1f5fa8", "#b8352c", "#2c8a4b"
 COLOURS = dict(zip(results.CLAIMED, (GREEN, BLUE, RED)))

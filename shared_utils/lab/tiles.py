@@ -1,6 +1,6 @@
 """Pictures for readers: captioned tiles beside each other, and the flags and checkpoint of the folders' `strip` tools.
 
-    python -m <folder>.strip
+    python -m <folder>.lab.strip
 
 draws what a paper does from a run's checkpoint: one small PNG of at most `WIDTH` pixels, on a CPU, in seconds.
 """
@@ -26,8 +26,8 @@ Picture = Tensor | np.ndarray | Image.Image
 
 
 def strip_parser(folder: str, doc: str, job: str = "pretrain") -> Parser:
-    """Flags of `python -m <folder>.strip`; `doc` is the module's, `job` the one whose mini run is the default."""
-    p = Parser(prog=f"{folder}.strip", description=doc.splitlines()[0])
+    """Flags of `python -m <folder>.lab.strip`; `doc` is the module's, `job` the one whose mini run is the default."""
+    p = Parser(prog=f"{folder}.lab.strip", description=doc.splitlines()[0])
     default = runs_root() / folder / job / "mini/checkpoint.pth"
     p.add_argument(
         "--pretrained", type=Path, default=default, help=f"checkpoint (default: of bash {folder}/run_{job}.sh)"

@@ -1,8 +1,8 @@
-"""Table of the arms that `run_arms.sh` trained: python -m sscl.arms runs/sscl/arms/small/cifar10-4 [--record]
+"""Table of the arms that `run_arms.sh` trained: python -m sscl.lab.arms runs/sscl/arms/small/cifar10-4 [--record]
 
 Mean and sample standard deviation over the seeds; the arms of a seed have the same label split, start and batches, so
 they are compared seed by seed. A second table holds the pseudo-labels of a run after its calibration against those
-before it. `--record` writes the rows of both into results.csv and compact logs into sscl/logs/.
+before it. `--record` writes the rows of both into results.csv and compact logs into sscl/lab/logs/.
 """
 
 import argparse
@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 
-from shared_utils import rule
-from shared_utils.arms import Arms, Seeds, cell, numbers, replace_rows
+from shared_utils.lab import rule
+from shared_utils.lab.arms import Arms, Seeds, cell, numbers, replace_rows
 from shared_utils.run import cli
 
 # Pseudo-labels: (name, title) of each accuracy, stored as NAME_raw, NAME_aligned, NAME_calib.
@@ -62,7 +62,7 @@ def read(folder: Path) -> dict[str, float] | None:
 
 ARMS = Arms(
     paper="sscl",
-    home=Path(__file__).resolve().parent,
+    home=Path(__file__).resolve().parents[1],
     arms={
         "supervised": "supervised",
         "fixmatch": "FixMatch",
@@ -176,7 +176,7 @@ def calibration_rows(name: str) -> list[dict[str, str]]:
                 "hardware": made[0]["hardware"],
                 "minutes": f"{mean(fact['minutes'] for fact in made):.1f}",
                 "date": made[0]["date"],
-                "log": f"logs/{name}-{arm}.json",
+                "log": f"lab/logs/{name}-{arm}.json",
             }
         )
     return rows

@@ -1,4 +1,4 @@
-"""The backbone for other programs: python -m sscl.export --pretrained CHECKPOINT --out resnet50.safetensors
+"""The backbone for other programs: python -m sscl.lab.export --pretrained CHECKPOINT --out resnet50.safetensors
 
 `safetensors` writes torchvision's names, which timm shares, and a model card; `torchvision` the same names as a .pth
 file of tensors alone. Both heads stay behind.
@@ -6,14 +6,14 @@ file of tensors alone. Both heads stay behind.
 
 import argparse
 
-from shared_utils.export import INPUT, add_export_flags, check, resnet_lines, write_backbone
 from shared_utils.flags import Parser
+from shared_utils.lab.export import INPUT, add_export_flags, check, resnet_lines, write_backbone
 from shared_utils.run import cli
 from sscl.weights import add_network_flags, load_encoder
 
 
 def get_parser() -> argparse.ArgumentParser:
-    p = Parser(prog="sscl.export", description=(__doc__ or "").splitlines()[0])
+    p = Parser(prog="sscl.lab.export", description=(__doc__ or "").splitlines()[0])
     add_network_flags(p.add_argument)
     add_export_flags(p, ["torchvision", "safetensors"], "safetensors")
     p.add_argument("--copy", choices=["query", "momentum"], default="query", help="whose backbone")

@@ -1,15 +1,16 @@
 """A strip that shows what SsCL does: unlabelled images, their pseudo-labels calibrated, and the positives they choose.
 
-python -m sscl.strip
+python -m sscl.lab.strip
 """
 
 import torch
 
-from shared_utils import UserError, augment, mini, tiles
+from shared_utils import UserError, augment
 from shared_utils.data import Keyed
 from shared_utils.flags import Parser, natural
+from shared_utils.lab import mini, tiles
+from shared_utils.lab.tiles import BLUE, GREEN, GREY
 from shared_utils.run import cli, set_threads
-from shared_utils.tiles import BLUE, GREEN, GREY
 from sscl import losses
 from sscl.arch import Encoder, build
 from sscl.calibration import Alignment, calibrate, log_similarity, sharpen

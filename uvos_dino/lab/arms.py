@@ -1,8 +1,8 @@
-"""Table of the arms that `run_arms.sh` trained: python -m uvos_dino.arms runs/uvos_dino/arms/small/davis2016 [--record]
+"""Table of the arms of `run_arms.sh`: python -m uvos_dino.lab.arms runs/uvos_dino/arms/small/davis2016 [--record]
 
 Mean and sample standard deviation over the seeds. `--record` writes the rows of the small tier into results.csv and
-compact logs into uvos_dino/logs/; `--plot FILE.png` draws the number of clusters and J over training, of runs that have
-not ended too.
+compact logs into uvos_dino/lab/logs/; `--plot FILE.png` draws the number of clusters and J over training, of runs
+that have not ended too.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from shared_utils import UserError
-from shared_utils.arms import Arms
+from shared_utils.lab.arms import Arms
 from shared_utils.run import cli
 
 OTHER_TAU = "0.3"
@@ -38,7 +38,7 @@ def read(folder: Path) -> dict[str, float] | None:
 
 ARMS = Arms(
     paper="uvos_dino",
-    home=Path(__file__).resolve().parent,
+    home=Path(__file__).resolve().parents[1],
     arms={
         "random": "random block",
         "semantic": "semantic loss only",

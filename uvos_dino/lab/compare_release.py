@@ -1,4 +1,4 @@
-"""Our functions beside the authors' own, in one process: python -m uvos_dino.compare_release --release PATH [--speed]
+"""Our functions beside the authors' own: python -m uvos_dino.lab.compare_release --release PATH [--speed]
 
 PATH is a checkout of https://github.com/shvdiwnkozbw/SSL-UVOS, which has no licence: none of its code is here, it is
 imported from where it lies. It needs einops, and its evaluator scikit-image; packages that the functions compared here
@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared_utils import compare
 from shared_utils.flags import Parser, positive
+from shared_utils.lab import compare
 from shared_utils.run import cli
 from uvos_dino import clustering, losses, metrics
 from uvos_dino.attention import Block
@@ -271,7 +271,7 @@ def speed(code: SimpleNamespace, frames: int, memory: float = 4e9) -> bool:
 
 
 def get_parser() -> Parser:
-    parser = Parser(prog="uvos_dino.compare_release", description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="uvos_dino.lab.compare_release", description=(__doc__ or "").split("\n")[0])
     compare.add_flags(parser, URL, "clustering, losses and J&F")
     parser.add_argument(
         "--frames", type=positive, default=80, help="of the timed clustering (a minute per 10 on one thread)"

@@ -1,4 +1,4 @@
-"""Weights for other programs: python -m uvos_dino.export --pretrained CHECKPOINT --out vit.safetensors
+"""Weights for other programs: python -m uvos_dino.lab.export --pretrained CHECKPOINT --out vit.safetensors
 
 The encoder as timm's ViT, and from a run of train_RGB_cluster (or the released file) the spatio-temporal block beside
 it, vit-block.safetensors, under its own names; from a run of main_dino or a DINO file the encoder alone.
@@ -7,15 +7,15 @@ it, vit-block.safetensors, under its own names; from a run of main_dino or a DIN
 import argparse
 
 from shared_utils import checkpoint
-from shared_utils.export import INPUT, add_export_flags, check, vit_lines, write_safetensors
 from shared_utils.flags import Parser
+from shared_utils.lab.export import INPUT, add_export_flags, check, vit_lines, write_safetensors
 from shared_utils.run import cli
 from uvos_dino.inference import load_model
 from uvos_dino.vision_transformer import for_weights
 
 
 def get_parser() -> argparse.ArgumentParser:
-    p = Parser(prog="uvos_dino.export", description=(__doc__ or "").splitlines()[0])
+    p = Parser(prog="uvos_dino.lab.export", description=(__doc__ or "").splitlines()[0])
     p.add_argument("--pretrained", required=True, help="checkpoint of a run, the released one, or a DINO file")
     add_export_flags(p, ["safetensors"], "safetensors")
     return p

@@ -1,6 +1,6 @@
 """A control that looks at nothing: every frame cut into the same ROWS x COLS cells, scored like any segmentation.
 
-python -m uvos_dino.grid --basepath DAVIS --dataset DAVIS2017 --rows 3 --cols 3 --save_path FOLDER
+python -m uvos_dino.lab.grid --basepath DAVIS --dataset DAVIS2017 --rows 3 --cols 3 --save_path FOLDER
 
 A method that finds objects has to score above it at the number of clusters that it uses.
 """
@@ -10,15 +10,16 @@ from pathlib import Path
 
 import torch
 
-from shared_utils import checkpoint, mini
+from shared_utils import checkpoint
 from shared_utils.flags import Parser, positive, runs_root
+from shared_utils.lab import mini
 from shared_utils.run import cli
 from uvos_dino import evaluate
 from uvos_dino.data import open_videos, said
 
 
 def get_parser() -> argparse.ArgumentParser:
-    p = Parser(prog="uvos_dino.grid", description=__doc__.splitlines()[0])
+    p = Parser(prog="uvos_dino.lab.grid", description=__doc__.splitlines()[0])
     p.add_argument("--rows", type=positive, default=3)
     p.add_argument("--cols", type=positive, default=3)
     p.add_argument("--save_path", "--output-dir", type=Path, default=runs_root() / "uvos_dino/grid")

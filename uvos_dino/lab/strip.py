@@ -1,6 +1,6 @@
 """A strip that shows what the method does: a video, and its clusters before and after the block is trained.
 
-    python -m uvos_dino.strip
+    python -m uvos_dino.lab.strip
 
 `uvos_dino.visualize` draws any sequence of a benchmark, with attention maps and moving pictures.
 """
@@ -8,8 +8,9 @@
 import numpy as np
 import torch
 
-from shared_utils import UserError, mini, tiles
+from shared_utils import UserError
 from shared_utils.flags import Parser, positive
+from shared_utils.lab import mini, tiles
 from shared_utils.run import cli, set_threads
 from uvos_dino import metrics
 from uvos_dino.data import open_videos, read_mask, read_video

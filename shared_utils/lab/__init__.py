@@ -1,0 +1,1 @@
+"""What measures, draws and generates: nothing here is imported by a training step."""
