@@ -69,7 +69,7 @@ def extract_augmented(
 
     def embed(x: Tensor) -> list[Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16"):
-            return [encoder(data.normalise(x, args.mean_std).contiguous(memory_format=torch.channels_last))]
+            return [encoder(follow(data.normalise(x, args.mean_std), encoder))]
 
     out = []
     for copy in range(copies):

@@ -95,7 +95,8 @@ def test_the_lines_of_the_card_load_the_weights(folder, tmp_path, monkeypatch):
         assert torch.equal(own[source], value), key
     with safe_open(tmp_path / "b.safetensors", "pt") as file:
         assert file.metadata()["paper"] == folder
-    assert "`--seed 3`" in card and "Apache-2.0" in card and "| experiment |" in card and "arXiv" in card
+    assert "`--seed 3`" in card and "Apache-2.0" in card and "arXiv" in card
+    assert "| experiment |" in card or "Nothing yet." in card
     assert "mean and standard deviation" in card and card.count("at this scale |") + card.count("not testable") <= 6
 
 
