@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from shared_utils.augment import denormalise
+from shared_utils.resnet import make_grid
 
 
 def views_picture(views: Mapping[str, Tensor], count: int = 8) -> Tensor:

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from fame import augment
 from fame.data import TestClips, add_data_flags, check_data_flags, open_videos
@@ -19,6 +18,7 @@ from fame.fame import make_mask, stretch
 from fame.network import add_network_flags, resolve, trunk
 from shared_utils import UserError, distributed
 from shared_utils.flags import Parser, positive, runs_root
+from shared_utils.resnet import make_grid
 from shared_utils.run import cli, seed_everything, set_threads
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from fame import augment
 from fame.backbone import ARCHS, RELEASE, build
@@ -23,6 +22,7 @@ from shared_utils.data import EpochSampler, Keyed, mix_key, sample_rng
 from shared_utils.evaluation import write_result
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
 from shared_utils.layout import place
+from shared_utils.resnet import make_grid
 from shared_utils.run import Run, cli
 
 QUEUE = {"k400": 65536}  # K where --moco_k is not given; 2,048 for the others, as the release does for UCF101

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.utils import make_grid
 
 from flat import aet, data
 from flat.backbone import ramp_drop_block
@@ -33,6 +32,7 @@ from flat.test import accuracies
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
 from shared_utils.layout import follow, place
+from shared_utils.resnet import make_grid
 from shared_utils.run import Run, cli, plain
 
 TRANSFORMS = 1  # names the stream of transformations among those of a seed

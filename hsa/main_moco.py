@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.utils import make_grid
 
 from hsa import arch, losses
 from hsa.builder import CsMl, ReleaseKeys
@@ -37,6 +36,7 @@ from shared_utils.flags import (
 from shared_utils.lab import mini
 from shared_utils.layout import follow, place
 from shared_utils.neighbours import features
+from shared_utils.resnet import make_grid
 from shared_utils.run import Run, cli
 
 

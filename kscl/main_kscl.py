@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from kscl import arch
 from kscl.builder import KSCL, ReleaseKeys
@@ -24,6 +23,7 @@ from shared_utils.data import EpochSampler, ImageList, mix_key
 from shared_utils.flags import Parser, add_aug_flag, add_run_flags, boolean, ints, natural, not_negative, positive
 from shared_utils.lab import mini
 from shared_utils.layout import follow, place
+from shared_utils.resnet import make_grid
 from shared_utils.run import Run, cli
 
 

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
-from torchvision.utils import make_grid
 
 from mra import nets
 from mra.data import PADDINGS, POLICIES, train_transform
@@ -20,6 +19,7 @@ from shared_utils.data import EpochSampler, ImageList, mix_key, sample_rng
 from shared_utils.evaluation import stream, topk
 from shared_utils.flags import natural, not_negative, positive
 from shared_utils.layout import follow
+from shared_utils.resnet import make_grid
 from shared_utils.run import Run
 
 MIXES = ("none", "mixup", "cutmix", "cutout")

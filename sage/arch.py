@@ -7,9 +7,9 @@ import math
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from shared_utils import UserError
+from shared_utils.resnet import BasicBlock, Bottleneck
 
 DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
     "resnet10": (BasicBlock, (1, 1, 1, 1)),

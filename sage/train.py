@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.utils import make_grid
 
 from sage import arch
 from sage.builder import Evaluator, SaGe, calibrate, evaluator_weights, has_projector, load_evaluator
@@ -32,6 +31,7 @@ from shared_utils.data import EpochSampler, Keyed
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
 from shared_utils.lab import mini
 from shared_utils.layout import follow, place
+from shared_utils.resnet import make_grid
 from shared_utils.run import Run, cli
 
 MODES = {"sage": list(WEIGHTS), "pixel": ["w_pix"], "byol": []}  # terms that have a weight

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from shared_utils import augment
 from shared_utils.data import ImageList
 from shared_utils.layout import follow
+from shared_utils.resnet import make_grid
 from shared_utils.run import Run
 from sscl import losses
 from sscl.calibration import calibrate, equal_coverage
