@@ -175,7 +175,7 @@ def log(out: Path) -> list[tuple[int, float]]:
     return rows
 
 
-# --- the table in docs/robustness.md ------------------------------------------------------------------------------------------
+# --- the table in docs/robustness.md ----------------------------------------------------------------------------------
 
 
 def flags(description: str | None, names: Sequence[str], example: str) -> argparse.ArgumentParser:
@@ -199,7 +199,7 @@ def stamp() -> str:
 
 
 def record(job: str, header: Sequence[str], rows: Mapping[str, Sequence[str]], page: Path = PAGE) -> None:
-    """Put rows into the job's table in docs/robustness.md or another page; rows of other first cells stay as they are."""
+    """Put rows into the job's table in docs/robustness.md or another; rows of other first cells stay as they are."""
     text = page.read_text(encoding="utf-8")
     begin, end = f"<!-- {job}:begin -->\n", f"<!-- {job}:end -->"
     before, rest = text.split(begin)
