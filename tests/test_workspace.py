@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -63,23 +64,30 @@ def tree(root: Path, *suffixes: str) -> Iterator[Path]:
 
 
 def imported(path: Path, root: Path, strings: bool = True) -> Iterator[str]:
-    """Dotted names that a file imports, relative ones resolved, what it hands to importlib, and `strings` of that form."""
-    package = path.relative_to(root).with_suffix("").parts[:-1]
+    """Dotted names that a file imports, relative ones resolved, what importlib gets, `strings` of that form."""
+    found = path.stat()
+    yield from (name for name, text in _imported(path, root, found.st_mtime_ns, found.st_size) if strings or not text)
+
+
+@cache
+def _imported(path: Path, root: Path, *changed: int) -> list[tuple[str, bool]]:
+    """(name, whether it is a string only); several rules ask for the same files."""
+    package, names = path.relative_to(root).with_suffix("").parts[:-1], []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [(alias.name, False) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = list(package[: len(package) - node.level + 1]) if node.level else []
             base += [node.module] if node.module else []
             # `from .. import x`, `from a import b`: x and a.b may be modules
-            yield from (".".join([*base, alias.name]) for alias in node.names)
-        elif strings and isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names += [(".".join([*base, alias.name]), False) for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             if re.fullmatch(rf"({'|'.join([*NAMES, 'tests'])})(\.[A-Za-z_]\w*)+", node.value):
-                yield node.value
+                names.append((node.value, True))
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
-            yield from (
-                arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
-            )
+            handed = (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
+            names += [(name, False) for name in handed if isinstance(name, str)]
+    return names
 
 
 def import_problems(root: Path) -> list[str]:

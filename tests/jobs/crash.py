@@ -1,4 +1,4 @@
-"""Kill each folder's pretraining and show that it ends as if nothing had happened: python tests/jobs/crash.py [--record]
+"""Kill each folder's pretraining and show that it ends as if nothing happened: python tests/jobs/crash.py [--record]
 
 A short pretraining of the mini tier runs once undisturbed. Then it runs again, in a folder on a small disk, and suffers
 
