@@ -47,6 +47,10 @@ def colours(file: Path) -> set[tuple[int, ...]]:
     return {tuple(map(int, pixel)) for pixel in np.asarray(Image.open(file).convert("RGB")).reshape(-1, 3)}
 
 
+def xs(line: Any) -> tuple[float, ...]:
+    return tuple(line.get_xdata())
+
+
 def rgb(colour: str) -> tuple[int, ...]:
     return tuple(bytes.fromhex(colour[1:]))
 
@@ -101,13 +105,13 @@ def test_the_forest_shows_the_numbers(tmp_path: Path, drawn: list[Figure]) -> No
     far = {**CLAIM, "gap": -50.0, "low": -60.0, "high": -40.0, "status": results.CLAIMED[2], "compute": True}
     plots.forest(tmp_path / "a.png", [CLAIM, {**CLAIM, "status": "not testable at this size (why)"}, far])
     epochs, compute = drawn[0].axes
-    lines = {tuple(line.get_xdata()): (line.get_color(), line.get_marker()) for line in epochs.get_lines()[1:3]}
+    lines = {xs(line): (line.get_color(), line.get_marker()) for line in epochs.get_lines()[1:3]}
     assert lines == {(3.0, 7.0): (plots.GREEN, "None"), (5.0,): (plots.GREEN, "o")}
     assert [line.get_color() for line in epochs.get_lines()[3:]] == [plots.GREY] * 2
     assert [label.get_text() for label in epochs.get_yticklabels()] == [CLAIM["label"]] * 2
     _, interval, arrow = compute.get_lines()
-    assert list(interval.get_xdata()) == [-60.0, -40.0] and interval.get_color() == plots.RED
-    assert (list(arrow.get_xdata()), arrow.get_marker()) == ([-plots.EDGE], "<")
+    assert xs(interval) == (-60.0, -40.0) and interval.get_color() == plots.RED
+    assert (xs(arrow), arrow.get_marker()) == ((-plots.EDGE,), "<")
     found = colours(tmp_path / "a.png")
     assert {rgb(plots.GREEN), rgb(plots.RED), rgb(plots.GREY)} <= found and rgb(plots.BLUE) not in found
 
@@ -121,22 +125,22 @@ def test_arms_show_every_seed_mean_interval_and_floor(tmp_path: Path, drawn: lis
     (axis,) = drawn[0].axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["base", "MDP"]  # an arm without seeds has no line
     base, ours = SEEDS["CamVid"]["base"], SEEDS["CamVid"]["ours"]
-    seeds = [list(line.get_xdata()) for line in axis.get_lines() if line.get_marker() == "o"]
+    seeds = [list(xs(line)) for line in axis.get_lines() if line.get_marker() == "o"]
     assert seeds == [base, ours]
-    means = [line.get_xdata()[0] for line in axis.get_lines() if line.get_marker() == "|"]
+    means = [xs(line)[0] for line in axis.get_lines() if line.get_marker() == "|"]
     assert means == pytest.approx([np.mean(base), np.mean(ours)])
-    interval = axis.get_lines()[0].get_xdata()
+    interval = xs(axis.get_lines()[0])
     half = 4.302653 * np.std(base, ddof=1) / 3**0.5  # t(2, 97.5 %)
     assert list(interval) == pytest.approx([np.mean(base) - half, np.mean(base) + half], rel=1e-6)
     floor = axis.get_lines()[-1]
-    assert floor.get_color() == plots.RED and list(floor.get_xdata()) == pytest.approx([np.mean(base)] * 2)
+    assert floor.get_color() == plots.RED and list(xs(floor)) == pytest.approx([np.mean(base)] * 2)
 
 
 def test_curves_are_the_logged_losses(tmp_path: Path, drawn: list[Figure]) -> None:
     plots.curves(tmp_path / "c.png", LOGS)
     (axis,) = drawn[0].axes
     (line,) = axis.get_lines()
-    assert (list(line.get_xdata()), list(line.get_ydata()), line.get_label()) == ([1, 3], [3.0, 1.0], "ours")
+    assert (xs(line), np.asarray(line.get_ydata()).tolist(), line.get_label()) == ((1, 3), [3.0, 1.0], "ours")
 
 
 def test_the_command_draws_the_forest_and_finds_a_stale_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

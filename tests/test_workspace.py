@@ -63,6 +63,11 @@ def tree(root: Path, *suffixes: str) -> Iterator[Path]:
             yield path
 
 
+def called(node: ast.Call) -> str:
+    """The last name of what is called."""
+    return getattr(node.func, "attr", getattr(node.func, "id", ""))
+
+
 def imported(path: Path, root: Path, strings: bool = True) -> Iterator[str]:
     """Dotted names that a file imports, relative ones resolved, what importlib gets, `strings` of that form."""
     found = path.stat()
@@ -84,7 +89,7 @@ def _imported(path: Path, root: Path, *changed: int) -> list[tuple[str, bool]]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             if re.fullmatch(rf"({'|'.join([*NAMES, 'tests'])})(\.[A-Za-z_]\w*)+", node.value):
                 names.append((node.value, True))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+        elif isinstance(node, ast.Call) and called(node) in ("import_module", "__import__"):
             handed = (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
             names += [(name, False) for name in handed if isinstance(name, str)]
     return names
@@ -144,7 +149,7 @@ def code_problems(root: Path) -> list[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             label = f"{path.relative_to(root)}:{getattr(node, 'lineno', 0)}"
             if isinstance(node, ast.Call):
-                name = ast.unparse(node.func).split(".")[-1]
+                name = called(node)
                 false = {k.arg for k in node.keywords if isinstance(k.value, ast.Constant) and k.value.value is False}
                 # a test may write a bad checkpoint to show that it is refused, code may not read one
                 if name == "load_state_dict" and "strict" in false or name == "load" and "weights_only" in false:

@@ -178,12 +178,19 @@ def log(out: Path) -> list[tuple[int, float]]:
 # --- the table in docs/robustness.md ----------------------------------------------------------------------------------
 
 
+def made(text: str) -> Path:
+    """A folder, made if it is not there."""
+    path = Path(text)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def flags(description: str | None, names: Sequence[str], example: str) -> argparse.ArgumentParser:
     """--only, --record, --work and --seed of the jobs that are run by hand."""
     p = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     p.add_argument("--only", choices=names or None, action="append", metavar=example, help=", ".join(names) or None)
     p.add_argument("--record", action="store_true", help="write the rows into docs/robustness.md")
-    p.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where runs and data are made")
+    p.add_argument("--work", type=made, default=Path(tempfile.gettempdir()), help="where runs and data are made")
     p.add_argument("--seed", type=int, default=0, help="of the moments and places that are drawn")
     return p
 
