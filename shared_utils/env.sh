@@ -31,7 +31,7 @@ if not (3, 10) <= sys.version_info[:2] <= (3, 13):
 torch = have("torch")
 if torch is None or not (2, 11) <= tuple(int(n) for n in torch.split("+")[0].split(".")[:2]) < (2, 16):
     lacks.append("torch 2.11-2.15")
-names = ["torchvision", "timm", "opencv-python", "numpy", "scipy", "tqdm", "tensorboard", "scikit-learn", "av", "pillow", "safetensors"]
+names = ["torchvision", "timm", "opencv-python", "numpy", "scipy", "tqdm", "tensorboard", "scikit-learn", "av", "pillow", "safetensors", "matplotlib"]
 if sys.argv[1] == "tests":
     names += ["pytest", "pytest-xdist", "hypothesis", "mypy", "PyYAML"]
     for line in open("tests/requirements.txt", encoding="utf-8"):  # the formatter's output changes with its version

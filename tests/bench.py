@@ -1,6 +1,7 @@
 """Time what a method adds to its backbone: python tests/bench.py <paper>|all [--device cpu|cuda] [--record]
 
-`python tests/bench.py loader` times the augmentation backends beside other libraries instead (tests/loader.py).
+`python tests/bench.py loader` times the augmentation backends beside other libraries instead (tests/jobs/loader.py),
+`python tests/bench.py loader-memory` the growth of a data worker's own memory over an epoch of 100,000 images.
 
 Each paper folder has `bench.py` with `cases(device) -> list of dicts`:
     name      what is timed
@@ -10,7 +11,6 @@ Each paper folder has `bench.py` with `cases(device) -> list of dicts`:
     note      sizes, and what differs from the paper's
     floor_scale   optional factor on the floor's time (a floor measured on part of the batch)
     release       optional function: the original release's step, timed side by side
-    python tests/bench.py loader-memory     growth of a data worker's own memory over an epoch of 100,000 images
 The overhead is step - floor (or method) over the floor, `x release` our time over the release's (below 1: faster).
 """
 
@@ -39,7 +39,7 @@ from shared_utils.data import EpochSampler, Keyed, image_folder  # noqa: E402
 from shared_utils.flags import Parser, positive  # noqa: E402
 from shared_utils.lab.compare import peak_mib  # noqa: E402
 from shared_utils.run import cli, worker_init  # noqa: E402
-from tests.pretraining import record, stamp  # noqa: E402
+from tests.jobs.pretraining import record, stamp  # noqa: E402
 
 FUNCTIONS = ("floor", "step", "method", "release")
 KEYS: dict[str, Any] = {"name": str, "items": int, "note": str, "floor_scale": (int, float)}
@@ -151,7 +151,7 @@ def get_parser() -> Parser:
     parser.add_argument("--repeats", type=positive, default=20, help="calls a median is taken of, at most")
     parser.add_argument("--budget", type=float, default=15.0, help="seconds a timed function gets, about")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
-    parser.add_argument("--record", action="store_true", help="write the rows into README.md")
+    parser.add_argument("--record", action="store_true", help="write the rows into docs/speed.md")
     return parser
 
 
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
               f"{(after - before) / 100_000:.0f} bytes an image")  # fmt: skip
         return 0
     if args.paper == "loader":
-        from tests import loader
+        from tests.jobs import loader
 
         loader.main(args.repeats, args.budget, args.only)
         return 0
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.record:
                 first, *rest = row.values()
                 made = f"{where}, torch {torch.__version__}; {stamp()}"
-                record(f"bench-{device.type}", header, {first: [*rest, made]}, ROOT / "README.md")
+                record(f"bench-{device.type}", header, {first: [*rest, made]}, ROOT / "docs" / "speed.md")
     return 0
 
 

@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shared_utils.lab import results
-
 GREY, BLUE, RED, GREEN = "#9a9a9a", "#1f5fa8", "#b8352c", "#2c8a4b"
-COLOURS = dict(zip(results.CLAIMED, (GREEN, BLUE, RED)))
-BUDGET = ("equal compute", "summed budget")  # in a baseline's title: it was given the method's compute
+COLOURS = {  # of a claim's status
+    "effect shown at this scale": GREEN,
+    "no effect at this scale": BLUE,
+    "contradicted at this scale": RED,
+}
 LEAST = 2.306 * math.sqrt(2 / 5)  # deviations that five seeds a side can tell from 0: t(8, 97.5 %)
 EDGE = 9.0  # deviations, where the forest ends
 
@@ -46,31 +47,8 @@ def _figure(width: float, height: float, rows: int = 1, **options: Any) -> tuple
 
 
 # -- every claim of the workspace --------------------------------------------------------------------------------------
-def claims(root: Path) -> list[dict[str, Any]]:
-    """Each measured claim below `root`: method minus baseline with its interval, in pooled deviations of the seeds."""
-    out = []
-    for about in results.papers(root):
-        for row in results.claim_rows(results.read(root / about.folder)[0], about):
-            if not row["ci_low"]:
-                continue
-            low, high = float(row["ci_low"]), float(row["ci_high"])
-            spread = math.sqrt((float(row["ours_std"]) ** 2 + float(row["baseline_std"]) ** 2) / 2) or 1.0
-            gap = float(row["ours_mean"]) - float(row["baseline_mean"])
-            base = row["experiment"].partition("; baseline: ")[2]
-            where = f"{row['dataset'].split(' (')[0].split(',')[0]}, {row['metric'].split(' (')[0]}"
-            against = base.split(" (")[0].split(",")[0]
-            label = f"{about.folder}: {results.short(where, 40)}, against {against} (n = {row['n_seeds']})"
-            out.append(
-                {"label": label, "gap": round(gap / spread, 3), "low": round(low / spread, 3),
-                 "high": round(high / spread, 3), "status": row["status"],
-                 "compute": any(word in base for word in BUDGET)}
-            )  # fmt: skip
-    return out
-
-
-def forest(root: Path) -> bool:
-    """`docs/claims.png` of the tree `root`; returns whether it had to be drawn."""
-    data, file = claims(root), root / "docs" / "claims.png"
+def forest(file: Path, data: Sequence[Mapping[str, Any]]) -> bool:
+    """The claims that `shared_utils.lab.results.claims` lists, as a forest; returns whether it had to be drawn."""
     if not stale(file, data):
         return False
     groups = [[one for one in data if one["compute"] == compute] for compute in (False, True)]

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from shared_utils import UserError
 
@@ -35,6 +36,7 @@ NUMBERS = ("paper_value", "ours_mean", "ours_std", "baseline_mean", "baseline_st
 NEEDED = ("tier", "ours_mean", "n_seeds", "command", "commit", "hardware", "minutes", "date", "log")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 WORDS = {CLAIMED[0]: "shown", CLAIMED[1]: "no effect", CLAIMED[2]: "contradicted"}  # of a claim, on the front page
+BUDGET = ("equal compute", "summed budget")  # in a baseline's title: it was given the method's compute
 CELL = 60  # characters of a cell on the front page
 
 
@@ -280,6 +282,28 @@ def render_front(all_rows: dict[str, Sequence[dict[str, str]]], root: Path) -> s
     return "\n".join(_table(head, body))
 
 
+def claims(root: Path) -> list[dict[str, Any]]:
+    """Each measured claim below `root`: method minus baseline with its interval, in pooled deviations of the seeds."""
+    out = []
+    for about in papers(root):
+        for row in claim_rows(read(root / about.folder)[0], about):
+            if not row["ci_low"]:
+                continue
+            low, high = float(row["ci_low"]), float(row["ci_high"])
+            spread = math.sqrt((float(row["ours_std"]) ** 2 + float(row["baseline_std"]) ** 2) / 2) or 1.0
+            gap = float(row["ours_mean"]) - float(row["baseline_mean"])
+            base = row["experiment"].partition("; baseline: ")[2]
+            where = f"{row['dataset'].split(' (')[0].split(',')[0]}, {row['metric'].split(' (')[0]}"
+            against = base.split(" (")[0].split(",")[0]
+            label = f"{about.folder}: {short(where, 40)}, against {against} (n = {row['n_seeds']})"
+            out.append(
+                {"label": label, "gap": round(gap / spread, 3), "low": round(low / spread, 3),
+                 "high": round(high / spread, 3), "status": row["status"],
+                 "compute": any(word in base for word in BUDGET)}
+            )  # fmt: skip
+    return out
+
+
 def replaced(text: str, body: str, label: str) -> str:
     """`text` with what stands between the markers replaced by `body`; UserError naming `label` without both markers."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
@@ -333,10 +357,11 @@ def main(argv: list[str] | None = None) -> int:
     if (root / "README.md").is_file():
         from shared_utils.lab import plots
 
-        if plots.stale(root / "docs" / "claims.png", plots.claims(root)):
+        file, data = root / "docs" / "claims.png", claims(root)
+        if plots.stale(file, data):
             stale.append("docs/claims.png")
             if not args.check:
-                plots.forest(root)
+                plots.forest(file, data)
     verb = "stale (python -m shared_utils.lab.results renders them)" if args.check else "rendered"
     print(
         f"{len(all_rows)} results.csv, {sum(map(len, all_rows.values()))} rows; {verb}: {', '.join(stale) or 'nothing'}"

@@ -1,6 +1,6 @@
-"""Two nodes on one machine: python tests/agents.py [--only FOLDER] [--record]
+"""Two nodes on one machine: python tests/jobs/agents.py [--only FOLDER] [--record]
 
-Two torchrun agents, one process each, meet through the PET_ variables of the front page's README, and run each folder's
+Two torchrun agents, one process each, meet through the PET_ variables of docs/running.md, and run each folder's
 script. With the same global batch as one process they must end with its loss (EARLY, LATE), as far as the folder can
 make two processes compute what one does: see `note` in pretraining.py.
 
@@ -22,10 +22,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.checkpoints import differing  # noqa: E402
-from tests.pretraining import (  # noqa: E402
+from tests.jobs.pretraining import (  # noqa: E402
     PRETRAININGS,
     ROOT,
     Forked,

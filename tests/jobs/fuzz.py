@@ -1,4 +1,4 @@
-"""Give each loader damaged and odd folders: python tests/fuzz.py [--only LOADER] [--case CASE] [--record]
+"""Give each loader damaged and odd folders: python tests/jobs/fuzz.py [--only LOADER] [--case CASE] [--record]
 
 Every loader gets a small set in its publisher's layout, and then the same set with one thing wrong (CASES). It must
 either work, on as many files and classes as before, or end with exit code 2 and one line that names the file and the
@@ -21,15 +21,15 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from shared_utils.run import cli  # noqa: E402
-from tests.fuzz_loaders import LOADERS, Loader  # noqa: E402
-from tests.pretraining import Forked, flags, record, stamp  # noqa: E402
+from tests.jobs.fuzz_loaders import LOADERS, Loader  # noqa: E402
+from tests.jobs.pretraining import Forked, flags, record, stamp  # noqa: E402
 
 HEADER = ("loader", "how", "works on", "one line, exit code 2", "fails", "commit, date")
 CURE = re.compile(r";|expected|give |take |unpack|remove|replace|restore|must |needs |see ")

@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "tests" / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "robustness.md"
 IMAGES = "--per_class 12"
 MOCO = f"{IMAGES} --batch_size 16 --moco_k 64 --end_epoch"
 
@@ -175,15 +175,22 @@ def log(out: Path) -> list[tuple[int, float]]:
     return rows
 
 
-# --- the table in README.md ------------------------------------------------------------------------------------------
+# --- the table in docs/robustness.md ----------------------------------------------------------------------------------
+
+
+def made(text: str) -> Path:
+    """A folder, made if it is not there."""
+    path = Path(text)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def flags(description: str | None, names: Sequence[str], example: str) -> argparse.ArgumentParser:
     """--only, --record, --work and --seed of the jobs that are run by hand."""
     p = argparse.ArgumentParser(description=(description or "").split("\n")[0])
     p.add_argument("--only", choices=names or None, action="append", metavar=example, help=", ".join(names) or None)
-    p.add_argument("--record", action="store_true", help="write the rows into tests/README.md")
-    p.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where runs and data are made")
+    p.add_argument("--record", action="store_true", help="write the rows into docs/robustness.md")
+    p.add_argument("--work", type=made, default=Path(tempfile.gettempdir()), help="where runs and data are made")
     p.add_argument("--seed", type=int, default=0, help="of the moments and places that are drawn")
     return p
 
@@ -194,13 +201,13 @@ def stamp() -> str:
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!README.md", ":!tests/README.md")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs")
     return f"{git('rev-parse', '--short=7', 'HEAD')}{'+' * bool(changed)}, {time.strftime('%Y-%m-%d')}"
 
 
-def record(job: str, header: Sequence[str], rows: Mapping[str, Sequence[str]], readme: Path = README) -> None:
-    """Put rows into the job's table in tests/README.md or another; rows of other first cells stay as they are."""
-    text = readme.read_text(encoding="utf-8")
+def record(job: str, header: Sequence[str], rows: Mapping[str, Sequence[str]], page: Path = PAGE) -> None:
+    """Put rows into the job's table in docs/robustness.md or another; rows of other first cells stay as they are."""
+    text = page.read_text(encoding="utf-8")
     begin, end = f"<!-- {job}:begin -->\n", f"<!-- {job}:end -->"
     before, rest = text.split(begin)
     old, after = rest.split(end)
@@ -209,4 +216,4 @@ def record(job: str, header: Sequence[str], rows: Mapping[str, Sequence[str]], r
         name: "| " + " | ".join(cell.replace("|", "/") for cell in (name, *row)) + " |" for name, row in rows.items()
     }
     lines = ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|", *{**kept, **clean}.values()]
-    readme.write_text(before + begin + "\n".join(lines) + "\n" + end + after, encoding="utf-8")
+    page.write_text(before + begin + "\n".join(lines) + "\n" + end + after, encoding="utf-8")

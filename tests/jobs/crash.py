@@ -1,4 +1,4 @@
-"""Kill each folder's pretraining, and show that it ends as if nothing had happened: python tests/crash.py [--record]
+"""Kill each folder's pretraining and show that it ends as if nothing happened: python tests/jobs/crash.py [--record]
 
 A short pretraining of the mini tier runs once undisturbed. Then it runs again, in a folder on a small disk, and suffers
 
@@ -26,10 +26,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.checkpoints import differing  # noqa: E402
-from tests.pretraining import (  # noqa: E402
+from tests.jobs.pretraining import (  # noqa: E402
     PRETRAININGS,
     ROOT,
     Forked,
