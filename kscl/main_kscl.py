@@ -22,7 +22,6 @@ from kscl.subspace import RANK_RULES, SIMILARITIES, RankRule, Subspaces
 from shared_utils import UserError, augment, checkpoint, distributed, feed
 from shared_utils.data import EpochSampler, ImageList, mix_key
 from shared_utils.flags import Parser, add_aug_flag, add_run_flags, boolean, ints, natural, not_negative, positive
-from shared_utils.lab import mini
 from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 
@@ -31,7 +30,6 @@ def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="kscl.main_kscl", description=__doc__.splitlines()[0])
     a = p.add_argument
     a("--data_dir", type=Path, default=Path("data/imagenet"), help="holds train/CLASS/*.jpg")
-    a("--synthetic", action="store_true", help="generate the mini data and take it as --data_dir, no download")
     a("--img_size", type=positive, default=224, help="pixels of a crop")
     a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
     a("--cache", action="store_true", help="decode all images once and keep them in memory")
@@ -148,11 +146,6 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     run = Run(args, "kscl", "pretrain")
     check_flags(args, run.world)
-    if args.synthetic:
-        if run.rank == 0:
-            mini.ensure("images")
-        distributed.barrier()
-        args.data_dir = mini.ensure("images")
     local, rank = args.batch_size // run.world, run.rank
 
     # Data: 1 + K views of an image, drawn alike

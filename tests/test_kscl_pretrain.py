@@ -21,6 +21,7 @@ from kscl.main_kscl import forwards, get_parser, learning_rate, main, picture, t
 from kscl.subspace import RankRule
 from shared_utils import UserError, augment, checkpoint
 from shared_utils.data import Keyed
+from shared_utils.lab import mini
 from shared_utils.run import Diverged, Run
 from tests.checkpoints import differing, tensors
 
@@ -397,7 +398,8 @@ def test_bad_flags_are_one_line(flags, message, data, tmp_path):
 
 def test_the_command_line_on_mini_data(tmp_path):
     command = [sys.executable, "-m", "kscl.main_kscl", *SMALL, "--output-dir", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--synthetic", "--per-class", "4"], cwd=ROOT, capture_output=True, text=True)
+    command += ["--data_dir", str(mini.ensure("images").resolve()), "--per-class", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     for line in ("40 images of 10 classes", "expected initial loss", "estimated time", "python -m kscl.main_knn"):
         assert line in done.stdout
