@@ -111,7 +111,7 @@ class ReleaseKeys(checkpoint.ReleaseKeys):
         """Also of a MoCo v2 checkpoint: its queue [D, M] holds subspaces of rank 1."""
         queue = state.get("module.queue", state.get("queue"))
         if queue is not None and queue.ndim == 2:
-            bases = F.pad(queue[None], (0, 0, 0, 0, 0, len(self.model.queue) - 1))  # [P, D, M]
+            bases = F.pad(queue[None], (0, 0, 0, 0, 0, self.model.state_dict()["queue"].shape[0] - 1))  # [P, D, M]
             rank = torch.ones_like(bases[0, 0], dtype=torch.int32)
             state = {key.removeprefix("module."): value for key, value in state.items()}
             state = {**state, "queue": bases, "queue_rank": rank}

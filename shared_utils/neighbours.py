@@ -13,7 +13,7 @@ from torch import Tensor
 from shared_utils import UserError, distributed
 from shared_utils.data import ImageList
 from shared_utils.feed import in_order
-from shared_utils.run import plain_errors
+from shared_utils.run import plain_errors, stop_between
 
 
 @torch.no_grad()
@@ -43,6 +43,7 @@ def features(
 
     def blocks() -> Iterator[Tensor]:
         for x, _, _ in plain_errors(loader):
+            stop_between()
             # The network's first convolution brings them into its own format.
             x = x.to(device, memory_format=torch.contiguous_format, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -128,6 +129,7 @@ def search(
     for start in range(0, len(bank), block):
         part = bank[start : start + block].to(device)
         for at in range(0, len(queries), chunk):
+            stop_between()
             rows = slice(at, at + chunk)
             q = queries[rows].to(device)
             own = torch.arange(at, at + len(q), device=device) + first - start if exclude_self else None

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from PIL import Image
 from kscl import arch, losses
 from kscl.builder import KSCL, ReleaseKeys
 from kscl.data import Views, training_images
+from kscl.lab import export_detection
 from kscl.main_kscl import forwards, get_parser, learning_rate, main, picture, telemetry
 from kscl.subspace import RankRule
 from shared_utils import UserError, augment, checkpoint
@@ -394,6 +396,24 @@ def test_bad_flags_are_one_line(flags, message, data, tmp_path):
         train(data, tmp_path / "out", *flags.format(tmp=tmp_path).split())
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_images_of_ones_own_in_class_folders_and_without_labels(data, tmp_path, capsys):
+    """D/train, D's own class folders and files right below D, names with spaces and other endings among them."""
+    whole = [path for folder in sorted((data / "train").iterdir()) for path in sorted(folder.iterdir())][:9]
+    classes, plain = tmp_path / "my classes", tmp_path / "my photographs"
+    for i, path in enumerate(whole):
+        for folder in (classes / f"class {i % 2}", plain / ("more" if i == 8 else "")):
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.open(path).resize((20 + i, 17)).save(folder / f"photo {i}.{('png', 'jpg')[i % 2]}")
+    for folder, said in ((classes, "9 images of 2 classes"), (plain, "9 images, without labels")):
+        train(folder, tmp_path / folder.name / "out")
+        printed = capsys.readouterr().out
+        assert f"{folder}: {said}" in printed
+        hint = shlex.split(printed.split("backbone: python -m kscl.lab.export_detection ", 1)[1].splitlines()[0])
+        assert export_detection.main(hint) == 0 and (tmp_path / folder.name / "out" / "backbone.pth").is_file()
+    with pytest.raises(UserError, match="--per_class 2: the images of .* lie in no class folders"):
+        train(plain, tmp_path / "none", "--per_class", "2")
 
 
 def test_the_command_line_on_mini_data(tmp_path):

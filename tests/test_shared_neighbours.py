@@ -1,5 +1,9 @@
 """Exact nearest neighbours: against brute force in float64."""
 
+import argparse
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared_utils import UserError, neighbours
+from shared_utils.flags import add_run_flags
 from shared_utils.neighbours import search
+from shared_utils.run import Run
 
 
 def features(kind: str, n: int = 700, dim: int = 48) -> Tensor:
@@ -201,3 +207,32 @@ def test_few_images():
         search(x, x, 4, exclude_self=True)
     with pytest.raises(UserError):
         search(x, x, 0)
+
+
+def told_to_stop(tmp_path, step: int) -> Run:
+    """A run `step` steps after its last checkpoint, that has got SIGTERM."""
+    p = argparse.ArgumentParser()
+    add_run_flags(p, "x")
+    run = Run(p.parse_args(["--output-dir", str(tmp_path / "run"), "--device", "cpu", "--threads", "1"]), "x", "y")
+    run.track(state_dict=torch.nn.Linear(2, 2))
+    run.preflight({})
+    run.save()
+    run.step += step
+    os.kill(os.getpid(), signal.SIGTERM)
+    return run
+
+
+def test_a_search_in_a_run_that_is_told_to_stop_ends_it(tmp_path):
+    x = features("random")
+    told_to_stop(tmp_path, 0)
+    with pytest.raises(SystemExit) as end:
+        search(x, x, 5)
+    assert end.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    search(x, x, 5)  # of no run
+
+
+def test_a_search_goes_on_where_steps_would_be_lost(tmp_path):
+    x = features("random")
+    run = told_to_stop(tmp_path, 1)
+    search(x, x, 5)
+    run.close()
