@@ -119,7 +119,7 @@ def test_views_are_drawn_alike_and_the_query_is_the_same_for_every_shot_count(da
     assert five[1].shape == (5, 3, 16, 16)
     assert torch.equal(one[0], five[0]) and torch.equal(one[1], five[1][:1])
     views = [five[0], *five[1]]
-    assert all(not torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])  # trap 1: no view twice
+    assert all(not torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])  # no view twice
     grid = picture(torch.stack([five[0]] * 4), torch.stack([five[1]] * 4), 3)
     assert grid.shape == (3, 6 * 18 + 2, 3 * 18 + 2)
     torch.testing.assert_close(grid[:, 2:18, 2:18], augment.denormalise(five[0]))
@@ -191,7 +191,7 @@ def test_defaults_and_schedule():
 # --- what a step does ------------------------------------------------------------------------------------------------
 
 
-def test_a_step_in_its_order(data, tmp_path, monkeypatch):  # l, n, o, traps 8, 10
+def test_a_step_in_its_order(data, tmp_path, monkeypatch):
     states: list[dict] = []
     stored: list = []
     seen: list[tuple] = []
@@ -346,7 +346,7 @@ def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(data, tmp_path,
 # --- processes and bad input -----------------------------------------------------------------------------------------
 
 
-def test_two_processes_equal_one_with_two_splits(data, tmp_path):  # p
+def test_two_processes_equal_one_with_two_splits(data, tmp_path):
     """With gradient through the keys: those of both encoders are dealt over the processes."""
     flags = [*SMALL, "--data_dir", str(data), "--init_lr", "0.002", "--subspace_grad", "pos", "--end_epoch", "2"]
     flags += ["--aug_backend", "batch"]
