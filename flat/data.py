@@ -100,7 +100,7 @@ def _from_csv(root: Path) -> dict[str, Files]:
             cells = dict(zip(head, (cell.strip() for cell in row)))
             if not any(cells.values()):
                 continue
-            image, label = cells.get("filename", ""), cells.get("label", "")
+            image, label = cells.get("filename", "").replace("\\", "/").removeprefix("./"), cells.get("label", "")
             if image not in there or not label:
                 raise UserError(
                     f"{file}, line {number}: {root / 'images' / image} does not exist or has no label; restore it, or "

@@ -228,7 +228,8 @@ def in_order(
     images: ImageList, first: int, last: int, batch_size: int, workers: int, device: torch.device
 ) -> DataLoader:
     """Loader of (x [B, 3, S, S], labels [B], indices [B]) of the images `first` to `last`, by their transform."""
-    batched = isinstance(images.transform, Recipe) and images.transform.backend == "batch"
+    recipe = getattr(images, "transform", None)  # a set that makes its items itself has none
+    batched = isinstance(recipe, Recipe) and recipe.backend == "batch"
     return DataLoader(
         InOrder(images, first, last) if batched else Subset(images, range(first, last)),
         batch_size,

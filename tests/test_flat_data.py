@@ -67,7 +67,7 @@ def test_mini_imagenet_by_its_csv_files(tmp_path: Path, monkeypatch: pytest.Monk
     file.write_bytes(text.replace(b"n0300", b"./n0300").replace(b"\r\n", b" \r\n"))  # as other programs write it
     assert data.read_dataset("miniImagenet", tmp_path)["val"] == found["val"]
     file.write_bytes(text + b"n0300000000.jpg,n09\r\n")
-    with pytest.raises(UserError, match=r"val.csv, line 5: n0300000000.jpg is in class n03 and in n09; restore"):
+    with pytest.raises(UserError, match=r"val.csv, line 5: n0300000000.jpg is listed in val.csv, line 2 already"):
         data.read_dataset("miniImagenet", tmp_path)
     file.write_bytes(text)
     missing = tmp_path / "miniImagenet/images/n0300000001.jpg"

@@ -161,7 +161,7 @@ def test_bad_attribute_files(data, tmp_path):
     expected, found = attribute_labels(data, train), attribute_labels(tmp_path / "copy", copy)
     assert all(torch.equal(found[k][0], expected[k][0]) and found[k][1] == expected[k][1] for k in expected)
     file.write_text("\n".join([*lines, f"{first},other,{rest.split(',', 1)[1]}"]))
-    with pytest.raises(UserError, match=rf"line {len(lines) + 1}: {first} has other values in an earlier line"):
+    with pytest.raises(UserError, match=rf"line {len(lines) + 1}: {first} has other values than in a line above"):
         attribute_labels(tmp_path / "copy", copy)
     file.write_text("\n".join(lines[:1] + lines[2:]))
     with pytest.raises(UserError, match="does not name .*must have a row for every image"):
