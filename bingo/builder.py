@@ -3,13 +3,12 @@
 State-dict keys are the release's: `encoder_q.*`, `encoder_k.*`, `queue` [dim, K], `queue_ptr` [1].
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared_utils import UserError, checkpoint, distributed
+from shared_utils import UserError, distributed
+from shared_utils.checkpoint import ReleaseKeys as ReleaseKeys
 
 
 class Queue(nn.Module):
@@ -88,16 +87,3 @@ class MoCo(Queue):
         params_k: list[Tensor] = list(self.encoder_k.parameters())
         params_q: list[Tensor] = list(self.encoder_q.parameters())
         torch._foreach_lerp_(params_k, params_q, 1 - self.m)
-
-
-class ReleaseKeys:
-    """A model for `Run.track`: its state dict under the release's keys, which begin with `module.`."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def state_dict(self) -> dict[str, Any]:
-        return {f"module.{key}": value for key, value in self.model.state_dict().items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        checkpoint.load_strict(self.model, {key.removeprefix("module."): value for key, value in state.items()})

@@ -6,44 +6,8 @@ do not compete with each other. The sum over the queue is the same for all posit
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-CHUNK = 4096  # columns of the queue at a time: their logits stay in the cache
-
-
-class _NegativesLSE(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, queue, tau):  # type: ignore[no-untyped-def]
-        scaled = z / tau
-        peak = z.new_full((len(z), 1), -torch.inf)
-        total, pull = z.new_zeros(len(z), 1), torch.zeros_like(z)
-        for n in queue.split(CHUNK, dim=1):  # [D, c]
-            s = scaled @ n  # [M, c]
-            new = torch.maximum(peak, s.amax(1, keepdim=True))
-            shrink = (peak - new).exp()
-            s = s.sub_(new).exp_()
-            total = total * shrink + s.sum(1, keepdim=True)
-            pull = pull * shrink + s @ n.T  # [M, D]: sum_j exp(z.n_j/tau) n_j, up to exp(peak)
-            peak = new
-        ctx.save_for_backward(pull / (total * tau))
-        return (peak + total.log()).squeeze(1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (slope,) = ctx.saved_tensors
-        return grad[:, None] * slope, None, None
-
-
-def negatives_lse(z: Tensor, queue: Tensor, tau: float) -> Tensor:
-    """log sum_j exp(z.n_j / tau), [M]: streamed over the queue, its gradient gathered in the same pass.
-
-    Args:
-        z: embeddings [M, D]; queue: negatives [D, K], constants. Computed in float32 at least, under autocast too.
-    """
-    with torch.autocast(z.device.type, enabled=False):
-        z = z if z.dtype == torch.float64 else z.float()
-        return _NegativesLSE.apply(z, queue.to(z.dtype), tau)
+from shared_utils.losses import negatives_lse, wide
 
 
 def info_nce(z: Tensor, keys: Tensor, queue: Tensor, tau: float) -> Tensor:
@@ -55,7 +19,7 @@ def info_nce(z: Tensor, keys: Tensor, queue: Tensor, tau: float) -> Tensor:
     Returns: [M, P]; equal to the cross entropy of [positive, negatives] / tau with the positive as the label.
     """
     with torch.autocast(z.device.type, enabled=False):
-        z = z if z.dtype == torch.float64 else z.float()
+        z = wide(z)
         positive = torch.einsum("md,mpd->mp", z, keys.to(z.dtype)) / tau
         gap = negatives_lse(z, queue, tau)[:, None] - positive
         return torch.logaddexp(gap, torch.zeros_like(gap))

@@ -28,6 +28,7 @@ from shared_utils.augment import moco_v1, moco_v2
 from shared_utils.data import EpochSampler, mix_key
 from shared_utils.flags import Parser, add_aug_flag, add_run_flags, natural, not_negative, positive
 from shared_utils.layout import follow, place
+from shared_utils.preflight import ONE_NORM
 from shared_utils.run import Run, cli
 
 
@@ -96,9 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     steps = sampler.steps_per_epoch
     caution = {}
     if run.world * args.bn_splits == 1:
-        caution["CAUTION, batch norm"] = (
-            "one batch norm over query and key batches lets MoCo cheat: --bn_splits 8, or several processes"
-        )
+        caution["CAUTION, batch norm"] = ONE_NORM
     run.reads(images)
     run.preflight(
         {

@@ -22,6 +22,7 @@ from shared_utils.data import EpochSampler, Keyed, mix_key, sample_rng
 from shared_utils.evaluation import write_result
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
 from shared_utils.layout import place
+from shared_utils.preflight import ONE_NORM, about, seconds
 from shared_utils.resnet import make_grid
 from shared_utils.run import Run, cli
 
@@ -242,9 +243,7 @@ def facts(run: Run, videos: VideoSet, clips: TwoClips, model: MoCo, steps: int) 
         "estimated time": estimate(run, model, steps),
     }
     if args.batch_size // (run.world * args.bn_splits) == args.batch_size:
-        out["caution"] = (
-            "one batch norm over query and key batches lets MoCo cheat: --bn_splits 8, or several processes"
-        )
+        out["caution"] = ONE_NORM
     return out
 
 
@@ -265,15 +264,9 @@ def estimate(run: Run, model: MoCo, steps: int) -> str:
     args, encoder = run.args, model.encoder_k
     shape = args.batch_size // run.world, 3, args.frame_per_clip, args.crop_size, args.crop_size
     x = torch.rand(shape, device=run.device)
-    encoder.eval()
-    for _ in range(2):
-        started = time.perf_counter()
-        with run.autocast():
-            encoder(x).sum().item()
-        seconds = time.perf_counter() - started
-    encoder.train()
-    minutes = seconds * 8 * steps * args.epochs / 60
-    return f"about {max(1, round(minutes))} min for {args.epochs * steps} steps if data loading keeps up"
+    passed = seconds(run, encoder, lambda: encoder(x))
+    steps *= args.epochs
+    return about(passed * 8 * steps / 60, steps)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Also torchrun --nproc-per-node N -m flat.train ...; baselines and controls are f
 """
 
 import math
-import time
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from flat.test import accuracies
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
 from shared_utils.layout import follow, place
+from shared_utils.preflight import about, seconds
 from shared_utils.resnet import make_grid
 from shared_utils.run import Run, cli, plain
 
@@ -246,16 +246,10 @@ def estimate(run: Run, model: PairModel, local: int, steps: int) -> str:
     """Minutes of the whole run from a timed forward pass of the encoder; a backward pass counts as two."""
     args = run.args
     x = torch.zeros(local, 3, args.image_size, args.image_size, device=run.device)
-    model.eval()
-    for _ in range(2):
-        started = time.perf_counter()
-        with run.autocast():
-            model.feature(follow(x, model)).sum().item()
-        seconds = time.perf_counter() - started
-    model.train()
+    passed = seconds(run, model, lambda: model.feature(follow(x, model)))
     passes = 3 * (2 if has_decoder(args) or args.cls_on_transformed else 1)
-    minutes = seconds * passes * steps * args.stop_epoch / 60
-    return f"about {max(1, round(minutes))} min for {args.stop_epoch * steps} steps if data loading keeps up"
+    steps *= args.stop_epoch
+    return about(passed * passes * steps / 60, steps)
 
 
 if __name__ == "__main__":

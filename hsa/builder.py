@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsa.arch import Encoder, mlp_head
-from shared_utils import UserError, checkpoint, distributed
+from shared_utils import UserError, distributed
+from shared_utils.checkpoint import ReleaseKeys as ReleaseKeys
 
 
 class CsMl(nn.Module):
@@ -98,16 +99,3 @@ class CsMl(nn.Module):
         if distributed.world() > 1:
             for buffer in self.encoder_k.buffers():
                 torch.distributed.broadcast(buffer, 0)
-
-
-class ReleaseKeys:
-    """The checkpoint's `state_dict` under the release's names: `module.encoder_q.*`, ..., `module.queue_ptr`."""
-
-    def __init__(self, model: CsMl):
-        self.model = model
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {f"module.{key}": value for key, value in self.model.state_dict().items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        checkpoint.load_strict(self.model, {key.removeprefix("module."): value for key, value in state.items()})

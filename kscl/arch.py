@@ -21,6 +21,7 @@ DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
     "resnet152": (Bottleneck, (3, 8, 36, 3)),
 }
 STEMS = ("imagenet", "cifar", "cifar_pool")
+DROP = ("fc.*", "projection_head.*", "prototypes.*")  # heads, of other methods too
 
 
 def mlp_head(in_features: int, dim: int = 128, hidden: int | None = None) -> nn.Sequential:

@@ -104,19 +104,15 @@ class KSCL(nn.Module):
             )
 
 
-class ReleaseKeys:
+class ReleaseKeys(checkpoint.ReleaseKeys):
     """The checkpoint's `state_dict` under MoCo's names: `module.encoder_q.*`, ..., `module.queue_ptr`."""
-
-    def __init__(self, model: KSCL):
-        self.model = model
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {f"module.{key}": value for key, value in self.model.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Also of a MoCo v2 checkpoint: its queue [D, M] holds subspaces of rank 1."""
-        own = {key.removeprefix("module."): value for key, value in state.items()}
-        if "queue" in own and own["queue"].ndim == 2:
-            own["queue"] = F.pad(own["queue"][None], (0, 0, 0, 0, 0, len(self.model.queue) - 1))  # [P, D, M]
-            own["queue_rank"] = torch.ones_like(own["queue"][0, 0], dtype=torch.int32)
-        checkpoint.load_strict(self.model, own)
+        queue = state.get("module.queue", state.get("queue"))
+        if queue is not None and queue.ndim == 2:
+            bases = F.pad(queue[None], (0, 0, 0, 0, 0, self.model.state_dict()["queue"].shape[0] - 1))  # [P, D, M]
+            rank = torch.ones_like(bases[0, 0], dtype=torch.int32)
+            state = {key.removeprefix("module."): value for key, value in state.items()}
+            state = {**state, "queue": bases, "queue_rank": rank}
+        super().load_state_dict(state)

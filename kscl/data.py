@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from shared_utils import feed
-from shared_utils.data import ImageList, image_folder, per_class
+from shared_utils import UserError, feed
+from shared_utils.data import ImageList, per_class, training_folder
 
 
 def training_images(data_dir: Path, count: int = 0, cache: bool = False) -> ImageList:
-    """`data_dir`/train/CLASS/*, classes and files sorted, the first `count` of each class (0: all).
+    """The images of `shared_utils.data.training_folder`, the first `count` of each class (0: all).
 
-    UserError for a missing or empty folder.
+    UserError for a missing or empty folder, and for `count` where there are no classes.
     """
-    return per_class(image_folder(data_dir / "train"), count, cache)
+    images = training_folder(data_dir)
+    if count and not images.classes:
+        raise UserError(f"--per_class {count}: the images of {data_dir} lie in no class folders; leave it away")
+    return per_class(images, count, cache)
 
 
 class Views(Dataset):

@@ -1,4 +1,4 @@
-"""The loss: an image's own subspace against the queue of stored ones, streamed (equation 6).
+"""The loss: an image's own subspace against the queue of stored ones, streamed.
 
 L = -log exp(s(q, U) / tau) / (exp(s(q, U) / tau) + sum_m exp(s(q, U_m) / tau))
 """
@@ -69,7 +69,7 @@ def negatives_lse(q: Tensor, queue: Tensor, sim: str, tau: float, chunk: int | N
 def kscl_loss(
     q: Tensor, own: Subspaces, queue: Tensor, sim: str, tau: float, Z: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Equation (6) of each query, and its similarity with its own subspace.
+    """The loss of each query, and its similarity with its own subspace.
 
     Args:
         q: unit queries [N, D]; own: subspaces of their images; queue: [P, D, M]; Z: see `own_match`.

@@ -13,7 +13,6 @@ from pathlib import Path
 from torch import Tensor
 
 from kscl import arch
-from kscl.lab.export_detection import DROP
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.augment import plain
 from shared_utils.data import ImageList
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     train, val = open_splits(args)
     train.transform = val.transform = plain(args.img_size, args.aug_backend)
     pooled = args.features == "backbone"
-    build, drop = (arch.build, DROP) if pooled else (with_head(args.pretrained), ())
+    build, drop = (arch.build, arch.DROP) if pooled else (with_head(args.pretrained), ())
     encoder, report = load_backbone(build, args, "resnet50", drop)
     freeze(encoder)
     encoder = place(encoder, device)

@@ -5,7 +5,6 @@ Also torchrun --nproc-per-node 8 -m kscl.main_kscl ...; `--shots 1 --sim signed`
 
 import argparse
 import math
-import time
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -21,8 +20,8 @@ from kscl.subspace import RANK_RULES, SIMILARITIES, RankRule, Subspaces
 from shared_utils import UserError, augment, checkpoint, distributed, feed
 from shared_utils.data import EpochSampler, ImageList, mix_key
 from shared_utils.flags import Parser, add_aug_flag, add_run_flags, boolean, ints, natural, not_negative, positive
-from shared_utils.lab import mini
 from shared_utils.layout import follow, place
+from shared_utils.preflight import ONE_NORM, about, seconds
 from shared_utils.resnet import make_grid
 from shared_utils.run import Run, cli
 
@@ -30,8 +29,8 @@ from shared_utils.run import Run, cli
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="kscl.main_kscl", description=__doc__.splitlines()[0])
     a = p.add_argument
-    a("--data_dir", type=Path, default=Path("data/imagenet"), help="holds train/CLASS/*.jpg")
-    a("--synthetic", action="store_true", help="generate the mini data and take it as --data_dir, no download")
+    a("--data_dir", type=Path, default=Path("data/imagenet"), help="holds train/CLASS/*.jpg, or images of your own: "
+      "class folders, or files without labels")  # fmt: skip
     a("--img_size", type=positive, default=224, help="pixels of a crop")
     a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
     a("--cache", action="store_true", help="decode all images once and keep them in memory")
@@ -148,11 +147,6 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     run = Run(args, "kscl", "pretrain")
     check_flags(args, run.world)
-    if args.synthetic:
-        if run.rank == 0:
-            mini.ensure("images")
-        distributed.barrier()
-        args.data_dir = mini.ensure("images")
     local, rank = args.batch_size // run.world, run.rank
 
     # Data: 1 + K views of an image, drawn alike
@@ -218,8 +212,13 @@ def main(argv: list[str] | None = None) -> int:
         if run.due(args.image_every):
             run.image("views/query_and_keys", picture(im_q, im_k))
 
-    images_are = f"--data_dir {quote(str(args.data_dir))}" + (f" --per_class {args.per_class}" * bool(args.per_class))
-    run.finish(f"evaluate: python -m kscl.main_knn --pretrained {quote(f'{run.dir}/checkpoint.pth')} {images_are}")
+    weights = f"--pretrained {quote(f'{run.dir}/checkpoint.pth')}"
+    if (args.data_dir / "train").is_dir():
+        images_are = f"--data_dir {quote(str(args.data_dir))}" + f" --per_class {args.per_class}" * bool(args.per_class)
+        run.finish(f"evaluate: python -m kscl.main_knn {weights} {images_are}")
+    else:
+        out = quote(f"{run.dir}/backbone.pth")
+        run.finish(f"backbone: python -m kscl.lab.export_detection {weights} --format torchvision --out {out}")
     return 0
 
 
@@ -267,7 +266,8 @@ def facts(run: Run, images: ImageList, model: KSCL, steps: int) -> dict[str, str
         "fixed": f"{args.rank} directions",
     }
     out = {
-        "data": f"{args.data_dir}/train: {len(images)} images of {len(images.classes)} classes",
+        "data": f"{args.data_dir}: {len(images)} images"
+        + (f" of {len(images.classes)} classes" if images.classes else ", without labels"),
         "batch": f"{args.batch_size} = {run.world} processes x {args.bn_splits} splits x {share}, "
         f"{steps} steps an epoch, {1 + args.shots} views of an image",
         "subspaces": f"{args.shots} shots, {rules[args.rank_rule]}, at most {args.max_rank}; a random query's length "
@@ -282,9 +282,7 @@ def facts(run: Run, images: ImageList, model: KSCL, steps: int) -> dict[str, str
         "estimated time": estimate(run, model, steps),
     }
     if share == args.batch_size:
-        out["caution"] = (
-            "one batch norm over query and key batches lets MoCo cheat: --bn_splits 8, or several processes"
-        )
+        out["caution"] = ONE_NORM
     if args.subspace_grad == "pos":
         out["caution, --subspace_grad pos"] = (
             "query and positive are of one network and the negatives of another, so it can leave them all behind: "
@@ -306,15 +304,9 @@ def estimate(run: Run, model: KSCL, steps: int) -> str:
     """Minutes of the whole run from two timed forward passes."""
     args, encoder = run.args, model.encoder_k
     x = torch.randn(args.batch_size // run.world, 3, args.img_size, args.img_size, device=run.device)
-    encoder.eval()
-    for _ in range(2):
-        started = time.perf_counter()
-        with run.autocast():
-            encoder(follow(x, encoder)).sum().item()
-        seconds = time.perf_counter() - started
-    encoder.train()
-    minutes = seconds * args.end_epoch * forwards(args) * steps / 60
-    return f"about {max(1, round(minutes))} min for {args.end_epoch * steps} steps if data loading keeps up"
+    passed = seconds(run, encoder, lambda: encoder(follow(x, encoder)))
+    steps *= args.end_epoch
+    return about(passed * forwards(args) * steps / 60, steps)
 
 
 if __name__ == "__main__":

@@ -10,34 +10,43 @@ backbone is frozen, so their features are computed once: the same numbers as a p
 
 import argparse
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from kscl.arch import DEPTHS, STEMS, Encoder, build
-from kscl.lab.export_detection import DROP
+from kscl.arch import DEPTHS, DROP, STEMS, build
 from shared_utils import UserError, checkpoint, distributed, feed
 from shared_utils.augment import linear_train, plain
+from shared_utils.checkpoint import ReleaseKeys
 from shared_utils.data import EpochSampler
 from shared_utils.evaluation import (
     add_data_flags,
     add_network_flags,
-    check_cache,
     collect,
     freeze,
     load_backbone,
     open_splits,
-    stream,
     topk,
     unchanged,
     write_result,
 )
 from shared_utils.flags import Parser, add_aug_flag, add_run_flags, ints, not_negative, positive
 from shared_utils.layout import follow, place
+from shared_utils.probe import (
+    FeatureBatches,
+    Features,
+    Probes,
+    Scores,
+    Validation,
+    block_ids,
+    check_batch,
+    check_memory,
+    evaluate,
+    facts,
+    words,
+)
 from shared_utils.run import Run, cli
 
 
@@ -47,7 +56,7 @@ def get_parser() -> Parser:
     add_network_flags(p, list(DEPTHS), STEMS, "resnet50")
     add_data_flags(p)
     add_aug_flag(p)
-    a("--selected_feat_id", type=_words, default="last", help="comma-separated block ids, or last, layer1 to layer4; "
+    a("--selected_feat_id", type=words, default="last", help="comma-separated block ids, or last, layer1 to layer4; "
       "a classifier each, trained at once")  # fmt: skip
     a("--pool_type", choices=["avg", "max"], default="avg")
     a("--init_lr", "--lr", type=float, default=30.0, help="learning rate of the first epoch")
@@ -67,16 +76,11 @@ def get_parser() -> Parser:
     return p
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",")]
-
-
 def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags out of range, before anything is loaded."""
     if not args.init_lr > 0 or args.min_lr < 0:
         raise UserError("--init_lr must be above 0 and --min_lr not below")
-    if args.batch_size % world:
-        raise UserError(f"--batch_size {args.batch_size} does not divide over {world} processes")
+    check_batch(args.batch_size, world)
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
@@ -86,165 +90,13 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
     return args.init_lr * args.lr_decay ** sum(epoch >= milestone for milestone in args.schedule)
 
 
-def stage_ends(encoder: Encoder) -> dict[str, int]:
-    """Id of the last block of each stage; `last` is layer4's."""
-    ends, number = {}, 1
-    for stage in ("layer1", "layer2", "layer3", "layer4"):
-        number += len(getattr(encoder, stage))
-        ends[stage] = number
-    return ends | {"last": number}
-
-
-def block_ids(words: list[str], encoder: Encoder) -> list[int]:
-    """Ids of --selected_feat_id; `layerN` is the last block of that stage, `last` the map that is pooled."""
-    ends = stage_ends(encoder)
-    for word in words:
-        if word not in ends and not (word.isdecimal() and int(word) <= ends["last"]):
-            raise UserError(
-                f"--selected_feat_id {word}: no such block; choose from 0 to {ends['last']}, {', '.join(ends)}"
-            )
-    ids = [ends[word] if word in ends else int(word) for word in words]
-    if len(set(ids)) < len(ids):
-        raise UserError(f"--selected_feat_id {','.join(words)} names a block twice")
-    return ids
-
-
-def pooled_size(number: int, encoder: Encoder) -> int:
-    """Side of the pooled map: 14 up to layer1, 7 above, 1 for the last block (the authors' MoCo code)."""
-    ends = stage_ends(encoder)
-    if number == ends["last"]:
-        return 1
-    return 14 if number <= ends["layer1"] else 7
-
-
-class Features(nn.Module):
-    """Images -> the pooled and flattened maps [B, C * s * s] of the chosen blocks, float32."""
-
-    def __init__(self, encoder: Encoder, ids: list[int], pool_type: str):
-        super().__init__()
-        self.encoder, self.ids = encoder, ids
-        self.pool = F.adaptive_avg_pool2d if pool_type == "avg" else F.adaptive_max_pool2d
-
-    @torch.no_grad()
-    def forward(self, x: Tensor) -> list[Tensor]:
-        maps = self.encoder.maps(x, self.ids)
-        out = []
-        for number in self.ids:
-            side = min(pooled_size(number, self.encoder), *maps[number].shape[2:])
-            out.append(self.pool(maps[number].float(), side).flatten(1))
-        return out
-
-
-class Probes(nn.Module):
-    """A linear classifier for each block, N(0, .01) and 0; names of the authors' MoCo code."""
-
-    def __init__(self, sizes: list[int], classes: int):
-        super().__init__()
-        layers = []
-        for size in sizes:  # one after the other: a block's start does not depend on the blocks after it
-            layers.append(nn.Linear(size, classes))
-            nn.init.normal_(layers[-1].weight, 0, 0.01)
-            nn.init.zeros_(layers[-1].bias)
-        self.classifiers = nn.ModuleList(
-            nn.ModuleDict({"classifier": nn.ModuleDict({"LinearClassifier": layer})}) for layer in layers
-        )
-
-    def forward(self, feats: list[Tensor]) -> list[Tensor]:
-        return [probe["classifier"]["LinearClassifier"](f) for probe, f in zip(self.classifiers, feats, strict=True)]  # type: ignore[index, operator]
-
-
-class ReleaseKeys:
-    """The probes for `Run.track`, under the names `module.classifiers.*`."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {f"module.{key}": value for key, value in self.model.state_dict().items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        checkpoint.load_strict(self.model, {key.removeprefix("module."): value for key, value in state.items()})
-
-
-class Scores:
-    """Top-1 and top-5 in per cent of each block after each epoch: [epoch][block] (top-1, top-5)."""
-
-    def __init__(self, ids: list[int]):
-        self.ids = ids
-        self.history: list[list[list[float]]] = []
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.history = [[list(pair) for pair in epoch] for epoch in state["history"]]
-
-    def improved(self) -> bool:
-        """Whether the latest epoch has the highest top-1 of any classifier."""
-        tops = [max(pair[0] for pair in epoch) for epoch in self.history]
-        return tops[-1] > max(tops[:-1], default=-1.0)
-
-    def result(self) -> dict[str, Any]:
-        blocks = {}
-        for i, number in enumerate(self.ids):
-            best = max(range(len(self.history)), key=lambda e: self.history[e][i][0])  # the first of equals
-            top1, top5 = self.history[best][i]
-            last1, last5 = self.history[-1][i]
-            blocks[str(number)] = {
-                "best": top1, "best_top5": top5, "best_epoch": best, "last": last1, "last_top5": last5,
-            }  # fmt: skip
-        deepest = blocks[str(max(self.ids))]
-        return {
-            "linear": deepest["best"],
-            "linear_top5": deepest["best_top5"],
-            "linear_last": deepest["last"],
-            "linear_last_top5": deepest["last_top5"],
-            "blocks": blocks,
-        }
-
-
-class FeatureBatches:
-    """Batches of features that are in memory, in the order of a sampler."""
-
-    def __init__(self, feats: list[Tensor], labels: Tensor, sampler: EpochSampler):
-        self.feats, self.labels, self.sampler = feats, labels, sampler
-
-    def __iter__(self) -> Iterator[tuple[list[Tensor], Tensor]]:
-        for keys in self.sampler:
-            rows = torch.tensor([index for _, index in keys])
-            yield [f[rows] for f in self.feats], self.labels[rows]
-
-
-def slices(feats: list[Tensor], labels: Tensor, size: int) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Features in memory in batches, as `shared_utils.evaluation.stream` gives them."""
-    for start in range(0, len(labels), size):
-        yield [f[start : start + size] for f in feats], labels[start : start + size]
-
-
-@torch.no_grad()
-def evaluate(
-    probes: nn.Module, batches: Iterable[tuple[list[Tensor], Tensor]], heads: int, count: int, device: torch.device
-) -> list[list[float]]:
-    """(top-1, top-5) in per cent of each of `heads` classifiers.
-
-    Args:
-        batches: features of each block and labels, of this process's share of `count` images.
-    """
-    hits = torch.zeros(heads, 2, dtype=torch.float64)
-    for feats, labels in batches:
-        hits += torch.stack([topk(logits, labels) for logits in probes([f.to(device) for f in feats])])
-    return (100 * distributed.all_sum(hits.to(device)).cpu() / count).tolist()
-
-
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     run = Run(args, "kscl", "lincls")
     check_flags(args, run.world)
     train, val = open_splits(args)
-    train.transform, val.transform = (
-        linear_train(args.img_size, args.aug_backend),
-        plain(args.img_size, args.aug_backend),
-    )
+    train.transform = linear_train(args.img_size, args.aug_backend)
+    val.transform = plain(args.img_size, args.aug_backend)
 
     # Frozen backbone, in eval mode throughout
     encoder, report = load_backbone(build, args, "resnet50", DROP, ("{}",))
@@ -259,13 +111,7 @@ def main(argv: list[str] | None = None) -> int:
 
     sizes = [f.shape[1] for f in embed(torch.zeros(1, 3, args.img_size, args.img_size, device=run.device))]
 
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine, which share its memory
-    wanted = {}
-    if args.cached_train:  # all of them in each process
-        wanted["leave --cached_train away"] = (len(train) * local, sum(sizes))
-    if not args.recompute_val:
-        wanted["give --recompute_val, the numbers are the same"] = (-(-len(val) * local // run.world), sum(sizes))
-    check_cache(wanted)
+    check_memory(run, train, val, sum(sizes))
 
     # Classifiers
     probes = Probes(sizes, len(train.classes)).to(run.device)
@@ -275,25 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world, least=0)
     run.track(state_dict=ReleaseKeys(probes), optimizer=optimizer, scores=scores)
     run.reads(train, val)
-    run.preflight(
-        {
-            "data": f"{args.data_dir}: {len(train)} train / {len(val)} val images, {len(train.classes)} classes",
-            "backbone": report,
-            "blocks": ", ".join(f"{n} ({s} features)" for n, s in zip(ids, sizes)),
-            "batch": f"{args.batch_size} x {sampler.steps_per_epoch} steps an epoch, {args.end_epoch} epochs",
-            "protocol": "features of unaugmented images (cheap probe, not equal)" if args.cached_train else "augmented",
-            "expected initial loss": f"about {len(ids) * math.log(len(train.classes)):.2f}, log of the classes a block",
-        }
-    )
-    cached: tuple[list[Tensor], Tensor] | None = None
-
-    def val_batches() -> Iterator[tuple[list[Tensor], Tensor]]:
-        nonlocal cached
-        if args.recompute_val:
-            return stream(embed, val, run.device, args.batch_size, args.workers)
-        cached = cached or collect(embed, val, run.device, args.batch_size, args.workers)
-        return slices(*cached, args.batch_size)
-
+    blocks = {"blocks": ", ".join(f"{n} ({s} features)" for n, s in zip(ids, sizes))}
+    run.preflight(facts(run, train, val, report, sampler.steps_per_epoch, args.end_epoch, len(ids)) | blocks)
+    validation = Validation(embed, val, run, args.recompute_val)
     batches: Any = None
     if args.cached_train and run.epoch < args.end_epoch:
         train.transform = plain(args.img_size, args.aug_backend)
@@ -320,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         if run.log_due():  # the GPU is waited for
             watched = {f"acc1_{n}": 100 * float(topk(out, target)[0]) / len(target) for n, out in zip(ids, logits)}
         if run.step_in_epoch + 1 == sampler.steps_per_epoch:
-            scores.history.append(evaluate(probes, val_batches(), len(ids), len(val), run.device))
+            scores.history.append(evaluate(probes, validation, len(ids), len(val), run.device))
             tested = {f"val/top1_{n}": pair[0] for n, pair in zip(ids, scores.history[-1])}
             if scores.improved() and run.rank == 0:
                 checkpoint.save(
@@ -333,12 +163,8 @@ def main(argv: list[str] | None = None) -> int:
         run.log(mean, lr=optimizer.param_groups[0]["lr"], evaluated=tested, **watched)
 
     unchanged(encoder, before)
-    result = scores.result() | {
-        "epochs": args.end_epoch,
-        "cached_train": args.cached_train,
-        "pretrained": args.pretrained,
-    }
-    write_result(run.dir, result)
+    told = {"epochs": args.end_epoch, "cached_train": args.cached_train, "pretrained": args.pretrained}
+    write_result(run.dir, scores.result() | told)
     run.finish()
     return 0
 

@@ -20,7 +20,8 @@ loading=(--workers 0 --threads 1)
 case "$tier" in
   mini)
     # Every arm once on the generated images, 10 epochs, about a minute each.
-    data=(--synthetic --cache --img_size 32)
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
+    data=(--data_dir data/mini/images --cache --img_size 32)
     equal3=15 equal5=20
     ;;
   small)

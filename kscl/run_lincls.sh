@@ -19,8 +19,9 @@ case "$tier" in
   mini)
     # The linear protocol at toy size: a classifier on the pooled features of run_pretrain.sh mini; 30 epochs over
     # features of unaugmented images (--cached_train), seconds on two CPU cores.
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     flags=(
-      --synthetic --img_size 32 --cached_train
+      --data_dir data/mini/images --img_size 32 --cached_train
       --init_lr 0.3 --schedule 18,24 --end_epoch 30 --batch_size 64
     )
     ;;

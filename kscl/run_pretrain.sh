@@ -16,8 +16,9 @@ out=${RUNS:-runs}/kscl/pretrain/$tier
 case "$tier" in
   mini)
     # Five shots at toy size: 1,000 generated images of coloured digits, ResNet-10 of a quarter of the width, 150 steps.
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     flags=(
-      --synthetic --cache --img_size 32 --arch resnet10 --width 16 --stem cifar_pool --bn_splits 2
+      --data_dir data/mini/images --cache --img_size 32 --arch resnet10 --width 16 --stem cifar_pool --bn_splits 2
       --batch_size 64 --moco_k 512 --moco_m 0.99 --init_lr 0.06 --end_epoch 10 --workers 1 --log-every 5
     )
     ;;

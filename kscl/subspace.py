@@ -59,7 +59,7 @@ def pad(U: Tensor, P: int) -> Tensor:
 
 @torch.no_grad()
 def configure(Z: Tensor, rule: RankRule) -> Subspaces:
-    """Equations (1) to (3): the subspaces of N images.
+    """The subspaces of N images.
 
     One key spans itself: its basis is the key, to the last bit. Otherwise the K x K matrices are decomposed in float64
     on any input, at no cost that counts: in float32 a direction with a small eigenvalue would lose eps l_1 / l_i of its
@@ -88,7 +88,7 @@ def configure(Z: Tensor, rule: RankRule) -> Subspaces:
 
 
 def match(x: Tensor, sim: str) -> Tensor:
-    """Equation (5): similarity [...] of a query with coordinates x [P, ...] in the bases of the subspaces.
+    """Similarity [...] of a query with coordinates x [P, ...] in the bases of the subspaces.
 
     `proj_len`: length of the projection, that is the cosine of the angle between query and subspace; `proj_len_sq`: its
     square; `signed`: the length with the sign of the first coordinate, for one shot the cosine itself.
@@ -112,7 +112,7 @@ def slope(x: Tensor, s: Tensor, sim: str) -> Tensor:
 class _SquaredLength(torch.autograd.Function):
     """q^T Pi q [N] with derivatives with respect to q and to the keys that the truncated projector Pi is made of.
 
-    For C = Z Z^T, kept directions i and dropped ones j (equation 8):
+    For C = Z Z^T, kept directions i and dropped ones j:
 
         dPi = sum_ij (u_i^T dC u_j) / (l_i - l_j) (u_i u_j^T + u_j u_i^T)
 
@@ -155,7 +155,7 @@ def own_match(q: Tensor, own: Subspaces, sim: str, Z: Tensor | None = None) -> T
     Args:
         q: unit queries [N, D]; own: of the same images. Z: the keys [N, D, K] that `own` was configured of, where the
             gradient is to reach them; else the subspaces are constants and the gradient goes to q alone, along the
-            projection (equation 7).
+            projection.
     """
     x = (q[:, :, None] * own.U).sum(1).T  # [P, N]
     if Z is None:

@@ -6,7 +6,6 @@ Also torchrun --nproc-per-node 8 -m mdp.main_pretrain ...; the arms of the paper
 import argparse
 import math
 import os
-import time
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from shared_utils.data import EpochSampler, Keyed, mix_key
 from shared_utils.flags import Parser, add_run_flags, ints, natural, not_negative, positive
 from shared_utils.lab import mini
 from shared_utils.layout import follow, place
+from shared_utils.preflight import about, seconds
 from shared_utils.run import Run, cli
 
 
@@ -308,15 +308,9 @@ class _Encoders:
 def estimate(run: Run, encoder: nn.Module, args: argparse.Namespace, steps: int) -> str:
     """Minutes of the whole run from two timed forward passes; a step is one of the key and three of the query."""
     x = torch.randn(args.batch_size // run.world, 3, args.crop_size, args.crop_size, device=run.device)
-    encoder.eval()
-    for _ in range(2):
-        started = time.perf_counter()
-        with run.autocast():
-            encoder(follow(x, encoder)).sum().item()
-        seconds = time.perf_counter() - started
-    encoder.train()
+    passed = seconds(run, encoder, lambda: encoder(follow(x, encoder)))
     factor = 4 if args.objective == "contrast" else 3
-    return f"about {max(1, round(seconds * factor * steps / 60))} min for {steps} steps if data loading keeps up"
+    return about(passed * factor * steps / 60, steps)
 
 
 if __name__ == "__main__":

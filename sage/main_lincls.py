@@ -8,7 +8,7 @@ file of another network wants (--normalise).
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from shared_utils.data import EpochSampler, Keyed
 from shared_utils.evaluation import check_cache, collect, freeze, topk, unchanged, write_result
 from shared_utils.flags import Parser, add_run_flags, ints, not_negative, positive
 from shared_utils.layout import follow, place
+from shared_utils.probe import FeatureBatches, Validation, check_batch, evaluate, facts
 from shared_utils.run import Run, cli
 
 
@@ -47,8 +48,7 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags out of range, before anything is loaded."""
     if not args.lr > 0:
         raise UserError(f"--lr {args.lr}: must be above 0")
-    if args.batch_size % world:
-        raise UserError(f"--batch_size {args.batch_size} does not divide over {world} processes")
+    check_batch(args.batch_size, world)
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
@@ -75,29 +75,6 @@ class Scores:
         best = max(range(len(self.history)), key=lambda e: self.history[e][0])
         last = self.history[-1]
         return {"linear": last[0], "linear_top5": last[1], "linear_best": self.history[best][0], "best_epoch": best}
-
-
-class FeatureBatches:
-    """Batches of features that are in memory, in the order of a sampler."""
-
-    def __init__(self, feats: Tensor, labels: Tensor, sampler: EpochSampler):
-        self.feats, self.labels, self.sampler = feats, labels, sampler
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for keys in self.sampler:
-            rows = torch.tensor([index for _, index in keys])
-            yield self.feats[rows], self.labels[rows]
-
-
-@torch.no_grad()
-def evaluate(
-    probe: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], count: int, device: torch.device
-) -> list[float]:
-    """[top-1, top-5] in per cent, from this process's share of the features of `count` images."""
-    hits = torch.zeros(2, dtype=torch.float64)
-    for feats, labels in batches:
-        hits += topk(probe(feats.to(device)), labels)
-    return (100 * distributed.all_sum(hits.to(device)).cpu() / count).tolist()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,31 +111,23 @@ def main(argv: list[str] | None = None) -> int:
     sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world, least=0)
     run.track(state_dict=probe, optimizer=optimizer, scores=scores)
     run.reads(train, val)
-    run.preflight(
-        {
-            "data": f"{args.data_dir}: {len(train)} train / {len(val)} val images, {len(train.classes)} classes",
-            "backbone": report,
-            "batch": f"{args.batch_size} x {sampler.steps_per_epoch} steps an epoch, {args.total_epochs} epochs",
-            "protocol": "features of unaugmented images (cheap probe, not equal)" if args.cached_train else "augmented",
-            "expected initial loss": f"about {math.log(len(train.classes)):.2f}, log of the classes",
-        }
-    )
-    # Validation images are not augmented and the backbone is frozen: their features are computed once.
-    val_feats: tuple[list[Tensor], Tensor] | None = None
+    run.preflight(facts(run, train, val, report, sampler.steps_per_epoch, args.total_epochs))
+    validation = Validation(embed, val, run)
     batches: Any = None
     if args.cached_train and run.epoch < args.total_epochs:
         train.transform = plain(args.img_size, norm)
         feats, labels = collect(embed, train, run.device, args.batch_size, args.workers, everything=True)
-        batches = FeatureBatches(feats[0], labels, sampler)
+        batches = FeatureBatches(feats, labels, sampler)
     elif not args.cached_train:
         batches = run.loader(Keyed(train, args.seed), sampler)
 
     for epoch, batch in run.batches(batches, sampler, args.total_epochs):
         lr = learning_rate(args, epoch)
         optimizer.param_groups[0]["lr"] = lr
-        x = batch[0].to(run.device, non_blocking=True)
-        if not args.cached_train:
-            x = embed(follow(x, encoder))[0].float()
+        if args.cached_train:
+            x = batch[0][0].to(run.device, non_blocking=True)
+        else:
+            x = embed(follow(batch[0], encoder))[0].float()
         target = batch[1].to(run.device, non_blocking=True)
         logits = net(x)  # [B, classes]
         loss = F.cross_entropy(logits, target) * sampler.weight(run.step_in_epoch)
@@ -170,17 +139,14 @@ def main(argv: list[str] | None = None) -> int:
         if run.log_due():
             watched["acc1"] = 100 * float(topk(logits.detach(), target, (1,))[0]) / len(target)
         if run.step_in_epoch + 1 == sampler.steps_per_epoch:
-            if val_feats is None:
-                val_feats = collect(embed, val, run.device, args.batch_size, args.workers)
-            pieces = zip(val_feats[0][0].split(args.batch_size), val_feats[1].split(args.batch_size))
-            scores.history.append(evaluate(probe, pieces, len(val), run.device))
+            scores.history += evaluate(lambda feats: [probe(feats[0])], validation, 1, len(val), run.device)
             tested = {"val/top1": scores.history[-1][0], "val/top5": scores.history[-1][1]}
         run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, evaluated=tested, **watched)
 
     unchanged(encoder, before)
-    facts = {"epochs": args.total_epochs, "cached_train": args.cached_train, "pretrained": args.pretrained,
-             "normalise": norm}  # fmt: skip
-    write_result(run.dir, scores.result() | facts)
+    told = {"epochs": args.total_epochs, "cached_train": args.cached_train, "pretrained": args.pretrained,
+            "normalise": norm}  # fmt: skip
+    write_result(run.dir, scores.result() | told)
     run.finish()
     return 0
 

@@ -184,3 +184,16 @@ def load_strict(
                 value.copy_(state[key])
     loaded = sum(key in state for key in own)
     return f"loaded {loaded} tensors, dropped {len(state) - loaded}, left new {len(own) - loaded}"
+
+
+class ReleaseKeys:
+    """A model for `Run.track`: its state dict under the releases' keys, which begin with `module.`."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f"module.{key}": value for key, value in self.model.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        load_strict(self.model, {key.removeprefix("module."): value for key, value in state.items()})

@@ -412,6 +412,19 @@ def flat_folder(root: str | os.PathLike, transform: Callable | None = None) -> I
     return images
 
 
+def training_folder(data_dir: str | os.PathLike) -> ImageList:
+    """`data_dir`/train where that is a folder, else `data_dir`: class folders, or images that lie there without labels.
+
+    UserError: neither folder is there.
+    """
+    root = Path(data_dir) / "train"
+    if not root.is_dir() and Path(data_dir).is_dir():
+        root = Path(data_dir)
+    if root.is_dir() and any(e.suffix.lower() in EXTENSIONS and not is_helper(e.name) for e in root.iterdir()):
+        return flat_folder(root)
+    return image_folder(root)
+
+
 def list_rows(file: str | os.PathLike, what: str) -> list[tuple[int, str, int | None]]:
     """Number of the line, name and label (None: the line has none) of every line of a list that is not empty.
 

@@ -20,7 +20,6 @@ from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import ArrayImages, ImageList, image_folder, list_file, list_rows, mix_key, per_class
 from shared_utils.feed import in_order
 from shared_utils.flags import natural, positive
-from shared_utils.lab import mini
 from shared_utils.run import plain_errors
 
 SETS = ("folder", "cifar10", "cifar100")
@@ -38,7 +37,6 @@ def add_data_flags(p: argparse.ArgumentParser, more: Sequence[str] = ()) -> None
         default="folder",
         help="folder: as above; else torchvision's files below --data_dir",
     )
-    a("--synthetic", action="store_true", help="generate the mini data and take it as --data_dir, no download")
     a("--img_size", type=positive, help="pixels of a crop; default: what the checkpoint was trained with, else 224")
     a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
     a("--cache", action="store_true", help="decode the training images once and keep them in memory (small images)")
@@ -61,14 +59,9 @@ def _cifar(args: argparse.Namespace) -> tuple[ImageList, ImageList]:
 
 
 def prepare_data(args: argparse.Namespace) -> None:
-    """Resolve and check the flags; with --synthetic write the mini data, once, before any process reads it."""
+    """Resolve --img_size by what the checkpoint was trained with."""
     if args.img_size is None:
         args.img_size = stored_flags(getattr(args, "pretrained", "none")).get("img_size", 224)
-    if args.synthetic:
-        if distributed.rank() == 0:
-            mini.ensure("images")
-        distributed.barrier()
-        args.data_dir = mini.ensure("images")
 
 
 def open_splits(args: argparse.Namespace) -> tuple[ImageList, ImageList]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from shared_utils import UserError, distributed
 from shared_utils.data import ImageList
 from shared_utils.feed import in_order
-from shared_utils.run import plain_errors
+from shared_utils.run import plain_errors, stop_between
 
 
 @torch.no_grad()
@@ -43,6 +43,7 @@ def features(
 
     def blocks() -> Iterator[Tensor]:
         for x, _, _ in plain_errors(loader):
+            stop_between()
             # The network's first convolution brings them into its own format.
             x = x.to(device, memory_format=torch.contiguous_format, non_blocking=True)
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -88,24 +89,11 @@ def features(
 
 
 EXTRA = 32  # candidates beyond k that a matrix product hands to the final ranking
-WORTH = 2**32  # multiplications from which on a bank in bfloat16 pays for itself
 SCORES = 2**28  # products of queries and bank in memory at a time: 1 GB in float32
-
-
-@contextlib.contextmanager
-def _float32_sums() -> Iterator[None]:
-    """What the bounds below rely on: GPUs add up in float32, and take float32 factors as they are, not as TF32."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32
-    try:
-        matmul.allow_bf16_reduced_precision_reduction = matmul.allow_tf32 = False
-        yield
-    finally:
-        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32 = before
+PAIRS = 2**26  # numbers of the candidates' vectors in memory at a time
 
 
 @torch.no_grad()
-@_float32_sums()
 def search(
     queries: Tensor,
     bank: Tensor,
@@ -118,9 +106,8 @@ def search(
 ) -> tuple[Tensor, Tensor]:
     """The k rows of `bank` with the largest inner product, exactly; for normalised rows the nearest in L2 too.
 
-    Candidates come from matrix products, in bfloat16 where that is fast, and are ranked by float32 products. Queries
-    whose candidates in bfloat16 are not proven to hold the k best are searched again in float32. Among equal products
-    the lower index comes first, unless more than EXTRA are equal.
+    A matrix product in float32 (never TF32) hands k + EXTRA candidates to a ranking by products that are summed in one
+    order, whatever the chunk. Among equal products the lower index comes first, unless more than EXTRA are equal.
 
     Args:
         queries: [Q, D]; bank: [N, D].
@@ -137,107 +124,59 @@ def search(
     device = device or bank.device
     block = min(len(bank), block or _rows_that_fit(bank, device))
     chunk = min(chunk, max(1, SCORES // block))
-    kinds = [torch.float32]
-    if _bfloat16_is_fast(device) and len(queries) * bank.numel() >= WORTH:
-        kinds.insert(0, torch.bfloat16)
     sim = torch.full((len(queries), k), -torch.inf, device=queries.device)
     index = torch.zeros(sim.shape, dtype=torch.int64, device=queries.device)
     for start in range(0, len(bank), block):
         part = bank[start : start + block].to(device)
-        products = {kind: _Products(part, kind) for kind in kinds}
-        width = min(k, len(part))
         for at in range(0, len(queries), chunk):
+            stop_between()
             rows = slice(at, at + chunk)
             q = queries[rows].to(device)
             own = torch.arange(at, at + len(q), device=device) + first - start if exclude_self else None
-            best, where = q.new_empty(len(q), width), torch.empty(len(q), width, dtype=torch.int64, device=device)
-            todo = torch.arange(len(q), device=device)
-            for kind in list(kinds):
-                best[todo], where[todo], proven = products[kind].best(
-                    q[todo], width, None if own is None else own[todo]
-                )
-                if 2 * int(proven.sum()) < len(todo) and kind != kinds[-1]:
-                    kinds.remove(kind)  # features too close to each other: it would not help the next ones either
-                    del products[kind]
-                todo = todo[~proven]
-                if not len(todo):
-                    break
+            best, where = _candidates(q, part, k, own)
             # Of equals the earlier stays first: the blocks come in the order of the bank.
             both = torch.cat([sim[rows].to(device), best], 1).sort(dim=1, descending=True, stable=True)
-            candidates = torch.cat([index[rows].to(device), where + start], 1)
-            sim[rows], index[rows] = both.values[:, :k], candidates.gather(1, both.indices[:, :k])
-        del part, products  # before the next block comes
+            found = torch.cat([index[rows].to(device), where + start], 1)
+            sim[rows], index[rows] = both.values[:, :k], found.gather(1, both.indices[:, :k])
+        del part  # before the next block comes
     return sim, index
 
 
 def _rows_that_fit(bank: Tensor, device: torch.device) -> int:
-    """Rows in float32 and bfloat16 for half of a GPU's free memory; all of a bank that is where it is needed."""
+    """Rows in float32 for half of a GPU's free memory; all of a bank that is where it is needed."""
     if bank.device.type == device.type or device.type != "cuda":
         return len(bank)
-    return max(1, torch.cuda.mem_get_info(device)[0] // 2 // (6 * bank.shape[1]))
+    return max(1, torch.cuda.mem_get_info(device)[0] // 2 // (4 * bank.shape[1]))
 
 
-def _bfloat16_is_fast(device: torch.device) -> bool:
-    """GPUs since 2020 and CPUs with AMX."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+def _candidates(q: Tensor, part: Tensor, k: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Products [Q, c] and rising indices [Q, c] of the rows of `part` that may be among the k best, c = k + EXTRA.
 
-
-class _Products:
-    """Inner products with a bank in some precision, and how far they can be off.
-
-    With q' = q + e and b' = b + d after rounding, |q.b - q'.b'| <= |e| |b| + |q'| |d| (Cauchy-Schwarz); the D terms are
-    summed in float32, and bfloat16 rounds the sum to 8 bits. There the mean of the bank is taken off first: that moves
-    all products of a query alike, and what is left is shorter.
+    Row `own` [Q] is left out, if it is one: its product is -inf.
     """
+    with _no_tf32():
+        s = q @ part.T  # [Q, N]
+    if own is not None:
+        inside = torch.nonzero((own >= 0) & (own < len(part))).flatten()
+        s[inside, own[inside]] = -torch.inf
+    score, index = s.topk(min(k + EXTRA, len(part)), dim=1)
+    del s
+    index, order = index.sort(1)
+    few = max(1, PAIRS // (index.shape[1] * q.shape[1]))
+    best = torch.cat([(part[i] * v[:, None]).sum(2) for v, i in zip(q.split(few), index.split(few))])
+    return best.masked_fill(score.gather(1, order) == -torch.inf, -torch.inf), index
 
-    def __init__(self, bank: Tensor, dtype: torch.dtype):
-        self.exact, self.low = bank, bank
-        self.mean = torch.zeros_like(bank[0])
-        self.length = self.centred = float(bank.norm(dim=1).max())  # largest |b|
-        self.rounding = 0.0  # largest |d|
-        if dtype != torch.float32:
-            self.mean, self.centred = bank.mean(0), 0.0
-            self.low = torch.empty_like(bank, dtype=dtype)
-            for rows, low in zip(bank.split(4096), self.low.split(4096)):
-                rows = rows - self.mean
-                low.copy_(rows)
-                self.centred = max(self.centred, float(rows.norm(dim=1).max()))
-                self.rounding = max(self.rounding, float((low.float() - rows).norm(dim=1).max()))
 
-    def best(self, q: Tensor, k: int, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Products [Q, k] and indices [Q, k] of the best rows, and which are proven [Q].
-
-        Row `own` [Q] is left out, if it is one: a place that nothing fills has the product -inf.
-        """
-        low = q.to(self.low.dtype)
-        s = low @ self.low.T  # [Q, N]
-        if own is not None:
-            inside = torch.nonzero((own >= 0) & (own < s.shape[1])).flatten()
-            s[inside, own[inside]] = -torch.inf
-        count = min(k + EXTRA, s.shape[1])
-        everything = count == s.shape[1]
-        score, index = torch.topk(s, count, dim=1)
-        del s
-        score, low = score.float(), low.float()
-        off = (low - q).norm(dim=1) * self.centred + low.norm(dim=1) * self.rounding
-        off += q.shape[1] * 2**-22 * q.norm(dim=1) * self.length  # sums in float32, here and below
-        there = score > -torch.inf
-        if self.low.dtype == torch.bfloat16:
-            off += score.abs().where(there, 0).amax(1) / 256
-
-        # Rank in float32 all that rounding may have moved behind the k-th.
-        index, order = index.sort(1)
-        close = (there & (score >= score[:, k - 1, None] - 2 * off[:, None])).gather(1, order)
-        pairs = zip(close.nonzero()[:, 0].split(512), index[close].split(512))
-        sim = torch.full_like(score, -torch.inf)
-        products = [(q[rows] * self.exact[columns]).sum(1) for rows, columns in pairs]
-        if products:  # none: the only row is the query's own
-            sim[close] = torch.cat(products)
-        sim, order = sim.sort(dim=1, descending=True, stable=True)
-        sim, index = sim[:, :k], index.gather(1, order)[:, :k]
-        return sim, index, (sim[:, -1] - q @ self.mean > score[:, -1] + off) | everything
+@contextlib.contextmanager
+def _no_tf32() -> Iterator[None]:
+    """GPUs take float32 factors as they are."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = False
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def neighbours(bank: Tensor, k: int, device: torch.device, block: int | None = None) -> Tensor:

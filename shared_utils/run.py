@@ -199,6 +199,16 @@ def plain_errors(loader: DataLoader) -> Iterator[Any]:
         raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
 
 
+def stop_between() -> None:
+    """Ends a run that was told to stop, between the batches of a pass over all images, which may take minutes.
+
+    Only where the run's checkpoint holds all of its steps; otherwise the pass goes on and the run stops after its step.
+    """
+    for run in list(_open_runs):
+        if run.signalled and run.saved_step == run.step:
+            run.leave(run.signalled)
+
+
 class Run:
     """See the module's head. Attributes: `device`, `rank`, `world`, `dir`, `step`, `epoch`, `step_in_epoch`."""
 
@@ -217,7 +227,7 @@ class Run:
         self._tracked: dict[str, Any] = {}
         self._data: list[list[Any]] = []  # number of files and hash of each list
         self._unread: Counter[str] = Counter()
-        self._signal = 0
+        self.signalled = self.saved_step = 0
         self._handlers: dict[int, Any] = {}  # what the signals did before
         self._writer: Any = None
         self._started = time.time()
@@ -337,7 +347,7 @@ class Run:
             thing.load_state_dict({**saved[name], **own[name]} if own.get(name) else saved[name])
         progress = saved["progress"]
         self.step, self.epoch, self.step_in_epoch = progress["step"], progress["epoch"], progress["step_in_epoch"]
-        self._seconds_before = progress["seconds"]
+        self._seconds_before, self.saved_step = progress["seconds"], self.step
         checkpoint.set_rng_state(saved["rng"][self.rank])
         self.say(f"  resumed: {path} at step {self.step} (epoch {self.epoch}, step {self.step_in_epoch} inside it)")
 
@@ -447,25 +457,27 @@ class Run:
         return (self._seconds_before + time.time() - self._started) / 60
 
     def _on_signal(self, number: int, _: Any) -> None:
-        if self._signal:  # the second time: at once
+        if self.signalled:  # the second time: at once
             os._exit(128 + number)
-        self._signal = number
+        self.signalled = number
 
     def _stop_if_asked(self) -> None:
-        number = self._signal
+        number = self.signalled
         if self.world > 1:  # every process stops after the same step
             asked = torch.tensor(number, device=self.device)
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
             number = int(asked)
         if number:
             self.save()
-            self.say(
-                f"  stopped by {signal.Signals(number).name} at step {self.step}; the same command goes on from here"
-            )
-            self.close()
-            if self.world > 1:
-                os._exit(128 + number)
-            raise SystemExit(128 + number)
+            self.leave(number)
+
+    def leave(self, number: int) -> NoReturn:
+        """End the process by a signal's number."""
+        self.say(f"  stopped by {signal.Signals(number).name} at step {self.step}; the same command goes on from here")
+        self.close()
+        if self.world > 1:
+            os._exit(128 + number)
+        raise SystemExit(128 + number)
 
     def save(self) -> None:
         """Everything that the run needs to go on exactly, to checkpoint.pth, atomically."""
@@ -490,6 +502,7 @@ class Run:
             if self.world > 1:
                 meta["local"] = local
             checkpoint.save(self.dir / "checkpoint.pth", {**state, **meta})
+        self.saved_step = self.step
         distributed.barrier()
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import time
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from shared_utils import augment
 from shared_utils.data import ImageList
 from shared_utils.layout import follow
+from shared_utils.preflight import about, seconds
 from shared_utils.resnet import make_grid
 from shared_utils.run import Run
 from sscl import losses
@@ -112,13 +112,7 @@ def estimate(run: Run, model: SsCL, steps: int, views: Sequence[str]) -> str:
     args, encoder = run.args, model.encoder_k
     size = args.batch_labelled // run.world
     x = torch.randn(size, 3, args.img_size, args.img_size, device=run.device)
-    encoder.eval()
-    for _ in range(2):
-        started = time.perf_counter()
-        with run.autocast():
-            encoder.embed(follow(x, encoder)).sum().item()
-        seconds = time.perf_counter() - started
-    encoder.train()
+    passed = seconds(run, encoder, lambda: encoder.embed(follow(x, encoder)))
     unlabelled = args.mu * (("weak" in views) + 3 * ("strong" in views) + ("key" in views))
-    minutes = seconds * args.epochs * steps * (3 + ("key" in views) + unlabelled) / 60
-    return f"about {max(1, round(minutes))} min for {args.epochs * steps} steps if data loading keeps up"
+    steps *= args.epochs
+    return about(passed * steps * (3 + ("key" in views) + unlabelled) / 60, steps)

@@ -18,7 +18,7 @@ from torch import nn
 from bingo import main_lincls, main_semi
 from bingo.arch import build, mlp_head
 from bingo.lab import export_detection
-from shared_utils import UserError, checkpoint, evaluation
+from shared_utils import UserError, checkpoint, evaluation, probe
 from shared_utils.augment import plain
 from shared_utils.data import EpochSampler, ImageList, image_folder
 from shared_utils.evaluation import topk
@@ -100,7 +100,7 @@ def test_cached_validation_gives_the_numbers_of_a_pass_an_epoch(data, weights, t
 
 
 def test_recomputed_validation_keeps_no_features(data, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(main_lincls, "collect", None)
+    monkeypatch.setattr(probe, "collect", None)
     evaluate, seen = main_lincls.evaluate, []
 
     def noted(probes, batches, *args):
@@ -136,7 +136,8 @@ def test_hits_are_counted_where_a_line_is_written_alone(data, weights, tmp_path,
         counted.append(len(labels))
         return topk(logits, labels)
 
-    monkeypatch.setattr(main_lincls, "topk", noted)
+    for module in (main_lincls, probe):
+        monkeypatch.setattr(module, "topk", noted)
     lincls(data, weights, tmp_path, *PROBE, "--end_epoch", "1", "--log-every", "4")
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(row["step"], "acc1_5" in row, "val/top1_5" in row) for row in lines] == [
@@ -196,7 +197,7 @@ def test_probe_is_that_of_an_independent_loop(data, tmp_path):
 
 def test_release_pooling_and_schedule():
     net = build("resnet50", 8)
-    sizes = {n: main_lincls.pooled_size(n, net) for n in (1, 4, 8, 12, 13, 14, 15, 16, 17)}
+    sizes = {n: probe.pooled_size(n, net) for n in (1, 4, 8, 12, 13, 14, 15, 16, 17)}
     assert sizes == {1: 14, 4: 14, 8: 7, 12: 7, 13: 7, 14: 7, 15: 7, 16: 7, 17: 1}  # release classifiers/cls_opt.py
     assert main_lincls.block_ids(["14", "last", "layer1"], net) == [14, 17, 4]
     assert main_lincls.block_ids(["last"], build("efficientnet-b0")) == [18]
@@ -288,7 +289,7 @@ def test_two_processes_train_the_probe_of_one(data, weights, tmp_path):
         ("--pretrained {tmp}/foreign.pth", "foreign.pth, taken as resnet18, width 64, stem imagenet: .*missing"),
         ("--arch resnet18", "taken as resnet18, width 8.*missing"),
         ("--width 16", "mis-shaped"),
-        ("--selected_feat_id 6", "--selected_feat_id 6: no such block; choose from 0 to 5, last, layer1"),
+        ("--selected_feat_id 6", "--selected_feat_id 6: no such block; choose from 0 to 5, layer1"),
         ("--selected_feat_id 5,last", "names a block twice"),
         ("--nchannels 512", "--nchannels 512: block 5 of resnet10 has 64"),
         ("--end_epoch 0", "--end_epoch 0: must be at least 1"),
@@ -310,9 +311,11 @@ def test_bad_input(flags, message, data, weights, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_command_line_error_is_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "bingo.main_knn", "--pretrained", str(tmp_path / "no.pth"), "--synthetic"]
-    done = subprocess.run([*command, *SMALL, "--device", "cpu"], cwd=ROOT, capture_output=True, text=True)
+def test_command_line_error_is_one_line_and_exit_code_2(data, tmp_path):
+    command = [sys.executable, "-m", "bingo.main_knn", "--pretrained", str(tmp_path / "no.pth")]
+    done = subprocess.run(
+        [*command, *SMALL, "--data_dir", data, "--device", "cpu"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stderr.strip().splitlines() == [
         f"error: {tmp_path}/no.pth: no such checkpoint file; train it first (README, Run), or give another path"
     ]

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hsa import main_knn, main_lincls, main_semi
 from hsa.arch import build, mlp_head
 from hsa.lab import export_detection
-from shared_utils import UserError, checkpoint, evaluation
+from shared_utils import UserError, checkpoint, evaluation, probe
 from shared_utils.augment import plain
 from shared_utils.data import ImageList, image_folder
 from shared_utils.evaluation import labelled_indices, topk
@@ -113,7 +113,7 @@ def test_two_levels_are_probed_at_once_as_each_alone(data, weights, tmp_path):
 
 
 def test_recomputed_validation_keeps_no_features(data, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(main_lincls, "collect", None)
+    monkeypatch.setattr(probe, "collect", None)
     evaluate, seen = main_lincls.evaluate, []
 
     def noted(probes, batches, *args):
@@ -150,7 +150,8 @@ def test_hits_are_counted_where_a_line_is_written_alone(data, weights, tmp_path,
         counted.append(len(labels))
         return topk(logits, labels)
 
-    monkeypatch.setattr(main_lincls, "topk", noted)
+    for module in (main_lincls, probe):
+        monkeypatch.setattr(module, "topk", noted)
     call(main_lincls, data, weights, tmp_path, *PROBE, "--end_epoch", "1", "--log-every", "4")
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(row["step"], "acc1_4" in row, "val/top1_4" in row) for row in lines] == [
@@ -161,7 +162,7 @@ def test_hits_are_counted_where_a_line_is_written_alone(data, weights, tmp_path,
 
 def test_release_ids_pooling_and_schedule():
     net = build("resnet50", 8)
-    sizes = {n: main_lincls.pooled_size(n, net) for n in (1, 4, 8, 12, 13, 14, 15, 16, 17)}
+    sizes = {n: probe.pooled_size(n, net) for n in (1, 4, 8, 12, 13, 14, 15, 16, 17)}
     assert sizes == {1: 14, 4: 14, 8: 7, 12: 7, 13: 7, 14: 7, 15: 7, 16: 7, 17: 1}  # release classifiers/cls_opt.py
     args = main_lincls.get_parser().parse_args(["--pretrained", "x"])
     assert main_lincls.block_ids(args.selected_feat_id, net) == [14, 17]
@@ -201,8 +202,8 @@ def test_bad_input(flags, message, data, weights, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_command_line_error_is_one_line_and_exit_code_2(tmp_path):
-    flags = ["--pretrained", str(tmp_path / "no.pth"), "--synthetic", "--device", "cpu"]
+def test_command_line_error_is_one_line_and_exit_code_2(data, tmp_path):
+    flags = ["--pretrained", str(tmp_path / "no.pth"), "--data_dir", str(data), "--device", "cpu"]
     command = [sys.executable, "-m", "hsa.main_semi", *SMALL, *flags, "--output-dir", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2

@@ -18,7 +18,7 @@ from torch import nn
 from kscl import main_knn, main_lincls
 from kscl.arch import build, mlp_head
 from kscl.lab import arms, export_detection
-from shared_utils import UserError, checkpoint, evaluation
+from shared_utils import UserError, checkpoint, evaluation, probe
 from shared_utils.augment import plain
 from shared_utils.data import ImageList, image_folder
 from shared_utils.lab import mini, results
@@ -114,7 +114,7 @@ def test_features_that_do_not_fit_in_memory(data, weights, tmp_path, monkeypatch
 
 def test_ids_pooling_and_schedule():
     net = build("resnet50", 8)
-    sizes = {n: main_lincls.pooled_size(n, net) for n in (1, 4, 8, 13, 14, 15, 16, 17)}
+    sizes = {n: probe.pooled_size(n, net) for n in (1, 4, 8, 13, 14, 15, 16, 17)}
     assert sizes == {1: 14, 4: 14, 8: 7, 13: 7, 14: 7, 15: 7, 16: 7, 17: 1}
     args = main_lincls.get_parser().parse_args(["--pretrained", "x"])
     assert main_lincls.block_ids(args.selected_feat_id, net) == [17]
@@ -158,8 +158,8 @@ def test_bad_input(flags, message, data, weights, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_command_line_error_is_one_line_and_exit_code_2(tmp_path):
-    flags = ["--pretrained", str(tmp_path / "no.pth"), "--synthetic", "--device", "cpu"]
+def test_a_command_line_error_is_one_line_and_exit_code_2(data, tmp_path):
+    flags = ["--pretrained", str(tmp_path / "no.pth"), "--data_dir", str(data), "--device", "cpu"]
     command = [sys.executable, "-m", "kscl.main_knn", *SMALL, *flags, "--output-dir", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2

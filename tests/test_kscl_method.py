@@ -78,7 +78,7 @@ def slow_loss(q: Tensor, U: Tensor, queue: Tensor, sim: str, tau: float) -> Tens
 @settings(max_examples=30, deadline=None)
 @given(k=st.integers(1, 6), spread=st.sampled_from([0.05, 0.5, 3.0]), energy=st.sampled_from([0.5, 0.9, 1.0]),
        seed=st.integers(0, 99))  # fmt: skip
-def test_bases_are_orthonormal_and_projectors_idempotent(k, spread, energy, seed):  # c, h
+def test_bases_are_orthonormal_and_projectors_idempotent(k, spread, energy, seed):
     Z = keys(4, 12, k, seed, spread)
     own = configure(Z, RankRule(k, energy=energy))
     P = projector(own)
@@ -87,7 +87,7 @@ def test_bases_are_orthonormal_and_projectors_idempotent(k, spread, energy, seed
         torch.testing.assert_close(own.U[n, :, :r].T @ own.U[n, :, :r], torch.eye(r, dtype=torch.float64))
         assert not own.U[n, :, r:].any() and P[n].trace().item() == pytest.approx(r)
         left, s, _ = torch.linalg.svd(Z[n], full_matrices=False)
-        torch.testing.assert_close(P[n], left[:, :r] @ left[:, :r].T, rtol=0, atol=1e-8)  # h: the SVD's projector
+        torch.testing.assert_close(P[n], left[:, :r] @ left[:, :r].T, rtol=0, atol=1e-8)  # the SVD's projector
         torch.testing.assert_close(own.l[n], s.square(), rtol=0, atol=1e-12)
         assert r == 1 + int((s.square().cumsum(0) / k < energy - 1e-6).sum())
     torch.testing.assert_close(P @ P, P)
@@ -99,11 +99,11 @@ def test_float32_keys_keep_right_angles_where_an_eigenvalue_is_small():
     own = configure(Z, RankRule(5, energy=1.0))
     assert own.U.dtype == torch.float32 and (own.l[:, 4] / own.l[:, 0]).max() < 1e-3
     torch.testing.assert_close(own.U.mT @ own.U, torch.eye(5).expand(64, 5, 5), rtol=0, atol=2e-6)
-    with torch.autocast("cpu", torch.bfloat16):  # trap 6
+    with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(configure(Z, RankRule(5, energy=1.0)).U, own.U)
 
 
-def test_a_match_is_1_within_the_span_and_0_across_it():  # c
+def test_a_match_is_1_within_the_span_and_0_across_it():
     Z = keys(5, 12, 3)
     own = configure(Z, ALL)
     inside = F.normalize((Z * torch.tensor([0.3, -2.0, 0.7])).sum(2), dim=1)
@@ -117,7 +117,7 @@ def test_a_match_is_1_within_the_span_and_0_across_it():  # c
 
 
 @pytest.mark.parametrize("sim", ["proj_len", "proj_len_sq", "signed"])
-def test_order_rotation_and_signs_change_nothing(sim):  # d
+def test_order_rotation_and_signs_change_nothing(sim):
     Z, q, queue = keys(4, 12, 4), unit(4, 12, seed=2), stored(9, 12, 4, RankRule(4))
     rule = RankRule(4)
     base, _ = losses.kscl_loss(q, configure(Z, rule), queue, sim, 0.2)
@@ -145,7 +145,7 @@ def test_more_keys_than_one_decomposition_takes():
     assert torch.allclose(all_at_once.U[-20:] @ all_at_once.U[-20:].mT, last.U @ last.U.mT, atol=1e-6)
 
 
-def test_shots_and_energy_never_lower_a_match():  # e
+def test_shots_and_energy_never_lower_a_match():
     Z, q = keys(20, 16, 6, spread=1.0), unit(20, 16, seed=9)
     by_shots = torch.stack([own_match(q, configure(Z[:, :, :k], ALL), "proj_len") for k in range(1, 7)])
     assert (by_shots.diff(dim=0) > 0).all()
@@ -158,7 +158,7 @@ def test_shots_and_energy_never_lower_a_match():  # e
 
 @pytest.mark.parametrize("rule", [RankRule(5, energy=e) for e in (0.1, 0.9, 1.0)] + [RankRule(3, "fixed", rank=3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_identical_keys_span_one_direction(rule, dtype):  # f
+def test_identical_keys_span_one_direction(rule, dtype):
     z, q = unit(6, 12, dtype=dtype), unit(6, 12, seed=1, dtype=dtype).requires_grad_()
     own = configure(z[:, :, None].repeat(1, 1, 5), rule)
     assert own.rank.tolist() == [1] * 6 and own.U.isfinite().all()
@@ -171,7 +171,7 @@ def test_identical_keys_span_one_direction(rule, dtype):  # f
 @pytest.mark.parametrize(
     ("energy", "expected"), [(0.9, (5, 4, 3, 1, 1)), (0.8, (4, 3, 1, 1, 1)), (0.4, (1, 1, 1, 1, 1))]
 )
-def test_ranks_of_equicorrelated_keys(energy, expected):  # g
+def test_ranks_of_equicorrelated_keys(energy, expected):
     rhos = (0.3, 0.5, 0.8, 0.9, 0.95)
     for rho, rank in zip(rhos, expected):
         own = configure(equicorrelated(5, rho), RankRule(5, energy=energy))
@@ -179,7 +179,7 @@ def test_ranks_of_equicorrelated_keys(energy, expected):  # g
         assert own.rank.item() == rank == 1 + math.ceil(max(0, (energy * 5 - 1 - 4 * rho) / (1 - rho)) - 1e-9)
 
 
-def test_one_direction_of_equicorrelated_keys_is_their_mean():  # j
+def test_one_direction_of_equicorrelated_keys_is_their_mean():
     Z = equicorrelated(5, 0.4)
     mean = F.normalize(Z.mean(2), dim=1)
     own = configure(Z, RankRule(1, "fixed", rank=1))
@@ -197,7 +197,7 @@ def test_rank_rules_and_room():
         assert rule.ranks(l).tolist() == expected, rule
 
 
-def test_centring_removes_the_mean_direction():  # trap 4
+def test_centring_removes_the_mean_direction():
     model = KSCL(arch.build("resnet10", 4), RankRule(2, energy=1.0), 12, 8, center=True)
     Z = keys(5, 12, 3)
     own, centred = model.subspaces(Z)
@@ -213,7 +213,7 @@ def test_centring_removes_the_mean_direction():  # trap 4
 
 
 @pytest.mark.parametrize("sim", ["proj_len", "proj_len_sq", "signed"])
-def test_the_gradient_to_the_query_lies_along_the_projection(sim):  # k, equation 7
+def test_the_gradient_to_the_query_lies_along_the_projection(sim):
     own, q = configure(keys(4, 8, 3), RankRule(3)), unit(4, 8, seed=3).requires_grad_()
     assert torch.autograd.gradcheck(lambda q: own_match(q, own, sim), q)
     (grad,) = torch.autograd.grad(own_match(q, own, "proj_len").sum(), q)
@@ -223,7 +223,7 @@ def test_the_gradient_to_the_query_lies_along_the_projection(sim):  # k, equatio
 
 @pytest.mark.parametrize("sim", ["proj_len", "proj_len_sq", "signed"])
 @pytest.mark.parametrize("rule", [RankRule(4, "fixed", rank=r) for r in (1, 2, 3, 4)], ids=lambda r: f"rank{r.rank}")
-def test_the_derivative_of_the_truncated_projector(rule, sim):  # k, equation 8
+def test_the_derivative_of_the_truncated_projector(rule, sim):
     Z, q = keys(3, 9, 4, spread=1.0).requires_grad_(), unit(3, 9, seed=3).requires_grad_()
 
     def with_gradient(q: Tensor, Z: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def test_the_derivative_of_the_truncated_projector(rule, sim):  # k, equation 8
 
 
 @pytest.mark.parametrize("rank", [2, 3])
-def test_equal_kept_eigenvalues_have_a_finite_right_derivative(rank):  # k
+def test_equal_kept_eigenvalues_have_a_finite_right_derivative(rank):
     """Two (three) kept eigenvalues are equal; the derivative of eigh itself is not finite there."""
     basis = torch.linalg.qr(torch.randn(9, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
     scale = torch.tensor([1.0, 1.0, 1.0 if rank == 3 else 0.5], dtype=torch.float64)
@@ -276,7 +276,7 @@ def test_streamed_loss_equals_the_slow_one_with_its_gradient(n, p, m, chunk, sim
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_one_shot_is_info_nce(dtype):  # a
+def test_one_shot_is_info_nce(dtype):
     q, k, queue = (unit(n, 16, seed=s, dtype=dtype) for s, n in enumerate((6, 6, 50)))
     own, one = configure(k[:, :, None], RankRule(1)), queue.T[None]
     assert torch.equal(own.U[:, :, 0], k)
@@ -291,7 +291,7 @@ def test_one_shot_is_info_nce(dtype):  # a
 
 
 @pytest.mark.parametrize("sim", ["proj_len", "proj_len_sq", "signed"])
-def test_room_beyond_the_rank_changes_nothing(sim):  # m
+def test_room_beyond_the_rank_changes_nothing(sim):
     q, Z = unit(4, 12, seed=2), keys(4, 12, 3)
     small, large = RankRule(3), RankRule(6)
     a, _ = losses.kscl_loss(q, configure(Z, small), stored(9, 12, 3, small), sim, 0.2)
@@ -300,7 +300,7 @@ def test_room_beyond_the_rank_changes_nothing(sim):  # m
     assert stored(9, 12, 3, large).shape == (6, 12, 9)
 
 
-def test_subspaces_that_fill_the_space_teach_nothing():  # i, trap 2
+def test_subspaces_that_fill_the_space_teach_nothing():
     R = torch.linalg.qr(torch.randn(11, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
     rule, q = RankRule(8, energy=1.0), unit(4, 8).requires_grad_()
     queue = configure(R[4:], rule).U.permute(2, 1, 0)
@@ -373,7 +373,7 @@ def test_what_is_watched_of_the_queue():
 
 
 @pytest.mark.parametrize(("sim", "low", "high"), [("proj_len", 0.068, 0.074), ("proj_len_sq", 0.007, 0.0085)])
-def test_the_chance_level_grows_with_the_rank(sim, low, high):  # trap 3
+def test_the_chance_level_grows_with_the_rank(sim, low, high):
     q = unit(3000, 128, seed=77)
     by_rank = [own_match(q, configure(keys(3000, 128, r, spread=9.0), RankRule(r, "fixed", rank=r)), sim).mean()
                for r in (1, 2, 5)]  # fmt: skip
@@ -405,7 +405,7 @@ def deals(shots: int, seed: int = 3) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed + j) for j in range(shots)]
 
 
-def test_the_queue_is_a_ring_of_the_newest_subspaces():  # l
+def test_the_queue_is_a_ring_of_the_newest_subspaces():
     model = small_model(k=12)
     start = model.queue.clone()
     assert start.shape == (3, 8, 12) and not start[1:].any() and model.queue_rank.tolist() == [1] * 12
@@ -425,7 +425,7 @@ def test_the_queue_is_a_ring_of_the_newest_subspaces():  # l
 
 
 @pytest.mark.parametrize("shots", [1, 2, 5])
-def test_momentum_moves_once_whatever_the_shots(shots):  # o, n
+def test_momentum_moves_once_whatever_the_shots(shots):
     model = small_model(shots)
     for p in model.encoder_q.parameters():
         p.data.add_(torch.randn_like(p))
@@ -436,14 +436,14 @@ def test_momentum_moves_once_whatever_the_shots(shots):  # o, n
     assert Z.shape == (4, 8, shots) and Z_q is None and not Z.requires_grad
     for old, new, p in zip(before, model.encoder_k.parameters(), model.encoder_q.parameters(), strict=True):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * p, rtol=1e-5, atol=1e-6)
-    assert int(model.state_dict()["encoder_k.bn1.num_batches_tracked"]) == shots  # trap 8
+    assert int(model.state_dict()["encoder_k.bn1.num_batches_tracked"]) == shots
     assert int(model.state_dict()["encoder_q.bn1.num_batches_tracked"]) == 1
     losses.kscl_loss(q, model.subspaces(Z)[0], model.queue, "proj_len", 0.2)[0].mean().backward()
     assert all(p.grad is None for p in model.encoder_k.parameters()) and model.queue.grad is None
     assert max(float(p.grad.abs().max()) for p in model.encoder_q.parameters()) > 0
 
 
-def test_each_shot_is_dealt_anew_over_the_shares_and_comes_back_in_order():  # trap 9
+def test_each_shot_is_dealt_anew_over_the_shares_and_comes_back_in_order():
     model, x = small_model().train(), torch.randn(8, 2, 3, 16, 16)
     distributed.convert_norm(model, "split", 2)
     plain = small_model().train()
@@ -473,7 +473,7 @@ def test_keys_of_the_query_encoder_carry_the_gradient():  # 2.4, --subspace_grad
     assert Z.requires_grad and not own.U.requires_grad
 
 
-def test_a_queue_of_moco_v2_becomes_one_of_rank_1():  # b
+def test_a_queue_of_moco_v2_becomes_one_of_rank_1():
     moco = small_model(1, 1, seed=5)
     state = {k: v for k, v in ReleaseKeys(moco).state_dict().items() if k != "module.queue_rank"}
     state["module.queue"] = state["module.queue"][0]  # [D, M] as MoCo v2 has it

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from PIL import Image
 from kscl import arch, losses
 from kscl.builder import KSCL, ReleaseKeys
 from kscl.data import Views, training_images
+from kscl.lab import export_detection
 from kscl.main_kscl import forwards, get_parser, learning_rate, main, picture, telemetry
 from kscl.subspace import RankRule
 from shared_utils import UserError, augment, checkpoint
 from shared_utils.data import Keyed
+from shared_utils.lab import mini
 from shared_utils.run import Diverged, Run
 from tests.checkpoints import differing, tensors
 
@@ -116,7 +119,7 @@ def test_views_are_drawn_alike_and_the_query_is_the_same_for_every_shot_count(da
     assert five[1].shape == (5, 3, 16, 16)
     assert torch.equal(one[0], five[0]) and torch.equal(one[1], five[1][:1])
     views = [five[0], *five[1]]
-    assert all(not torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])  # trap 1: no view twice
+    assert all(not torch.equal(a, b) for i, a in enumerate(views) for b in views[:i])  # no view twice
     grid = picture(torch.stack([five[0]] * 4), torch.stack([five[1]] * 4), 3)
     assert grid.shape == (3, 6 * 18 + 2, 3 * 18 + 2)
     torch.testing.assert_close(grid[:, 2:18, 2:18], augment.denormalise(five[0]))
@@ -188,7 +191,7 @@ def test_defaults_and_schedule():
 # --- what a step does ------------------------------------------------------------------------------------------------
 
 
-def test_a_step_in_its_order(data, tmp_path, monkeypatch):  # l, n, o, traps 8, 10
+def test_a_step_in_its_order(data, tmp_path, monkeypatch):
     states: list[dict] = []
     stored: list = []
     seen: list[tuple] = []
@@ -343,7 +346,7 @@ def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(data, tmp_path,
 # --- processes and bad input -----------------------------------------------------------------------------------------
 
 
-def test_two_processes_equal_one_with_two_splits(data, tmp_path):  # p
+def test_two_processes_equal_one_with_two_splits(data, tmp_path):
     """With gradient through the keys: those of both encoders are dealt over the processes."""
     flags = [*SMALL, "--data_dir", str(data), "--init_lr", "0.002", "--subspace_grad", "pos", "--end_epoch", "2"]
     flags += ["--aug_backend", "batch"]
@@ -395,9 +398,28 @@ def test_bad_flags_are_one_line(flags, message, data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_images_of_ones_own_in_class_folders_and_without_labels(data, tmp_path, capsys):
+    """D/train, D's own class folders and files right below D, names with spaces and other endings among them."""
+    whole = [path for folder in sorted((data / "train").iterdir()) for path in sorted(folder.iterdir())][:9]
+    classes, plain = tmp_path / "my classes", tmp_path / "my photographs"
+    for i, path in enumerate(whole):
+        for folder in (classes / f"class {i % 2}", plain / ("more" if i == 8 else "")):
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.open(path).resize((20 + i, 17)).save(folder / f"photo {i}.{('png', 'jpg')[i % 2]}")
+    for folder, said in ((classes, "9 images of 2 classes"), (plain, "9 images, without labels")):
+        train(folder, tmp_path / folder.name / "out")
+        printed = capsys.readouterr().out
+        assert f"{folder}: {said}" in printed
+        hint = shlex.split(printed.split("backbone: python -m kscl.lab.export_detection ", 1)[1].splitlines()[0])
+        assert export_detection.main(hint) == 0 and (tmp_path / folder.name / "out" / "backbone.pth").is_file()
+    with pytest.raises(UserError, match="--per_class 2: the images of .* lie in no class folders"):
+        train(plain, tmp_path / "none", "--per_class", "2")
+
+
 def test_the_command_line_on_mini_data(tmp_path):
     command = [sys.executable, "-m", "kscl.main_kscl", *SMALL, "--output-dir", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--synthetic", "--per-class", "4"], cwd=ROOT, capture_output=True, text=True)
+    command += ["--data_dir", str(mini.ensure("images").resolve()), "--per-class", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     for line in ("40 images of 10 classes", "expected initial loss", "estimated time", "python -m kscl.main_knn"):
         assert line in done.stdout

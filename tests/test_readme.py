@@ -24,17 +24,18 @@ FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/results.csv"))
 
 def mini_commands(readme: str, folder: str) -> list[list[str]]:
     """What needs no data in the bash blocks under Run and Evaluate, in their order: `bash <folder>/run_*.sh [mini] ...`
-    and `python -m <folder>.... --synthetic ...`.
+    and `python -m <folder>. ...` on what they have made under data/mini/.
     """
     found = []
     for section in re.findall(r"^## (?:Run|Evaluate)$(.*?)(?=^## |\Z)", readme, re.M | re.S):
         for block in re.findall(r"^```bash\n(.*?)^```", section, re.M | re.S):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
+                module = words[2] if words[:2] == ["python", "-m"] else ""
                 if words[:1] == ["bash"] and words[1].startswith(f"{folder}/run_"):
                     if words[2:3] not in (["small"], ["paper"]):
                         found.append(words)
-                elif words[:2] == ["python", "-m"] and words[2].startswith(f"{folder}.") and "--synthetic" in words:
+                elif module.startswith(f"{folder}.") and ("--synthetic" in words or "data/mini/" in line):
                     found.append(words)
     return found
 
@@ -86,9 +87,9 @@ bash mdp/run_a.sh paper --lr 1
 bash mdp/run_b.sh mini --name \\
   "two words"
 bash fame/run_c.sh
-python -m mdp.knn --pretrained runs/mdp/a.pth --synthetic
+python -m mdp.knn --pretrained runs/mdp/a.pth --data_dir data/mini/voc
 python -m mdp.knn --pretrained runs/mdp/a.pth --data_dir /data
-python -m fame.knn --synthetic
+python -m fame.knn --data_dir data/mini/voc
 ```
 ```
 bash mdp/run_output.sh
@@ -105,7 +106,7 @@ bash mdp/run_after.sh
     assert mini_commands(readme, "mdp") == [
         ["bash", "mdp/run_a.sh"],
         ["bash", "mdp/run_b.sh", "mini", "--name", "two words"],
-        ["python", "-m", "mdp.knn", "--pretrained", "runs/mdp/a.pth", "--synthetic"],
+        ["python", "-m", "mdp.knn", "--pretrained", "runs/mdp/a.pth", "--data_dir", "data/mini/voc"],
         ["bash", "mdp/run_d.sh", "--flag"],
     ]
 

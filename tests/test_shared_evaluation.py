@@ -117,7 +117,7 @@ def test_flags_of_the_checkpoint_and_what_overrides_them(tmp_path):
     assert (args.arch, args.stem) == ("a", "imagenet")
     for trained, given, size in ((32, None, 32), (32, 64, 64), (None, None, 224)):
         checkpoint.save(path, {"state_dict": state, "args": {"img_size": trained} if trained else {}})
-        args = argparse.Namespace(pretrained=str(path), img_size=given, per_class=0, synthetic=False)
+        args = argparse.Namespace(pretrained=str(path), img_size=given, per_class=0)
         evaluation.prepare_data(args)
         assert args.img_size == size
     fresh = flags(width=4)

@@ -1,4 +1,8 @@
-"""Exact nearest neighbours: against brute force in float64, through bfloat16 and without it."""
+"""Exact nearest neighbours: against brute force in float64."""
+
+import argparse
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -7,15 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared_utils import UserError, neighbours
+from shared_utils.flags import add_run_flags
 from shared_utils.neighbours import search
-
-
-@pytest.fixture(params=["float32", "bfloat16"])
-def coarse(request, monkeypatch):
-    """Both ways to the candidates, also on a machine and at sizes where one of them is not worth it."""
-    monkeypatch.setattr(neighbours, "_bfloat16_is_fast", lambda device: request.param == "bfloat16")
-    monkeypatch.setattr(neighbours, "WORTH", 0)
-    return request.param
+from shared_utils.run import Run
 
 
 def features(kind: str, n: int = 700, dim: int = 48) -> Tensor:
@@ -40,7 +38,7 @@ def brute(q: Tensor, bank: Tensor, k: int, exclude_self: bool) -> tuple[np.ndarr
 
 @pytest.mark.parametrize("kind", ["random", "clusters", "positive", "tight"])
 @pytest.mark.parametrize("exclude_self", [True, False])
-def test_brute_force_agrees(kind, exclude_self, coarse):
+def test_brute_force_agrees(kind, exclude_self):
     x = features(kind)
     sim, index = search(x, x, 6, exclude_self)
     expected_sim, expected = brute(x, x, 6, exclude_self)
@@ -53,7 +51,7 @@ def test_brute_force_agrees(kind, exclude_self, coarse):
     assert kind == "tight" or (index.numpy() == expected).all()
 
 
-def test_planted_neighbours_are_found(coarse):
+def test_planted_neighbours_are_found():
     x = features("clusters")
     index = search(x, x, 6, exclude_self=True)[1]
     members = torch.arange(700).view(-1, 7)
@@ -61,7 +59,7 @@ def test_planted_neighbours_are_found(coarse):
     assert torch.equal(index.sort(1).values, rows[rows != torch.arange(700)[:, None]].view(700, 6))
 
 
-def test_other_queries_than_the_bank(coarse):
+def test_other_queries_than_the_bank():
     bank, q = features("random"), features("positive", 90)
     _, index = search(q, bank, 20)
     assert (index.numpy() == brute(q, bank, 20, False)[1]).all()
@@ -70,7 +68,7 @@ def test_other_queries_than_the_bank(coarse):
     assert (index.numpy() == brute(bank, bank, 5, True)[1][100:190]).all()
 
 
-def test_duplicates_stay_and_the_lower_index_comes_first(coarse):
+def test_duplicates_stay_and_the_lower_index_comes_first():
     x = features("random", 300)
     x[[7, 250, 299]] = x[7].clone()
     sim, index = search(x, x, 3, exclude_self=True)
@@ -83,7 +81,7 @@ def test_duplicates_stay_and_the_lower_index_comes_first(coarse):
 
 
 @pytest.mark.parametrize("kind", ["random", "clusters", "positive"])
-def test_the_chunk_size_does_not_matter(kind, coarse):
+def test_the_chunk_size_does_not_matter(kind):
     x = features(kind)
     sim, index = search(x, x, 5, exclude_self=True)
     for chunk in (17, 333):
@@ -93,7 +91,7 @@ def test_the_chunk_size_does_not_matter(kind, coarse):
 
 @pytest.mark.parametrize("kind", ["random", "clusters", "positive"])
 @pytest.mark.parametrize("block", [1, 5, 333, 699])
-def test_the_blocks_of_the_bank_do_not_matter(kind, block, coarse):
+def test_the_blocks_of_the_bank_do_not_matter(kind, block):
     x = features(kind, 70 if block < 10 else 700)
     x[66] = x[3]  # equal products in different blocks
     sim, index = search(x, x, 6, exclude_self=True)
@@ -105,50 +103,54 @@ def test_the_blocks_of_the_bank_do_not_matter(kind, block, coarse):
         assert torch.equal(a, b)
 
 
-def test_products_in_memory_are_bounded(coarse, monkeypatch):
+def test_products_in_memory_are_bounded(monkeypatch):
     x = features("random")
     whole = search(x, x, 5)[1]
     monkeypatch.setattr(neighbours, "SCORES", 9000)
-    best, seen = neighbours._Products.best, []
+    monkeypatch.setattr(neighbours, "PAIRS", 5000)
+    candidates, seen = neighbours._candidates, []
 
-    def noted(self, q, *args):
-        seen.append(len(q) * len(self.exact))
-        return best(self, q, *args)
+    def noted(q, part, *args):
+        seen.append(len(q) * len(part))
+        return candidates(q, part, *args)
 
-    monkeypatch.setattr(neighbours._Products, "best", noted)
+    monkeypatch.setattr(neighbours, "_candidates", noted)
     assert torch.equal(search(x, x, 5)[1], whole) and max(seen) == 12 * 700
     seen.clear()
     assert torch.equal(search(x, x, 5, block=100)[1], whole) and max(seen) == 90 * 100
 
 
-def test_gpus_add_up_in_float32_during_a_search_alone(monkeypatch):
-    matmul = torch.backends.cuda.matmul
-    x, best, seen = features("random", 40), neighbours._Products.best, []
+def test_half_of_a_gpus_free_memory_holds_a_block(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8000 * 2, 0))
+    bank, gpu = torch.zeros(700, 20), torch.device("cuda")
+    assert neighbours._rows_that_fit(bank, gpu) == 8000 // (4 * 20)
+    assert neighbours._rows_that_fit(bank, torch.device("cpu")) == 700
 
-    def noted(*args):
-        seen.append((matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32))
-        return best(*args)
 
-    monkeypatch.setattr(neighbours._Products, "best", noted)
-    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32
+def test_gpus_take_float32_factors_during_a_search_alone(monkeypatch):
+    matmul, x, seen = torch.backends.cuda.matmul, features("random", 40), []
+
+    class Noted(Tensor):
+        def __matmul__(self, other):
+            seen.append(matmul.allow_tf32)
+            return self.as_subclass(Tensor) @ other.as_subclass(Tensor)
+
+    before = matmul.allow_tf32
     try:
-        for flags in ((True, True), (False, False)):
-            matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32 = flags
-            search(x, x, 3)
-            assert (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32) == flags
-            with pytest.raises(UserError):
-                search(x, x, 0)
-            assert (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32) == flags
+        for flag in (True, False):
+            matmul.allow_tf32 = flag
+            search(x.as_subclass(Noted), x, 3)
+            assert matmul.allow_tf32 == flag
     finally:
-        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32 = before
-    assert seen == [(False, False)] * 2
+        matmul.allow_tf32 = before
+    assert seen == [False] * 2
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: sums of its matrix products")
 @pytest.mark.parametrize("kind", ["random", "clusters", "positive", "tight"])
 @pytest.mark.parametrize("block", [None, 1500])
-def test_brute_force_agrees_on_a_gpu(kind, block, coarse, monkeypatch):
+def test_brute_force_agrees_on_a_gpu(kind, block, monkeypatch):
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     x = features(kind, 4000, 1024)
     sim, index = search(x, x, 6, exclude_self=True, block=block, device=torch.device("cuda"))
@@ -198,7 +200,7 @@ def test_two_processes_classify_a_share_each(tmp_path):
     assert sorted(out.get() for _ in ranks) == [(0, expected, [17] * 3), (1, expected, [16] * 3)]
 
 
-def test_few_images(coarse):
+def test_few_images():
     x = features("random", 4)
     assert search(x, x, 3, exclude_self=True)[1].sort(1).values.tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]
     with pytest.raises(UserError, match="4 neighbours need at least 5 images, there are 4"):
@@ -207,28 +209,30 @@ def test_few_images(coarse):
         search(x, x, 0)
 
 
-def proven_share(x: Tensor, dtype: torch.dtype) -> float:
-    return float(neighbours._Products(x, dtype).best(x, 5, torch.arange(len(x)))[2].float().mean())
+def told_to_stop(tmp_path, step: int) -> Run:
+    """A run `step` steps after its last checkpoint, that has got SIGTERM."""
+    p = argparse.ArgumentParser()
+    add_run_flags(p, "x")
+    run = Run(p.parse_args(["--output-dir", str(tmp_path / "run"), "--device", "cpu", "--threads", "1"]), "x", "y")
+    run.track(state_dict=torch.nn.Linear(2, 2))
+    run.preflight({})
+    run.save()
+    run.step += step
+    os.kill(os.getpid(), signal.SIGTERM)
+    return run
 
 
-def test_bfloat16_is_proven_where_it_helps_and_given_up_where_not():
-    assert proven_share(features("random", 3000, 256), torch.bfloat16) > 0.9
-    assert proven_share(features("tight"), torch.bfloat16) < 0.1
+def test_a_search_in_a_run_that_is_told_to_stop_ends_it(tmp_path):
+    x = features("random")
+    told_to_stop(tmp_path, 0)
+    with pytest.raises(SystemExit) as end:
+        search(x, x, 5)
+    assert end.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    search(x, x, 5)  # of no run
 
 
-def test_bfloat16_taken_for_granted_gives_wrong_neighbours():
-    x = features("tight")
-    found = neighbours._Products(x, torch.bfloat16).best(x, 5, torch.arange(len(x)))[1]
-    assert (found.numpy() != brute(x, x, 5, True)[1]).any()
-
-
-@pytest.mark.parametrize("kind", ["random", "clusters", "positive", "tight"])
-def test_products_are_never_further_off_than_stated(kind):
-    x = features(kind, 420, 512)
-    product = neighbours._Products(x, torch.bfloat16)
-    low = x.bfloat16()
-    exact = x.double() @ (x - product.mean).double().T
-    rounded = (low @ product.low.T).double()
-    off = (low.float() - x).norm(dim=1) * product.centred + low.float().norm(dim=1) * product.rounding
-    off = off[:, None] + 512 * 2**-22 * product.length + rounded.abs() / 256
-    assert ((exact - rounded).abs() <= off).all()
+def test_a_search_goes_on_where_steps_would_be_lost(tmp_path):
+    x = features("random")
+    run = told_to_stop(tmp_path, 1)
+    search(x, x, 5)
+    run.close()

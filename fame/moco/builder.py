@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared_utils import UserError, checkpoint, distributed
+from shared_utils import UserError, distributed
+from shared_utils.checkpoint import ReleaseKeys as ReleaseKeys
 
 QUEUE_ORDERS = ("release", "clean")
 
@@ -113,16 +114,3 @@ def contrast_rank(logits: list[tuple[Tensor, Tensor]]) -> Tensor:
     positive = torch.stack([p for p, _ in logits]).mean(0)
     negatives = torch.stack([n for _, n in logits]).mean(0)
     return (negatives > positive[:, None]).sum(1)
-
-
-class ReleaseKeys:
-    """The model for `Run.track`, under the release's names `module.encoder_q.*`, `module.queue`, ..."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {f"module.{key}": value for key, value in self.model.state_dict().items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        checkpoint.load_strict(self.model, {key.removeprefix("module."): value for key, value in state.items()})

@@ -8,13 +8,12 @@ The projection head stays behind.
 import argparse
 
 from kscl.arch import DEPTHS as ARCHS
-from kscl.arch import STEMS, build
+from kscl.arch import DROP, STEMS, build
 from shared_utils.evaluation import add_network_flags, load_backbone
 from shared_utils.flags import Parser
 from shared_utils.lab.export import INPUT, add_export_flags, check, resnet_lines, write_backbone, write_detectron2
 from shared_utils.run import cli
 
-DROP = ("fc.*", "projection_head.*", "prototypes.*")  # heads, of other methods too
 MEAN_STD = "MODEL.PIXEL_MEAN [123.675,116.280,103.530] MODEL.PIXEL_STD [58.395,57.120,57.375]"
 
 

@@ -14,7 +14,7 @@ from kscl.subspace import RankRule, own_match
 from shared_utils import augment
 from shared_utils.data import Keyed
 from shared_utils.flags import Parser, natural
-from shared_utils.lab import mini, tiles
+from shared_utils.lab import tiles
 from shared_utils.run import cli, set_threads
 
 COMMAND = "bash kscl/run_pretrain.sh"
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     saved, flags = tiles.open_run(args.pretrained, training_parser(), COMMAND, ["state_dict"])
     set_threads(0, 0, torch.device("cpu"))
-    images = training_images(mini.ensure("images") if flags.synthetic else flags.data_dir, flags.per_class)
+    images = training_images(flags.data_dir, flags.per_class)
     tiles.check_numbers(args.anchors, len(images))
     recipe = augment.moco_v2 if flags.aug_plus else augment.moco_v1
     views = Keyed(Views(images, recipe(flags.img_size), flags.shots), flags.seed)
