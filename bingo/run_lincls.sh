@@ -17,10 +17,11 @@ runs=${RUNS:-runs}
 where=$tier
 case "$tier" in
   mini)
-    # Section 4 of the paper at toy size: a classifier on the frozen student of run_pretrain.sh mini, mini images;
+    # Linear evaluation at toy size: a classifier on the frozen student of run_pretrain.sh mini, mini images;
     # 30 epochs over features of unaugmented images (--cached_train), seconds on two CPU cores.
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     flags=(
-      --synthetic --img_size 32 --cached_train
+      --data_dir data/mini/images --img_size 32 --cached_train
       --init_lr 0.3 --decay_method cos --end_epoch 30 --batch_size 64
     )
     ;;

@@ -23,7 +23,8 @@ case "$tier" in
   mini)
     # Every arm once on the generated images, a minute each: 10 epochs with 2 refreshes are worth
     # 10 x 11 / 4 + 2 / 4 = 28 epochs of MoCo.
-    data=(--synthetic --cache --img_size 32)
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
+    data=(--data_dir data/mini/images --cache --img_size 32)
     equal=28
     ;;
   small)

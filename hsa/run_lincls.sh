@@ -17,10 +17,11 @@ runs=${RUNS:-runs}
 where=$tier
 case "$tier" in
   mini)
-    # Section 4 of the paper at toy size: classifiers on layer3 and layer4 of the frozen network of run_pretrain.sh mini;
+    # Linear evaluation at toy size: classifiers on layer3 and layer4 of the frozen network of run_pretrain.sh mini;
     # 30 epochs over features of unaugmented images (--cached_train), seconds on two CPU cores.
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     flags=(
-      --synthetic --img_size 32 --cached_train
+      --data_dir data/mini/images --img_size 32 --cached_train
       --init_lr 0.3 --schedule 18,24 --end_epoch 30 --batch_size 64
     )
     ;;

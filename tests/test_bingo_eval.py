@@ -310,9 +310,11 @@ def test_bad_input(flags, message, data, weights, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_command_line_error_is_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "bingo.main_knn", "--pretrained", str(tmp_path / "no.pth"), "--synthetic"]
-    done = subprocess.run([*command, *SMALL, "--device", "cpu"], cwd=ROOT, capture_output=True, text=True)
+def test_command_line_error_is_one_line_and_exit_code_2(data, tmp_path):
+    command = [sys.executable, "-m", "bingo.main_knn", "--pretrained", str(tmp_path / "no.pth"), *SMALL]
+    done = subprocess.run(
+        [*command, "--data_dir", str(data), "--device", "cpu"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stderr.strip().splitlines() == [
         f"error: {tmp_path}/no.pth: no such checkpoint file; train it first (README, Run), or give another path"
     ]

@@ -165,7 +165,7 @@ def enqueued(step: list[tuple[str, Any, Any]], number: int, key: Tensor) -> None
 
 
 @pytest.mark.parametrize("flags", ["--teacher_bn eval", "--teacher_bn train --bn_splits 2", "--one_pass"])
-def test_release_step(flags, steps):  # traps 4, 5, 7; properties 3, 7, 14
+def test_release_step(flags, steps):
     """Which view goes to which network, and which output is which argument of the loss."""
     all_mu = []
     for number, step in enumerate(steps(*flags.split())):

@@ -201,8 +201,8 @@ def test_bad_input(flags, message, data, weights, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_command_line_error_is_one_line_and_exit_code_2(tmp_path):
-    flags = ["--pretrained", str(tmp_path / "no.pth"), "--synthetic", "--device", "cpu"]
+def test_command_line_error_is_one_line_and_exit_code_2(data, tmp_path):
+    flags = ["--pretrained", str(tmp_path / "no.pth"), "--data_dir", str(data), "--device", "cpu"]
     command = [sys.executable, "-m", "hsa.main_semi", *SMALL, *flags, "--output-dir", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
