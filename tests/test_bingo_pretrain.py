@@ -497,7 +497,7 @@ def test_bags_of_two_processes_are_those_of_one(data, teacher, tmp_path):
         ("--lam 0.5", r"--lam \[0.5\]: two weights"),
         ("--moco_t 0", r"--moco_t, --init_lr and --alpha must be above 0"),
         ("--init_lr 0", r"--moco_t, --init_lr and --alpha must be above 0"),
-        ("--end_epoch 0", r"--end_epoch 0: must be at least 1"),
+        ("--end_epoch -1", r"--end_epoch -1: must not be negative"),
         ("--img_size 0", r"--img_size 0: must be at least 1"),
         ("--hidden 0", r"--hidden 0: must be at least 1"),
         ("--s_width 0", r"--s_width 0: must be at least 1"),
@@ -629,10 +629,12 @@ def test_arms_of_equal_heads_are_held_against_each_other():
     level = {"alone": 20.0, "bingo": 30.0, "alone_wide": 40.0, "bingo_wide": 30.0}
     found = {arm: {s: {"metrics": metrics | {"few_shot": x + s}} for s in (0, 1)} for arm, x in level.items()}
     rows = {line.split(" | ")[0]: line.split(" | ")[-1] for line in arms.ARMS.table(found).splitlines()}
-    assert rows["| BINGO, release's loss"] == "above |"
+    assert rows["| BINGO, release's loss"] == "+10.00 (10.00 to 10.00), p = 0 |"
     wide = "student alone (MoCo v2), BINGO's head, equal epochs"
-    assert rows["| BINGO, release's loss, batch-norm shares of 32"] == f"below (against {wide}) |"
-    assert rows[f"| {wide}"] == "above |"
+    assert rows["| BINGO, release's loss, batch-norm shares of 32"] == (
+        f"-10.00 (-10.00 to -10.00), p = 0 (against {wide}) |"
+    )
+    assert rows[f"| {wide}"] == "+20.00 (20.00 to 20.00), p = 0 |"
     assert set(arms.ARMS.against.items()) <= {*arms.ARMS.pairs, ("alone_wide_eq", "alone_wide")}
     assert ("bingo_narrow", "alone") in arms.ARMS.pairs
 

@@ -214,8 +214,8 @@ def test_a_step_in_the_order_of_the_release(data, tmp_path, monkeypatch):
 
 def test_neighbours_are_those_of_the_momentum_encoder_at_the_refresh(data, tmp_path, monkeypatch):
     spy = Spy(monkeypatch)
-    train(data, tmp_path, "--end_epoch", "2", "--cluster_freq", "1", "--init_lr", "0.5")
-    images = training_images(data, transform=augment.plain(16))
+    train(data, tmp_path, *"--end_epoch 2 --cluster_freq 1 --init_lr 0.5 --aug_backend pil".split())
+    images = training_images(data, transform=augment.plain(16, "pil"))
     found = {}
     for which in ("k", "q"):
         encoder = arch.build("resnet10", 4, "cifar_pool")
@@ -376,6 +376,10 @@ def test_resume_with_other_flags_or_images_is_refused(data, whole, tmp_path):
     saved = checkpoint.load(out / "checkpoint.pth")
     saved["args"]["data_dir"] = str(images)
     checkpoint.save(out / "checkpoint.pth", saved)
+    with pytest.raises(UserError, match="saved on other data"):
+        train(images, out, *FULL)
+    del saved["data"]  # as in an older file
+    checkpoint.save(out / "checkpoint.pth", saved)
     with pytest.raises(UserError, match="neighbours are of other images, or of another order"):
         train(images, out, *FULL)
 
@@ -432,7 +436,7 @@ def test_two_processes_of_two_splits_equal_one_with_four(data, tmp_path):
         ("--mode moco --neighbours random --crops 2", r"leave --neighbours, --crops away"),
         ("--moco_t 0", r"--moco_t, --init_lr and --alpha must be above 0"),
         ("--moco_m 1.5", r"--moco_m must lie in 0..1"),
-        ("--end_epoch 0", r"--end_epoch 0: must be at least 1"),
+        ("--end_epoch -1", r"--end_epoch -1: must not be negative"),
         ("--inter_weight -1", r"--inter_weight -1: must not be negative"),
         ("--output-dir /dev/null/x", r"/dev/null/x: cannot write here"),
     ],
