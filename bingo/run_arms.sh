@@ -46,6 +46,7 @@ case "$tier" in
     # - everything else is descriptive, bingo against alone too: it differs in the head and in the batch norms.
     per_class=400
     if [ "$set_name" = tiny_imagenet50 ]; then per_class=80; fi
+    loading+=(--aug_backend pil) # evaluations: rows of different runs compare
     data=(--data_dir "${DATA_ROOT:-data}/$set_name" --per_class "$per_class" --cache --img_size 32)
     student=(--arch resnet10 --width 16 --per_class "$per_class" --init_lr 0.06 --end_epoch 10)
     equal=66 equal_wide=60

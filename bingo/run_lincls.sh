@@ -17,7 +17,7 @@ runs=${RUNS:-runs}
 where=$tier
 case "$tier" in
   mini)
-    # Linear evaluation at toy size: a classifier on the frozen student of run_pretrain.sh mini, mini images;
+    # Section 4 of the paper at toy size: a classifier on the frozen student of run_pretrain.sh mini, mini images;
     # 30 epochs over features of unaugmented images (--cached_train), seconds on two CPU cores.
     "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     flags=(

@@ -45,6 +45,7 @@ case "$tier" in
     export SET=$images
     per_class=400
     if [ "$images" = tiny_imagenet50 ]; then per_class=80; fi
+    loading+=(--aug_backend pil) # evaluations, in every set: rows of different runs compare
     data=(--data_dir "${DATA_ROOT:-data}/$images" --per_class "$per_class" --cache --img_size 32)
     equal=29
     out=$out/$set_name

@@ -17,7 +17,7 @@ runs=${RUNS:-runs}
 where=$tier
 case "$tier" in
   mini)
-    # Linear evaluation at toy size: classifiers on layer3 and layer4 of the frozen network of run_pretrain.sh mini;
+    # Section 4 of the paper at toy size: classifiers on layer3 and layer4 of the frozen network of run_pretrain.sh mini;
     # 30 epochs over features of unaugmented images (--cached_train), seconds on two CPU cores.
     "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     flags=(

@@ -22,13 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/results.csv"))
 
 
-def on_mini_data(words: list[str]) -> bool:
-    return "--synthetic" in words or any(word.startswith("data/mini/") for word in words)
-
-
 def mini_commands(readme: str, folder: str) -> list[list[str]]:
     """What needs no data in the bash blocks under Run and Evaluate, in their order: `bash <folder>/run_*.sh [mini] ...`
-    and `python -m <folder>...` with a path below data/mini/.
+    and `python -m <folder>.... --synthetic ...`.
     """
     found = []
     for section in re.findall(r"^## (?:Run|Evaluate)$(.*?)(?=^## |\Z)", readme, re.M | re.S):
@@ -38,7 +34,7 @@ def mini_commands(readme: str, folder: str) -> list[list[str]]:
                 if words[:1] == ["bash"] and words[1].startswith(f"{folder}/run_"):
                     if words[2:3] not in (["small"], ["paper"]):
                         found.append(words)
-                elif words[:2] == ["python", "-m"] and words[2].startswith(f"{folder}.") and on_mini_data(words):
+                elif words[:2] == ["python", "-m"] and words[2].startswith(f"{folder}.") and "--synthetic" in words:
                     found.append(words)
     return found
 
