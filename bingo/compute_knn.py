@@ -14,7 +14,7 @@ import torch
 
 from bingo.arch import ARCHS, STEMS
 from bingo.data import check_writable, save_bags
-from bingo.options import add_data_flags, prepare_data, train_images
+from bingo.options import add_data_flags, train_images
 from bingo.teachers import ALGS, fingerprint, load_teacher
 from shared_utils import UserError, distributed
 from shared_utils.augment import plain
@@ -51,7 +51,6 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     device = distributed.init(args.device)
     set_threads(args.threads, args.workers, device)
-    prepare_data(args)
     images = train_images(args)
     labels = images.labels
     out, made_by = args.corr_dir / args.corr_name, None

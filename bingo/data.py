@@ -154,8 +154,11 @@ def load_bags(path: Path, images: ImageList, clus_pos_num: int) -> tuple[Bags, s
     return Bags(array.astype(np.int64), teacher), f"{path} ({kind}, {size}; {note})"
 
 
+VIEWS = ("query", "key", "add_posq", "add_posk")  # of the anchor, of a member of its bag
+
+
 class Views(Dataset):
-    """(query, key) of an anchor, and (query, key, add_posq, add_posk) where there are bags; each [3, S, S].
+    """(query, key) of an anchor, and all of VIEWS where there are bags; each [3, S, S].
 
     The draws come in the release's order: the member, add_posq, add_posk, key, query. Both positive views are of one
     member.

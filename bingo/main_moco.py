@@ -20,14 +20,13 @@ from torch import Tensor
 from bingo import cutmix, losses
 from bingo.arch import ARCHS, STEMS, Encoder, build, mlp_head
 from bingo.builder import BINGO, ReleaseKeys
-from bingo.data import Bags, Views, load_bags, order_hash, sha256
+from bingo.data import VIEWS, Bags, Views, load_bags, order_hash, sha256
 from bingo.options import (
     add_data_flags,
     add_schedule_flags,
     check_batch,
     learning_rate,
     next_command,
-    prepare_data,
     train_images,
 )
 from bingo.teachers import ALGS, fingerprint, load_teacher
@@ -166,7 +165,6 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     run = Run(args, "bingo", "pretrain")
     check_flags(args, run.world)
-    prepare_data(args)
 
     # Data: anchors and members of their bags.
     images = train_images(args)
@@ -235,26 +233,25 @@ def main(argv: list[str] | None = None) -> int:
     for epoch, batch in run.batches(loader, sampler, args.end_epoch):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, epoch)
-        batch = [follow(x, model) for x in batch]
-        im_q, im_k = batch[:2]
+        x = {name: follow(view, model) for name, view in zip(VIEWS, batch)}  # [B, 3, S, S] each
         # Shuffle-BN; a teacher in eval mode sees the same whatever the batch.
         deal = [
             torch.Generator().manual_seed(mix_key(args.seed, run.step, i)) if args.teacher_bn == "train" else None
             for i in (0, 1)
         ]
-        views, mu = {"query": im_q}, torch.ones(len(im_q))
+        views, mu = {"query": x["query"]}, torch.ones(per_process)  # of the student
         if args.loss != "intra":
-            views["add_posq"] = batch[2]
+            views["add_posq"] = x["add_posq"]
         if mixes:
             shares = range(run.rank * args.bn_splits, (run.rank + 1) * args.bn_splits)
             rngs = [np.random.Generator(np.random.PCG64(mix_key(args.seed, run.step, i))) for i in shares]
             boxes = [cutmix.draw_box(args.img_size, args.img_size, args.alpha, rng) for rng in rngs]
-            views["mix"], mu = cutmix.mix_shares(im_q, batch[2], boxes)
+            views["mix"], mu = cutmix.mix_shares(x["query"], x["add_posq"], boxes)
 
         with run.autocast():
             z = embed(list(views.values()))  # s_a, s_p, s_m
-            k = model.embed_keys(im_k, deal[0])  # T_a
-            k_p = model.embed_keys(batch[3], deal[1]) if args.loss == "release" else k  # T_p
+            k = model.embed_keys(x["key"], deal[0])  # T_a
+            k_p = model.embed_keys(x["add_posk"], deal[1]) if args.loss == "release" else k  # T_p
         if args.loss == "release":
             lam = losses.loss_weights(epoch, args.warmup_epochs, (args.lam[0], args.lam[1]))
             groups = losses.release_groups(
@@ -285,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.loss == "release":
                 watched |= {f"loss/{name}": value for name, value in zip(views, groups.detach())}
         if run.due(args.image_every):
-            more = {"key": im_k} if args.loss != "release" else {"key": im_k, "add_posk": batch[3]}
+            more = {name: x[name] for name in (["key", "add_posk"] if args.loss == "release" else ["key"])}
             run.image("views/" + "_".join([*views, *more]), views_picture({**views, **more}))
         model.enqueue(k)  # T_a alone, and only now: the graph above needed the queue as it was
         run.log(loss=distributed.all_sum(loss) / run.world, lr=optimizer.param_groups[0]["lr"], **watched)

@@ -19,7 +19,6 @@ from bingo.options import (
     check_batch,
     learning_rate,
     next_command,
-    prepare_data,
     train_images,
 )
 from bingo.visualize import views_picture
@@ -69,7 +68,6 @@ def main(argv: list[str] | None = None) -> int:
     check_batch(args.batch_size, run.world, args.bn_splits)
     if not args.moco_t > 0 or not args.init_lr > 0 or not 0 <= args.moco_m <= 1:
         raise UserError("--moco_t and --init_lr must be above 0, and --moco_m in 0..1")
-    prepare_data(args)
     images = train_images(args)
     args.images_sha256 = order_hash(images)[:16]
     augment = (moco_v2 if args.aug_plus == "true" else moco_v1)(args.img_size)

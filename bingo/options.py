@@ -6,17 +6,15 @@ import os
 from pathlib import Path
 from shlex import quote
 
-from shared_utils import UserError, distributed
+from shared_utils import UserError
 from shared_utils.data import ImageList, image_folder, per_class
 from shared_utils.flags import Parser, ints, natural, positive
-from shared_utils.lab import mini
 
 
 def add_data_flags(p: Parser) -> None:
     """--data_dir holds train/CLASS/*.jpg and val/CLASS/*.jpg, as ImageNet."""
     a = p.add_argument
     a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="holds train/CLASS/*.jpg")
-    a("--synthetic", action="store_true", help="generate the mini data and take it as --data_dir, no download")
     a("--img_size", type=positive, default=224, help="pixels of a crop")
     a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
     a("--cache", action="store_true", help="decode all images once and keep them in memory")
@@ -43,15 +41,6 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
     if args.decay_method == "cos":
         return args.init_lr * 0.5 * (1 + math.cos(math.pi * epoch / args.end_epoch))
     return args.init_lr * args.lr_decay ** sum(epoch >= milestone for milestone in args.schedule)
-
-
-def prepare_data(args: argparse.Namespace) -> None:
-    """With --synthetic: write the mini data, once, before any process reads it."""
-    if args.synthetic:
-        if distributed.rank() == 0:
-            mini.ensure("images")
-        distributed.barrier()
-        args.data_dir = mini.ensure("images")
 
 
 def train_images(args: argparse.Namespace) -> ImageList:

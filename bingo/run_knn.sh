@@ -16,8 +16,9 @@ runs=${RUNS:-runs}/bingo
 case "$tier" in
   mini)
     # Five neighbours of each of the 1,000 generated images.
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     flags=(
-      --synthetic --cache --img_size 32 --arch resnet10 --t_width 32 --t_stem cifar_pool
+      --data_dir data/mini/images --cache --img_size 32 --arch resnet10 --t_width 32 --t_stem cifar_pool
       --ckpt_name "$runs/teacher/mini/checkpoint.pth" --corr_dir "$runs/imgs_corr" --corr_name mini.npy
     )
     ;;

@@ -17,15 +17,16 @@ out=$runs/pretrain/$tier
 case "$tier" in
   mini)
     # The release's loss at toy size: ResNet-10 student of a quarter of the width, 120 steps.
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     flags=(
-      --synthetic --cache --img_size 32 --s_arch resnet10 --s_width 16 --s_stem cifar_pool
+      --data_dir data/mini/images --cache --img_size 32 --s_arch resnet10 --s_width 16 --s_stem cifar_pool
       --t_arch resnet10 --t_width 32 --t_stem cifar_pool --log-every 5
       --pretrain_path "$runs/teacher/mini/checkpoint.pth" --corr_npy "$runs/imgs_corr/mini.npy"
       --batch_size 64 --moco_k 512 --init_lr 0.06 --end_epoch 8 --warmup_epochs 3 --workers 1
     )
     ;;
   small)
-    # 4,000 real images at 32 pixels, 620 steps; run_arms.sh trains every arm of README.md's table with these flags.
+    # 4,000 real images at 32 pixels, 620 steps; run_arms.sh trains every arm with these flags.
     # bf16 is fast on CPUs with AMX or AVX512-BF16 only; elsewhere --amp none.
     set_name=${SET:-cifar10}
     per_class=400

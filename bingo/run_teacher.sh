@@ -16,14 +16,15 @@ out=${RUNS:-runs}/bingo/teacher/$tier
 case "$tier" in
   mini)
     # MoCo v2 at toy size: 1,000 generated images, ResNet-10 of half the width, 32 pixels, 120 steps.
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     flags=(
-      --synthetic --cache --img_size 32 --arch resnet10 --width 32 --stem cifar_pool --log-every 5
+      --data_dir data/mini/images --cache --img_size 32 --arch resnet10 --width 32 --stem cifar_pool --log-every 5
       --batch_size 64 --bn_splits 2 --moco_k 512 --moco_m 0.99 --init_lr 0.03 --end_epoch 8 --workers 1
     )
     ;;
   small)
     # The teacher of the small tier: all 20,000 images of CIFAR-10, or all 10,000 of the 50 Tiny-ImageNet classes, at 32
-    # pixels, 4,056 steps. A teacher of the students' 4,000 images and 2,480 steps was no better than they (README.md).
+    # pixels, 4,056 steps. A teacher of the students' 4,000 images and 2,480 steps was no better than they (NOTES.md).
     # --bn_splits with the keys shuffled over them: in one batch norm the keys know their queries (MoCo, shuffle-BN).
     # A queue of 16 steps: with 64 steps and m = 0.99 keys and queue drift apart and embeddings collapse (feat/std 0.03).
     # bf16 is fast on CPUs with AMX or AVX512-BF16 only; elsewhere --amp none.

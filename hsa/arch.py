@@ -22,6 +22,8 @@ DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
 }
 STEMS = ("imagenet", "cifar", "cifar_pool")
 INTER_HEADS = ("mlp", "stage")
+# What evaluations leave behind: the heads of both levels; level 3 may have a private stage.
+DROP = ("fc.*", "fc3.*", "stage3.*", "projection_head.*", "prototypes.*")
 
 
 def mlp_head(in_features: int, dim: int = 128, hidden: int | None = None) -> nn.Sequential:

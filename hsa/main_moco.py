@@ -33,7 +33,6 @@ from shared_utils.flags import (
     not_negative,
     positive,
 )
-from shared_utils.lab import mini
 from shared_utils.layout import follow, place
 from shared_utils.neighbours import features
 from shared_utils.resnet import make_grid
@@ -44,7 +43,6 @@ def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="hsa.main_moco", description=__doc__.splitlines()[0])
     a = p.add_argument
     a("--data_dir", type=Path, default=Path("data/imagenet"), help="holds train/CLASS/*.jpg")
-    a("--synthetic", action="store_true", help="generate the mini data and take it as --data_dir, no download")
     a("--img_size", type=positive, default=224, help="pixels of a crop")
     a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
     a("--cache", action="store_true", help="decode all images once and keep them in memory")
@@ -198,11 +196,6 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(args, "hsa", "pretrain")
     resolve(args)
     check_flags(args, run.world)
-    if args.synthetic:
-        if run.rank == 0:
-            mini.ensure("images")
-        distributed.barrier()
-        args.data_dir = mini.ensure("images")
     cross, mixing = args.mode != "moco", args.mix == "cutmix"
     local, rank = args.batch_size // run.world, run.rank
 

@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hsa.arch import DEPTHS, STEMS, build
-from hsa.lab.export_detection import DROP
+from hsa.arch import DEPTHS, DROP, STEMS, build
 from shared_utils import UserError, distributed, feed
 from shared_utils.augment import linear_train, plain
 from shared_utils.data import EpochSampler, ImageList

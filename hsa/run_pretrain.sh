@@ -17,16 +17,17 @@ case "$tier" in
   mini)
     # The release's loss at toy size: 1,000 generated images of coloured digits, ResNet-10 of a quarter of the width,
     # 150 steps, neighbours renewed once; the loss falls from 5.9, once the queue is full, to 5.1.
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     flags=(
-      --synthetic --cache --img_size 32 --arch resnet10 --width 16 --stem cifar_pool --bn_splits 2
+      --data_dir data/mini/images --cache --img_size 32 --arch resnet10 --width 16 --stem cifar_pool --bn_splits 2
       --batch_size 64 --moco_k 512 --moco_m 0.99 --init_lr 0.06 --end_epoch 10 --cluster_freq 5
       --warmup_epochs 3 --workers 1 --log-every 5
     )
     ;;
   small)
     # bf16 is fast on CPUs with AMX or AVX512-BF16 only; elsewhere --amp none.
-    # 4,000 real images at 32 pixels, 620 steps, 3 minutes on one core (MoCo v2: 80 s); run_arms.sh trains every arm of
-    # README.md's table with these flags. --bn_splits 2 with the keys shuffled: two shares of 32 images, as on the
+    # 4,000 real images at 32 pixels, 620 steps, 3 minutes on one core (MoCo v2: 80 s); run_arms.sh trains every
+    # arm with these flags. --bn_splits 2 with the keys shuffled: two shares of 32 images, as on the
     # release's GPUs; within one batch norm the keys know their queries.
     set_name=${SET:-cifar10}
     per_class=400

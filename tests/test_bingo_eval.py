@@ -163,11 +163,11 @@ def test_probe_is_that_of_an_independent_loop(data, tmp_path):
         tmp_path / "run",
         *PROBE,
         *"--init_lr 0.02 --min_lr 0.01".split(),
-        *"--cached_train --decay_method cos --wd 0.01 --batch_size 20".split(),
+        *"--cached_train --decay_method cos --wd 0.01 --batch_size 20 --aug_backend pil".split(),
     )
     net.fc = nn.Identity()
     net.eval()
-    train, val = (image_folder(data / split, plain(32)) for split in ("train", "val"))
+    train, val = (image_folder(data / split, plain(32, "pil")) for split in ("train", "val"))
     with torch.no_grad():
         feats, queries = (net(stacked(images)) for images in (train, val))
     weight = checkpoint.load(tmp_path / "run" / "checkpoint.pth")["state_dict"]
@@ -329,13 +329,13 @@ def semi(data: Path, weights: object, out: Path, *extra: str) -> dict:
 
 
 def test_few_labels_fine_tune_the_whole_network(data, weights, tmp_path):
-    found = semi(data, weights, tmp_path, "--fraction", "0.5", "--end_epoch", "16")
+    found = semi(data, weights, tmp_path, *"--fraction 0.5 --end_epoch 16 --aug_backend pil".split())
     assert found["labelled"] == 48 and found["of"] == 96
     saved = checkpoint.load(tmp_path / "checkpoint.pth")
     net = build("resnet10", 8, "cifar_pool")
     net.fc = nn.Linear(64, 6)
     net.load_state_dict(saved["state_dict"])
-    images = image_folder(data / "val", plain(32))
+    images = image_folder(data / "val", plain(32, "pil"))
     with torch.no_grad():
         logits = net.eval()(stacked(images))
     assert found["semi"] == pytest.approx(100 * float((logits.argmax(1) == images.labels).double().mean()))

@@ -200,7 +200,7 @@ def test_teacher_check_sees_neighbours_even_with_more_classes_than_images_to_loo
     assert torch.bincount(main_moco.sample_classes(finer, 96).labels).max() == 32
 
 
-def test_a_students_checkpoint_loads_into_torchvision(train, tmp_path):  # property 12
+def test_a_students_checkpoint_loads_into_torchvision(train, tmp_path):
     """Without `module.encoder_q.` and the head, only the classifier is missing."""
     train(tmp_path, *"--s_arch resnet18 --s_width 64 --s_stem imagenet --end_epoch 1 --loss intra".split())
     saved = checkpoint.load(tmp_path / "checkpoint.pth")["state_dict"]
@@ -391,7 +391,7 @@ def test_the_printed_evaluation_runs(train, data, tmp_path, capsys):
         assert 0 <= result["knn"] <= 100 and result["pretrained"] == str(tmp_path / name / "checkpoint.pth")
 
 
-def test_one_share_of_batch_statistics_is_cautioned_against(train, data, tmp_path, capsys):  # trap 16
+def test_one_share_of_batch_statistics_is_cautioned_against(train, data, tmp_path, capsys):
     end, says = ["--end_epoch", "1"], "CAUTION, batch norm: --teacher_bn train in one share"
     for flags, told in (("", False), ("--teacher_bn train", True), ("--teacher_bn train --bn_splits 2", False)):
         train(tmp_path / str(len(flags)), *end, *flags.split())
@@ -405,7 +405,7 @@ def test_one_share_of_batch_statistics_is_cautioned_against(train, data, tmp_pat
         assert ("CAUTION, batch norm: one batch norm over" in capsys.readouterr().out) is (splits == 1)
 
 
-def test_the_preflight_counts_tensors_and_measures_the_teacher(train, data, teacher, tmp_path, capsys):  # trap 2
+def test_the_preflight_counts_tensors_and_measures_the_teacher(train, data, teacher, tmp_path, capsys):
     """Two classes of five images: 5-NN purity of the pooled features of the file's q encoder, by brute force."""
     train(tmp_path, "--end_epoch", "1", "--check_teacher", "50")
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("  teacher: "))
@@ -497,7 +497,7 @@ def test_bags_of_two_processes_are_those_of_one(data, teacher, tmp_path):
         ("--lam 0.5", r"--lam \[0.5\]: two weights"),
         ("--moco_t 0", r"--moco_t, --init_lr and --alpha must be above 0"),
         ("--init_lr 0", r"--moco_t, --init_lr and --alpha must be above 0"),
-        ("--end_epoch 0", r"--end_epoch 0: must be at least 1"),
+        ("--end_epoch -1", r"--end_epoch -1: must not be negative"),
         ("--img_size 0", r"--img_size 0: must be at least 1"),
         ("--hidden 0", r"--hidden 0: must be at least 1"),
         ("--s_width 0", r"--s_width 0: must be at least 1"),
@@ -558,7 +558,7 @@ def test_an_empty_class_and_a_broken_file_are_named(train, data, teacher, tmp_pa
     refused(f"^{broken}: not a readable image")
 
 
-def test_defaults_are_the_releases():  # trap 14
+def test_defaults_are_the_releases():
     for module, expected in (
         (main_moco, {
             "moco_k": 65536, "moco_t": 0.2, "aug_plus": "true", "decay_method": "cos", "init_lr": 0.03, "momentum": 0.9,
@@ -629,10 +629,12 @@ def test_arms_of_equal_heads_are_held_against_each_other():
     level = {"alone": 20.0, "bingo": 30.0, "alone_wide": 40.0, "bingo_wide": 30.0}
     found = {arm: {s: {"metrics": metrics | {"few_shot": x + s}} for s in (0, 1)} for arm, x in level.items()}
     rows = {line.split(" | ")[0]: line.split(" | ")[-1] for line in arms.ARMS.table(found).splitlines()}
-    assert rows["| BINGO, release's loss"] == "above |"
+    assert rows["| BINGO, release's loss"] == "+10.00 (10.00 to 10.00), p = 0 |"
     wide = "student alone (MoCo v2), BINGO's head, equal epochs"
-    assert rows["| BINGO, release's loss, batch-norm shares of 32"] == f"below (against {wide}) |"
-    assert rows[f"| {wide}"] == "above |"
+    assert rows["| BINGO, release's loss, batch-norm shares of 32"] == (
+        f"-10.00 (-10.00 to -10.00), p = 0 (against {wide}) |"
+    )
+    assert rows[f"| {wide}"] == "+20.00 (20.00 to 20.00), p = 0 |"
     assert set(arms.ARMS.against.items()) <= {*arms.ARMS.pairs, ("alone_wide_eq", "alone_wide")}
     assert ("bingo_narrow", "alone") in arms.ARMS.pairs
 

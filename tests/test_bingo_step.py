@@ -14,14 +14,15 @@ from torch import Tensor
 from bingo import cutmix, losses, main_moco, main_teacher
 from bingo.arch import build, mlp_head
 from bingo.builder import BINGO, MoCo, Queue
-from bingo.data import save_bags
-from shared_utils import checkpoint
+from bingo.data import VIEWS, Views, load_bags, save_bags
+from shared_utils import augment, checkpoint, feed
 from shared_utils.data import image_folder
 
 COUNT, SIZE, BATCH = 24, 16, 8
 FLAGS = (
-    f"--img_size {SIZE} --batch_size {BATCH} --moco_k 16 --end_epoch 2 --workers 0 --threads 1 --log-every 1".split()
-)
+    f"--img_size {SIZE} --batch_size {BATCH} --moco_k 16 --end_epoch 2 --workers 0 --threads 1 --log-every 1 "
+    "--aug_backend pil"
+).split()
 DRAWS = {"add_posq": 0, "add_posk": 1, "key": 2, "query": 3}  # the order in which the views of an item are drawn
 TEACHER_DRAWS = {"key": 0, "query": 1}
 
@@ -165,7 +166,7 @@ def enqueued(step: list[tuple[str, Any, Any]], number: int, key: Tensor) -> None
 
 
 @pytest.mark.parametrize("flags", ["--teacher_bn eval", "--teacher_bn train --bn_splits 2", "--one_pass"])
-def test_release_step(flags, steps):  # traps 4, 5, 7; properties 3, 7, 14
+def test_release_step(flags, steps):
     """Which view goes to which network, and which output is which argument of the loss."""
     all_mu = []
     for number, step in enumerate(steps(*flags.split())):
@@ -274,3 +275,14 @@ def test_teacher_step_moves_the_key_encoder_between_query_and_keys(data, tmp_pat
         loss = F.cross_entropy(logits, torch.zeros(BATCH, dtype=torch.long))
         assert written[number] == pytest.approx(float(loss.detach()), rel=1e-5)
         enqueued(step, number, k)
+
+
+def test_views_of_a_batch_are_of_the_anchor_and_of_a_member(data, corr):
+    images = image_folder(data / "train")
+    recipe, rows = augment.plain(SIZE, "batch"), torch.arange(COUNT)  # moves no colour
+    for bags, names in ((load_bags(corr, images, 1)[0], VIEWS), (None, VIEWS[:2])):
+        views = feed.keyed(Views(images, recipe, bags), 0, "batch").__getitems__([(0, i) for i in range(COUNT)])
+        assert len(views) == len(names)
+        for name, view in zip(names, views):
+            own = (augment.denormalise(view)[:, 0, 2, 2] * 25.5).round().long()
+            assert own.equal((rows + 5) % COUNT if "pos" in name else rows), name

@@ -40,7 +40,7 @@ def grey(image: Image.Image) -> Tensor:
     return torch.tensor(np.asarray(image)[0, 0, 0] // 20).long()
 
 
-def test_planted_clusters_are_found_without_the_image_itself(images):  # property 8
+def test_planted_clusters_are_found_without_the_image_itself(images):
     nearby = Neighbours(images, 3, 0)
     centres = torch.eye(3).repeat_interleave(4, 0)
     feats = F.normalize(centres + 0.05 * torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), dim=1)
@@ -70,7 +70,7 @@ def test_controls_draw_other_images(images):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_workers_see_a_refresh(images, workers):  # property 8, trap 4
+def test_workers_see_a_refresh(images, workers):
     nearby = Neighbours(images, 2, 0)
     loader = DataLoader(
         Keyed(Views(images, grey, nearby), 0), batch_sampler=[[(0, i) for i in range(12)]], num_workers=workers,

@@ -216,12 +216,12 @@ def test_command_line_error_is_one_line_and_exit_code_2(data, tmp_path):
 def test_neighbours_are_those_of_the_query_encoders_pooled_vector(data, weights, tmp_path):
     net = build("resnet10", 8, "cifar_pool")
     checkpoint.load_strict(net, checkpoint.read_weights(weights), drop=("fc*", "stage3*"))
-    images, val = (image_folder(data / split, plain(32)) for split in ("train", "val"))
+    images, val = (image_folder(data / split, plain(32, "pil")) for split in ("train", "val"))
     with torch.no_grad():
         bank, queries = (F.normalize(net.eval()(stacked(x), pre_out=True), dim=1) for x in (images, val))
     nearest = neighbours(bank, 5, torch.device("cpu"))
     np.save(tmp_path / "own.npy", nearest.numpy())
-    found = call(main_knn, data, weights, tmp_path, "--bags", str(tmp_path / "own.npy"))
+    found = call(main_knn, data, weights, tmp_path, "--bags", str(tmp_path / "own.npy"), "--aug_backend", "pil")
     assert found["overlap"] == 100
     assert found["purity"] == pytest.approx(
         100 * float((images.labels[nearest] == images.labels[:, None]).double().mean())

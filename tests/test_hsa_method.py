@@ -83,7 +83,7 @@ def test_extreme_logits_stay_finite():
         z.grad = None
 
 
-def test_each_positive_is_a_cross_entropy_of_its_own():  # property 1
+def test_each_positive_is_a_cross_entropy_of_its_own():
     s = scene()
     each = losses.info_nce(s["q"], torch.stack([s["k_q"], s["k_p"]], 1), s["queue"], 0.2)
     assert each.shape == (6, 2)
@@ -107,7 +107,7 @@ def test_the_three_groups_equal_the_release(dtype, atol, lam):
         torch.testing.assert_close(a, b, rtol=0, atol=10 * atol)
 
 
-def test_one_positive_is_moco_v2():  # property 2
+def test_one_positive_is_moco_v2():
     s = scene()
     moco = slow(s["q"], s["k_q"], s["queue"], 0.2)
     alone = losses.multi_positive(s["q"][None], s["k_q"][:, None], torch.ones(1, 1, 1), s["queue"], 0.2)
@@ -117,7 +117,7 @@ def test_one_positive_is_moco_v2():  # property 2
     torch.testing.assert_close(release(twin, lam=(1.0, 0.0)), moco, rtol=0, atol=1e-14)
 
 
-def test_swapping_anchor_and_neighbour_changes_nothing():  # property 3
+def test_swapping_anchor_and_neighbour_changes_nothing():
     s = scene()
     swapped = {**s, "q": s["p"], "p": s["q"], "k_q": s["k_p"], "k_p": s["k_q"]}
     for lam in ((0.6, 0.4), (1.0, 0.0)):
@@ -128,7 +128,7 @@ def test_swapping_anchor_and_neighbour_changes_nothing():  # property 3
         assert abs(release(s, lam=lam, mu=0.3) - release(s, lam=lam, mu=0.7)) > 1e-3
 
 
-def test_cross_terms_have_no_part_in_the_warm_up():  # property 9
+def test_cross_terms_have_no_part_in_the_warm_up():
     s = scene()
     moved = {**s, "k_p": unit(6, 8, seed=7)}
     for lam, silent in (((1.0, 0.0), True), ((0.5, 0.5), False)):
@@ -137,7 +137,7 @@ def test_cross_terms_have_no_part_in_the_warm_up():  # property 9
     assert s["k_p"].grad is None and not s["k_p"].requires_grad
 
 
-def test_equal_positives_that_share_a_weight_are_one():  # property 11
+def test_equal_positives_that_share_a_weight_are_one():
     s = scene()
     for m in (2, 5):
         keys = s["k_q"][:, None].expand(-1, m, -1)
@@ -166,7 +166,7 @@ def test_gradients_reach_queries_only():
     assert keys.grad is None and queue.grad is None and s["q"].grad.abs().sum() > 0
 
 
-def test_autocast_does_not_reach_the_log_sum_exp():  # trap 13
+def test_autocast_does_not_reach_the_log_sum_exp():
     s = scene(dtype=torch.float32)
     exact = release(s)
     with torch.autocast("cpu", torch.bfloat16):
@@ -192,7 +192,7 @@ def test_rank_of_the_positive():
     alpha=st.sampled_from([0.2, 1.0, 2.0]),
     seed=st.integers(0, 999),
 )
-def test_the_ratio_is_the_exact_share_of_pixels(height, width, alpha, seed):  # property 4
+def test_the_ratio_is_the_exact_share_of_pixels(height, width, alpha, seed):
     x1, y1, x2, y2, mu = draw_box(height, width, alpha, np.random.default_rng(seed))
     assert 0 <= x1 <= x2 <= width and 0 <= y1 <= y2 <= height
     query, other = torch.zeros(2, 3, height, width), torch.ones(2, 3, height, width)
@@ -233,7 +233,7 @@ def small_model(inter_head: str | None = None, m: float = 0.9, k: int = 24, seed
     return CsMl(arch.build("resnet10", 4, "cifar_pool"), 8, k, m, inter_head)
 
 
-def test_momentum_update_takes_parameters_only():  # property 5
+def test_momentum_update_takes_parameters_only():
     model = small_model()
     model.encoder_q.train()
     for a, b in zip(model.encoder_q.parameters(), model.encoder_k.parameters(), strict=True):
@@ -250,7 +250,7 @@ def test_momentum_update_takes_parameters_only():  # property 5
     assert int(state["encoder_k.bn1.num_batches_tracked"]) == 0
 
 
-def test_a_forward_pass_for_each_view():  # trap 1
+def test_a_forward_pass_for_each_view():
     model, views = small_model().train(), [torch.randn(4, 3, 16, 16) * s for s in (1, 2, 3)]
     alone = copy.deepcopy(model)
     (z,) = model(views)
@@ -263,7 +263,7 @@ def test_a_forward_pass_for_each_view():  # trap 1
     assert (together - z).abs().max() > 1e-3  # one concatenated pass is another method
 
 
-def test_the_queue_holds_the_newest_keys_in_order():  # property 6
+def test_the_queue_holds_the_newest_keys_in_order():
     model = small_model(k=12)
     start = model.queue.clone()
     torch.testing.assert_close(start.norm(dim=0), torch.ones(12))
@@ -279,7 +279,7 @@ def test_the_queue_holds_the_newest_keys_in_order():  # property 6
         model.check_batch(5)
 
 
-def test_keys_are_shuffled_over_the_shares_and_come_back_in_order():  # property 7
+def test_keys_are_shuffled_over_the_shares_and_come_back_in_order():
     model, x = small_model().train(), torch.randn(8, 3, 16, 16)
     distributed.convert_norm(model, "split", 2)
     plain = small_model().train()
@@ -296,7 +296,7 @@ def test_keys_are_shuffled_over_the_shares_and_come_back_in_order():  # property
 
 
 @pytest.mark.parametrize("head", ["mlp", "stage"])
-def test_level_3_shapes_the_trunk_and_leaves_level_4_alone(head):  # property 10
+def test_level_3_shapes_the_trunk_and_leaves_level_4_alone(head):
     one, two = small_model().train(), small_model(head).train()
     shared = {k: v for k, v in two.state_dict().items() if k in one.state_dict()}
     assert all(torch.equal(v, shared[k]) for k, v in one.state_dict().items())  # the same start
@@ -321,7 +321,7 @@ def test_level_3_shapes_the_trunk_and_leaves_level_4_alone(head):  # property 10
     assert ("stage3.0.conv1.weight" in both) == (head == "stage")
 
 
-def test_both_queues_and_the_momentum_cover_level_3():  # trap 12
+def test_both_queues_and_the_momentum_cover_level_3():
     model = small_model("mlp", k=8)
     a, b = unit(2, 4, 8, dtype=torch.float32)
     model.enqueue([a, b])

@@ -22,6 +22,7 @@ from hsa.builder import CsMl
 from hsa.data import training_images
 from hsa.main_moco import forwards, get_parser, initial_loss, learning_rate, main
 from shared_utils import UserError, augment, checkpoint
+from shared_utils.lab import mini
 from shared_utils.run import Diverged, Run
 from tests.checkpoints import differing, tensors
 
@@ -87,7 +88,7 @@ def test_every_arm_trains(arm, ways, data, tmp_path):
     assert config["flags"]["mix"] == ("none" if "moco" in arm or "none" in arm else "cutmix")
 
 
-def test_without_weight_level_3_is_the_single_level_model_to_the_bit(data, tmp_path):  # property 10
+def test_without_weight_level_3_is_the_single_level_model_to_the_bit(data, tmp_path):
     train(data, tmp_path / "one", "--end_epoch", "2")
     train(data, tmp_path / "none", "--end_epoch", "2", "--mode", "paper", "--crops", "0", "--inter_weight", "0")
     assert differing(tmp_path / "one", tmp_path / "none") == []
@@ -184,7 +185,7 @@ class Spy:
         monkeypatch.setattr(losses, "group_weights", weighing)
 
 
-def test_a_step_in_the_order_of_the_release(data, tmp_path, monkeypatch):  # properties 5, 6, 9
+def test_a_step_in_the_order_of_the_release(data, tmp_path, monkeypatch):
     spy = Spy(monkeypatch)
     train(data, tmp_path, "--end_epoch", "3", "--save-every", "1")
     # saved after each step, and after each epoch once more
@@ -211,10 +212,10 @@ def test_a_step_in_the_order_of_the_release(data, tmp_path, monkeypatch):  # pro
     assert mus.shape == (9, 8) and len(mus[:, ::4].unique()) > 9 and ((mus >= 0) & (mus <= 1)).all()
 
 
-def test_neighbours_are_those_of_the_momentum_encoder_at_the_refresh(data, tmp_path, monkeypatch):  # property 8, trap 3
+def test_neighbours_are_those_of_the_momentum_encoder_at_the_refresh(data, tmp_path, monkeypatch):
     spy = Spy(monkeypatch)
-    train(data, tmp_path, "--end_epoch", "2", "--cluster_freq", "1", "--init_lr", "0.5")
-    images = training_images(data, transform=augment.plain(16))
+    train(data, tmp_path, *"--end_epoch 2 --cluster_freq 1 --init_lr 0.5 --aug_backend pil".split())
+    images = training_images(data, transform=augment.plain(16, "pil"))
     found = {}
     for which in ("k", "q"):
         encoder = arch.build("resnet10", 4, "cifar_pool")
@@ -242,7 +243,7 @@ def relabelled(data: Path, root: Path, sizes: tuple[int, ...]) -> Path:
     return root
 
 
-def test_labels_have_no_influence(data, tmp_path):  # trap 9
+def test_labels_have_no_influence(data, tmp_path):
     """Other classes of the same images in the same order: the same neighbours and the same training, to the bit."""
     flags = ["--end_epoch", "2", "--cluster_freq", "1"]
     own = train(data, tmp_path / "own", *flags)
@@ -289,7 +290,7 @@ def whole(data, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("step", [4, 5, 7])  # inside and at the end of epoch 1, inside epoch 2 that refreshed
-def test_terminated_and_resumed_is_bit_identical(step, data, whole, tmp_path, monkeypatch, capsys):  # property 12
+def test_terminated_and_resumed_is_bit_identical(step, data, whole, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_at(step, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
         with pytest.raises(SystemExit) as stopped:
@@ -375,6 +376,10 @@ def test_resume_with_other_flags_or_images_is_refused(data, whole, tmp_path):
     saved = checkpoint.load(out / "checkpoint.pth")
     saved["args"]["data_dir"] = str(images)
     checkpoint.save(out / "checkpoint.pth", saved)
+    with pytest.raises(UserError, match="saved on other data"):
+        train(images, out, *FULL)
+    del saved["data"]  # as in an older file
+    checkpoint.save(out / "checkpoint.pth", saved)
     with pytest.raises(UserError, match="neighbours are of other images, or of another order"):
         train(images, out, *FULL)
 
@@ -389,7 +394,7 @@ def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(data, tmp_path,
 # --- processes and bad input -----------------------------------------------------------------------------------------
 
 
-def test_two_processes_of_two_splits_equal_one_with_four(data, tmp_path):  # trap 10
+def test_two_processes_of_two_splits_equal_one_with_four(data, tmp_path):
     """Of 25 images one process has a row of features more than the other."""
     images = tmp_path / "images"
     shutil.copytree(data, images)
@@ -431,7 +436,7 @@ def test_two_processes_of_two_splits_equal_one_with_four(data, tmp_path):  # tra
         ("--mode moco --neighbours random --crops 2", r"leave --neighbours, --crops away"),
         ("--moco_t 0", r"--moco_t, --init_lr and --alpha must be above 0"),
         ("--moco_m 1.5", r"--moco_m must lie in 0..1"),
-        ("--end_epoch 0", r"--end_epoch 0: must be at least 1"),
+        ("--end_epoch -1", r"--end_epoch -1: must not be negative"),
         ("--inter_weight -1", r"--inter_weight -1: must not be negative"),
         ("--output-dir /dev/null/x", r"/dev/null/x: cannot write here"),
     ],
@@ -459,7 +464,12 @@ def test_an_empty_class_and_a_broken_file_are_named(data, tmp_path):
 
 def test_the_command_line_on_mini_data_and_without_data(tmp_path):
     command = [sys.executable, "-m", "hsa.main_moco", *SMALL, "--output-dir", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--synthetic", "--per-class", "4"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--data_dir", str(mini.ensure("images")), "--per-class", "4"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for line in ("40 images of 10 classes", "expected initial loss", "estimated time"):
         assert line in done.stdout

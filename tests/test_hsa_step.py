@@ -12,14 +12,15 @@ from torch import Tensor
 
 from hsa import losses, main_moco
 from hsa.builder import CsMl
-from shared_utils import augment, checkpoint
+from hsa.data import Neighbours, Views, training_images
+from shared_utils import augment, checkpoint, feed
 from shared_utils.run import Run
 
 COUNT, SIZE, BATCH = 24, 16, 8
 FLAGS = (
     f"--img_size {SIZE} --arch resnet10 --width 4 --stem cifar_pool --moco_dim 8 --moco_k 16 --batch_size {BATCH} "
     "--bn_splits 2 --moco_m 0.9 --init_lr 0.1 --clus_pos_num 2 --cluster_freq 5 --warmup_epochs 1 --end_epoch 2 "
-    "--neighbours random --workers 0 --threads 1 --log-every 1"
+    "--neighbours random --workers 0 --threads 1 --log-every 1 --aug_backend pil"
 ).split()
 CROSS = {"add_posq": 0, "add_posk": 1, "key": 2, "query": 3}  # the order in which the views of an item are drawn
 MOCO = {"key": 0, "query": 1}
@@ -229,3 +230,17 @@ def test_moco_step(steps):
         (((x, _), _),) = named(step, "keys")
         assert is_view(query, MOCO["query"] / 2) and is_view(x, MOCO["key"] / 2) and image_of(query) == image_of(x)
         assert named(step, "loss")[0][0][2].tolist() == [[[1.0]]]
+
+
+def test_views_of_a_batch_are_of_the_image_and_of_one_neighbour(data):
+    images = training_images(data)
+    nearby = Neighbours(images, 2, 0)
+    nearby.set(torch.stack([torch.arange(COUNT) + 5, torch.arange(COUNT) + 9], 1) % COUNT, 0)
+    recipe = augment.plain(SIZE, "batch")  # moves no colour
+    views = Views(images, recipe, nearby, 3, augment.plain(SIZE // 2, "batch"))
+    rows = torch.arange(COUNT)
+    x = feed.keyed(views, 0, "batch").__getitems__([(0, i) for i in range(COUNT)])
+    found = {name: (augment.denormalise(view)[..., 0, 2, 2] * 25.5).round().long() for name, view in x.items()}
+    assert found["query"].equal(rows) and found["key"].equal(rows) and found["small"].equal(rows[:, None].expand(-1, 3))
+    gap = (found["add_posq"] - rows) % COUNT
+    assert set(gap.tolist()) == {5, 9} and found["add_posk"].equal(found["add_posq"])

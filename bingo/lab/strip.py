@@ -15,7 +15,7 @@ from torch import Tensor
 from bingo.arch import Encoder, build, mlp_head
 from bingo.data import load_bags
 from bingo.main_moco import get_parser as training_parser
-from bingo.options import prepare_data, train_images
+from bingo.options import train_images
 from bingo.teachers import head_of
 from shared_utils import UserError, checkpoint
 from shared_utils.augment import plain
@@ -51,7 +51,6 @@ def main(argv: list[str] | None = None) -> int:
     set_threads(0, 0, device)
     if flags.loss == "intra":
         raise UserError(f"{args.pretrained}: trained without bags (--loss intra); take another run")
-    prepare_data(flags)
     images = train_images(flags)
     tiles.check_numbers(args.anchors, len(images))
     bags, _ = load_bags(args.corr_npy or flags.corr_npy, images, flags.clus_pos_num)

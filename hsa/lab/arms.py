@@ -54,7 +54,13 @@ ARMS = Arms(
     sets={
         "cifar10": "CIFAR-10, 4,000 images, 32 px",
         "tiny_imagenet50": "Tiny-ImageNet, 50 classes, 4,000 images, 32 px",
+        # Recorded before there was a batched loader; run_arms.sh trains a set SET_pil with --aug_backend pil.
+        "cifar10_pil": "CIFAR-10, 4,000 images, 32 px, PIL pipeline, 3 seeds (2026-11)",
+        "tiny_imagenet50_pil": "Tiny-ImageNet, 50 classes, 4,000 images, 32 px, PIL pipeline, 3 seeds (2026-11)",
     },
+    only=dict.fromkeys(
+        ("cifar10_pil", "tiny_imagenet50_pil"), ("moco", "moco_eq", "cross", "full", "level", "random")
+    ),
     claim="few_shot",
     baseline="moco",
     pairs=[

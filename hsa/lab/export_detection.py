@@ -8,14 +8,12 @@ The projection heads stay behind.
 import argparse
 
 from hsa.arch import DEPTHS as ARCHS
-from hsa.arch import STEMS, build
+from hsa.arch import DROP, STEMS, build
 from shared_utils.evaluation import add_network_flags, load_backbone
 from shared_utils.flags import Parser
 from shared_utils.lab.export import INPUT, add_export_flags, check, resnet_lines, write_backbone, write_detectron2
 from shared_utils.run import cli
 
-# Heads of both levels; level 3 may have a private stage.
-DROP = ("fc.*", "fc3.*", "stage3.*", "projection_head.*", "prototypes.*")
 MEAN_STD = "MODEL.PIXEL_MEAN [123.675,116.280,103.530] MODEL.PIXEL_STD [58.395,57.120,57.375]"
 
 

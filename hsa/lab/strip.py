@@ -16,7 +16,7 @@ from hsa.data import Neighbours, training_images
 from hsa.main_moco import get_parser as training_parser
 from shared_utils.augment import denormalise, plain
 from shared_utils.flags import Parser, natural
-from shared_utils.lab import mini, tiles
+from shared_utils.lab import tiles
 from shared_utils.neighbours import features
 from shared_utils.run import cli, seed_everything, set_threads
 
@@ -34,8 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     saved, flags = tiles.open_run(args.pretrained, training_parser(), COMMAND, ["state_dict", "neighbours"])
     device = torch.device("cpu")
     set_threads(0, 0, device)
-    data_dir = mini.ensure("images") if flags.synthetic else flags.data_dir
-    images = training_images(data_dir, flags.per_class, False, plain(flags.img_size))
+    images = training_images(flags.data_dir, flags.per_class, False, plain(flags.img_size))
     tiles.check_numbers(args.anchors, len(images))
     nearby = Neighbours(images, flags.clus_pos_num, flags.seed)
     nearby.load_state_dict(saved["neighbours"])
