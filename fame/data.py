@@ -5,7 +5,7 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,23 +16,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fame import augment
-from fame.lab import motion
-from fame.video import BESIDE, SUFFIXES, BadVideo, Index, Video, foreign, read, scan
+from fame.video import BESIDE, SUFFIXES, BadVideo, Index, Video, read, scan
 from shared_utils import UserError, distributed
-from shared_utils.data import need_folder, read_text, subfolders
+from shared_utils.data import EXTENSIONS, is_helper, need_folder, read_text, subfolders, walk
 from shared_utils.flags import natural, positive, runs_root
-from shared_utils.lab import mini
-
-DATASETS = ("k400", "ucf101", "hmdb51", "diving48", "fight")
-SYNTHETIC = {"video": "ucf101", motion.KIND: "ucf101"}  # generated sets and their layout
 
 
 def add_data_flags(p: argparse.ArgumentParser) -> None:
     a = p.add_argument
     a("data", nargs="?", type=Path, default=Path(os.environ.get("DATA_ROOT", "data")), help="folder of the set")
-    a("--dataset", choices=DATASETS, default="ucf101", help="layout of the folder; see README.md")
-    a("--synthetic", nargs="?", const="video", choices=list(SYNTHETIC), help="generate this set and take it: `video`, "
-      "files in UCF101's layout, or `motion`, more of them, as folders of frames")  # fmt: skip
+    a("--dataset", choices=list(DATASETS), default="ucf101", help="layout of DATA (NOTES.md); folder: every video "
+      "below it, without labels")  # fmt: skip
     a("--fold", type=positive, default=1, help="train and test lists 1 to 3")
     a("--target", default="class", help="what is a video's label: class, or a column of the set's attributes.csv or "
       "clips.csv, such as background or source_video")  # fmt: skip
@@ -51,30 +45,24 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
       "the key frames of video files are kept, so that each file is decoded once to find them")  # fmt: skip
 
 
-def check_data_flags(args: argparse.Namespace) -> None:
-    """UserError for flags out of range; with --synthetic write the set, once, before any process reads it."""
+def check_data_flags(args: argparse.Namespace, labels: bool = False) -> None:
+    """UserError for flags out of range, and for a set without labels where `labels` are needed."""
     if args.crop_size < 30:
         raise UserError(f"--crop_size {args.crop_size}: at least 30, below it the mask's Gaussian has a single tap")
     if not 0 < args.min_scale <= 1 or not 0 <= args.hflip <= 1:
         raise UserError("--hflip must lie in 0..1, and --min_scale above 0 and up to 1")
-    if args.synthetic:
-        if distributed.rank() == 0:
-            mini.ensure(args.synthetic)
-        distributed.barrier()
-        args.data, args.dataset = mini.ensure(args.synthetic), SYNTHETIC[args.synthetic]
     if not 1 <= args.fold <= 3:
         raise UserError(f"--fold {args.fold}: the lists are numbered 1 to 3")
-    need_folder(args.data, f"expected {LAYOUTS[args.dataset]} in it")
+    if not DATASETS[args.dataset].labelled:
+        if labels:
+            known = ", ".join(name for name, layout in DATASETS.items() if layout.labelled)
+            raise UserError(f"--dataset {args.dataset} has no labels, and this needs them; give one of {known}")
+        if args.target != "class" or args.per_class:
+            raise UserError(f"--dataset {args.dataset} has no labels: leave --target and --per_class away")
+    need_folder(args.data, f"expected {DATASETS[args.dataset].expected} in it")
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts
-LAYOUTS = {
-    "k400": "train/CLASS/*.mp4 and val/CLASS/*.mp4",
-    "ucf101": "data/CLASS/*.avi (or UCF-101/) and anno/trainlist01.txt (or ucfTrainTestlist/)",
-    "hmdb51": "data/CLASS/*.avi and anno/CLASS_test_split1.txt (or testTrainMulti_7030_splits/)",
-    "diving48": "rgb/NAME.mp4 and Diving48_V2_train.json (or Diving48_train.json)",
-    "fight": "clips.csv and CLASS/CLIP/*.jpg",
-}
 Listed = list[tuple[Path, str, str]]  # path, class, key in the table of attributes
 
 
@@ -82,7 +70,7 @@ def _first(root: Path, names: tuple[str, ...], dataset: str) -> Path:
     for name in names:
         if (root / name).exists():
             return root / name
-    raise UserError(f"{root}: has no {' or '.join(names)}; {dataset} is expected as {LAYOUTS[dataset]}")
+    raise UserError(f"{root}: has no {' or '.join(names)}; {dataset} is expected as {DATASETS[dataset].expected}")
 
 
 def _stored(path: Path) -> Path:
@@ -95,7 +83,7 @@ def videos_of(folder: Path) -> tuple[list[Path], list[Path]]:
 
     A folder beside the video file of its name holds that video's frames or flow, and is not a second video.
     """
-    entries = sorted(entry for entry in folder.iterdir() if not foreign(entry.name))
+    entries = sorted(entry for entry in folder.iterdir() if not is_helper(entry.name))
     files = {entry.stem for entry in entries if entry.suffix.lower() in SUFFIXES and not entry.is_dir()}
     videos: list[Path] = []
     others: list[Path] = []
@@ -120,7 +108,7 @@ def _rows(file: Path, expected: str) -> Iterator[tuple[int, str, list[str]]]:
             yield number, (words[0] if label else line.strip()).replace("\\", "/"), label
 
 
-def list_k400(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
+def list_k400(root: Path, train: bool, fold: int, unread: Counter[str]) -> tuple[Listed, list[str]]:
     folder = _first(root, ("train",) if train else ("val", "test"), "k400")
     present = classes = subfolders(folder)
     if not train and (root / "train").is_dir():  # labels are numbered by the training classes
@@ -128,29 +116,24 @@ def list_k400(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
         if new := sorted(set(present) - set(classes)):
             raise UserError(f"{folder / new[0]}: {root / 'train'} has no such class")
     found: Listed = []
-    passed_over: list[Path] = []
     for name in present:
         videos, others = videos_of(folder / name)
-        passed_over += others
+        unread.update("folders" if path.is_dir() else path.suffix.lower() or "without suffix" for path in others)
         if not videos:
             raise UserError(
                 f"{folder / name}: a class without videos ({', '.join(sorted(SUFFIXES))}, or folders); add "
                 "some, or remove it"
             )
         found += [(path, name, f"{name}/{path.name}") for path in videos]
-    if passed_over and distributed.rank() == 0:
-        kinds = Counter(path.suffix.lower() or "without suffix" for path in passed_over)
-        some = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        print(f"  {folder}: {len(passed_over)} entries are no videos ({some}), the first {passed_over[0]}", flush=True)
     return found, classes
 
 
-def list_ucf101(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
+def list_ucf101(root: Path, train: bool, fold: int, unread: Counter[str]) -> tuple[Listed, list[str]]:
     folder = _first(root, ("data", "UCF-101"), "ucf101")
     lists = _first(root, ("anno", "ucfTrainTestlist"), "ucf101")
     file = lists / f"{'train' if train else 'test'}list{fold:02d}.txt"
     classes, found = subfolders(folder), []
-    for number, path, _ in _rows(file, f"{LAYOUTS['ucf101']}; give another --fold if there is no such list"):
+    for number, path, _ in _rows(file, f"{DATASETS['ucf101'].expected}; give another --fold if there is no such list"):
         key = "/".join(PurePosixPath(path).parts[-2:])
         name = key.split("/")[0]
         if name not in classes or name == key:
@@ -161,7 +144,7 @@ def list_ucf101(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
     return found, classes
 
 
-def list_hmdb51(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
+def list_hmdb51(root: Path, train: bool, fold: int, unread: Counter[str]) -> tuple[Listed, list[str]]:
     folder = _first(root, ("data", "hmdb51_org"), "hmdb51")
     lists = _first(root, ("anno", "testTrainMulti_7030_splits"), "hmdb51")
     classes, found = subfolders(folder), []
@@ -170,7 +153,7 @@ def list_hmdb51(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
         raise UserError(f"{lost[0]}: {folder} has no folder of this class; restore it, or remove the list")
     for name in classes:
         file = lists / f"{name}{end}"
-        for number, path, label in _rows(file, LAYOUTS["hmdb51"]):
+        for number, path, label in _rows(file, DATASETS["hmdb51"].expected):
             if label not in (["0"], ["1"], ["2"]):
                 raise UserError(f"{file}, line {number}: expected a video and 0, 1 or 2, found {path!r}; restore it")
             if label == ["1" if train else "2"]:  # 0: in neither
@@ -179,13 +162,14 @@ def list_hmdb51(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
     return found, classes
 
 
-def list_diving48(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
+def list_diving48(root: Path, train: bool, fold: int, unread: Counter[str]) -> tuple[Listed, list[str]]:
     folder = _first(root, ("rgb", "data"), "diving48")
     part = "train" if train else "test"
     file = _first(root, (f"Diving48_V2_{part}.json", f"Diving48_{part}.json"), "diving48")
     try:
         entries = [
-            (str(row["vid_name"]), int(row["label"])) for row in json.loads(read_text(file, LAYOUTS["diving48"]))
+            (str(row["vid_name"]), int(row["label"]))
+            for row in json.loads(read_text(file, DATASETS["diving48"].expected))
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a list of vid_name and label ({error}); restore it") from None
@@ -200,7 +184,7 @@ def list_diving48(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]
     return [(_stored(folder / f"{name}.mp4"), classes[label], name) for name, label in entries], classes
 
 
-def list_fight(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
+def list_fight(root: Path, train: bool, fold: int, unread: Counter[str]) -> tuple[Listed, list[str]]:
     """Split by source: every third source is tested, fold says which; clips of unknown source are in neither part."""
     rows = _attributes(root, "fight")
     for key, row in rows.items():
@@ -216,15 +200,59 @@ def list_fight(root: Path, train: bool, fold: int) -> tuple[Listed, list[str]]:
     return found, sorted({row["class"] for row in rows.values()})
 
 
-READERS: dict[str, Callable[[Path, bool, int], tuple[Listed, list[str]]]] = {
-    "k400": list_k400, "ucf101": list_ucf101, "hmdb51": list_hmdb51, "diving48": list_diving48, "fight": list_fight,
-}  # fmt: skip
+def list_folder(root: Path, train: bool, fold: int, unread: Counter[str]) -> tuple[Listed, list[str]]:
+    """Every video below `root`, without labels: files, and folders that hold pictures and no video file.
+
+    Folders and pictures beside the videos (flow, thumbnails, posters), and the frames of a video file, are none.
+    """
+    found: Listed = []
+    taken: set[str] = set()  # video files without their suffix, whose frames may lie in a folder of that name
+    for folder, files in sorted(walk(root)):
+        if folder != root and (str(folder) in taken or BESIDE.fullmatch(folder.name)):
+            continue
+        kinds = {name: Path(name).suffix.lower() for name in files}
+        videos = sorted(name for name in files if kinds[name] in SUFFIXES)
+        pictures = [name for name in files if kinds[name] in EXTENSIONS]
+        if pictures and not videos and not all(BESIDE.fullmatch(Path(name).stem) for name in pictures):
+            found.append((folder, "", folder.relative_to(root).as_posix()))
+            continue
+        found += [(folder / name, "", (folder / name).relative_to(root).as_posix()) for name in videos]
+        taken |= {str((folder / name).with_suffix("")) for name in videos}
+        unread.update(kinds[name] or "without suffix" for name in files if name not in videos)
+    return found, []
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a dataset lies on the disk, and what the release takes for it.
+
+    Attributes:
+        expected: the layout in words, for messages.
+        read: (root, train, fold, counter of files that are no videos) -> the videos of that part, names of the classes.
+        queue: K where --moco_k is not given.
+        labelled: whether its videos have classes; without them the whole set is every part.
+    """
+
+    expected: str
+    read: Callable[[Path, bool, int, Counter[str]], tuple[Listed, list[str]]]
+    queue: int = 2048
+    labelled: bool = True
+
+
+DATASETS = {
+    "k400": Layout("train/CLASS/*.mp4 and val/CLASS/*.mp4", list_k400, queue=65536),
+    "ucf101": Layout("data/CLASS/*.avi (or UCF-101/) and anno/trainlist01.txt (or ucfTrainTestlist/)", list_ucf101),
+    "hmdb51": Layout("data/CLASS/*.avi and anno/CLASS_test_split1.txt (or testTrainMulti_7030_splits/)", list_hmdb51),
+    "diving48": Layout("rgb/NAME.mp4 and Diving48_V2_train.json (or Diving48_train.json)", list_diving48),
+    "fight": Layout("clips.csv and CLASS/CLIP/*.jpg", list_fight),
+    "folder": Layout("videos, or folders of frames, anywhere below it", list_folder, labelled=False),
+}
 
 
 def _attributes(root: Path, dataset: str) -> dict[str, dict[str, str]]:
     """{path or clip: row} of the set's table."""
     file = _first(root, ("clips.csv", "attributes.csv"), dataset)
-    reader = csv.DictReader(read_text(file, LAYOUTS[dataset]).splitlines())
+    reader = csv.DictReader(read_text(file, DATASETS[dataset].expected).splitlines())
     table = [{name: (cell or "").strip() for name, cell in row.items() if name is not None} for row in reader]
     keys = [row.get("path") or row.get("clip") or "" for row in table]
     if not keys or "" in keys:
@@ -236,20 +264,30 @@ def _attributes(root: Path, dataset: str) -> dict[str, dict[str, str]]:
     return dict(zip(keys, table))
 
 
-def listing(root: Path, dataset: str, train: bool, fold: int = 1, target: str = "class") -> tuple[Listed, list[str]]:
+def listing(
+    root: Path,
+    dataset: str,
+    train: bool,
+    fold: int = 1,
+    target: str = "class",
+    unread: Counter[str] | None = None,
+) -> tuple[Listed, list[str]]:
     """Videos (path, label's name, key) of one part of a set and the labels' names, sorted.
+
+    `unread` counts what lies between the videos and is none, by suffix.
 
     With a `target` other than class the labels are that column of the set's table. A column whose values are tied to
     one part of the split (sources of the fight clips) is split inside each value instead: every third video tests.
     UserError names the file or folder that is not as expected.
     """
-    found, classes = READERS[dataset](root, train, fold)
+    read = DATASETS[dataset].read
+    found, classes = read(root, train, fold, Counter() if unread is None else unread)
     if target != "class":
         table = _attributes(root, dataset)
         columns = next(iter(table.values())).keys()
         if target not in columns:
             raise UserError(f"--target {target}: no such column in the table of {root}; it has {', '.join(columns)}")
-        other, _ = READERS[dataset](root, not train, fold)
+        other, _ = read(root, not train, fold, Counter())
         if absent := [key for _, _, key in found + other if not table.get(key, {}).get(target)]:
             raise UserError(f"--target {target}: the table of {root} says nothing of {absent[0]}")
         here, there = ({table[key][target] for _, _, key in part} for part in (found, other))
@@ -277,7 +315,8 @@ def listing(root: Path, dataset: str, train: bool, fold: int = 1, target: str = 
 class VideoSet:
     """Videos with integer labels, and where clips of `length` frames, `stride` apart, may start in them.
 
-    Both are kept in arrays (`Index`; labels int64 [N]), which the loader's processes share.
+    Both are kept in arrays (`Index`; labels int64 [N], -1 without classes), which the loader's processes share.
+    `unread` counts the files and folders between them that are no videos, by suffix.
     """
 
     videos: Sequence[Video]
@@ -287,6 +326,7 @@ class VideoSet:
     stride: int
     step: int = 1
     frames: list[np.ndarray] = field(default_factory=list)  # decoded, if cached
+    unread: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.videos, Index):
@@ -327,7 +367,8 @@ def open_videos(args: argparse.Namespace, train: bool, target: str | None = None
 
     UserError: a layout that is not as expected, and with --bad_videos error the first bad video.
     """
-    listed, classes = listing(Path(args.data), args.dataset, train, fold or args.fold, target or args.target)
+    unread = Counter[str]()
+    listed, classes = listing(Path(args.data), args.dataset, train, fold or args.fold, target or args.target, unread)
     if train and args.per_class:
         seen: Counter[str] = Counter()
         kept = []
@@ -347,7 +388,7 @@ def open_videos(args: argparse.Namespace, train: bool, target: str | None = None
             bad.append(f"{path}: {video.count} frames, a clip spans {span}")
         else:
             videos.append(video)
-            labels.append(number[name])
+            labels.append(number[name] if classes else -1)
             beside.update(video.beside)
     if bad:
         what = f"{len(bad)} of {len(listed)} videos cannot be used; the first is {bad[0]}"
@@ -358,7 +399,7 @@ def open_videos(args: argparse.Namespace, train: bool, target: str | None = None
     if beside and distributed.rank() == 0:
         some = ", ".join(f"{kind} ({n})" for kind, n in sorted(beside.items(), key=lambda row: (-row[1], row[0]))[:6])
         print(f"  {args.data}: pictures beside the frames are left out: {some}", flush=True)
-    out = VideoSet(videos, labels, classes, args.frame_per_clip, args.stride, args.step_between_clips)
+    out = VideoSet(videos, labels, classes, args.frame_per_clip, args.stride, args.step_between_clips, unread=unread)
     if args.cache:
         for video in videos:
             frames = read(video, range(video.count))

@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(args, "fame", "eval")
     check_flags(args, run.world)
     resolve(args)
-    check_data_flags(args)
+    check_data_flags(args, labels=True)
     train, val = open_videos(args, train=True), open_videos(args, train=False)
     classes = len(train.classes)
     if args.num_class not in (0, classes):

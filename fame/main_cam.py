@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         frames = x[n][:, at].transpose(0, 1)  # [4, 3, S, S]
         rows = [frames, mask[n].float().expand_as(frames), overlay(frames, heat[n][at])]
         picture = (make_grid(torch.cat(rows).cpu(), nrow=4, padding=2) * 255).byte().permute(1, 2, 0).numpy()
-        Image.fromarray(picture).save(args.out / f"{n:02d}_{videos.classes[videos.labels[i]]}.png")
+        name = videos.classes[videos.labels[i]] if videos.classes else videos.videos[i].path.stem
+        Image.fromarray(picture).save(args.out / f"{n:02d}_{name}.png")
     print(f"fame/cam: {report}")
     print(f"  {100 * inside:.1f} % of the activation lies inside masks of {100 * args.beta:.0f} % -> {args.out}/*.png")
     return 0

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fame.data import LAYOUTS, add_data_flags, check_data_flags, open_videos
+from fame.data import add_data_flags, check_data_flags, open_videos
 from fame.main_retrieve import recall, video_feature
 from fame.network import add_network_flags, outputs, resolve, trunk
 from shared_utils import UserError, checkpoint, distributed
@@ -68,9 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     set_threads(args.threads, args.workers, device)
     resolve(args)
     probes = parse(args.probe)
-    check_data_flags(args)
+    check_data_flags(args, labels=True)
     model, report = trunk(args, device)
-    print(f"fame/probe: {args.data} ({LAYOUTS[args.dataset]}); {report}", flush=True)
+    print(f"fame/probe: {args.data} ({args.dataset}); {report}", flush=True)
 
     known: dict[Path, Tensor] = {}  # features of the videos seen so far
     result: dict[str, object] = {}

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     seed_everything(0)
     set_threads(args.threads, args.workers, device)
     resolve(args)
-    check_data_flags(args)
+    check_data_flags(args, labels=True)
     model, report = trunk(args, device)
     stats = augment.IMAGENET if args.stats == "imagenet" else (augment.MEAN, augment.STD)
 

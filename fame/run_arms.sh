@@ -19,7 +19,7 @@ loading=(--cache --cache_side 64 --workers 0 --threads 1)
 case "$tier" in
   mini)
     # Every arm once on the generated videos, a minute each.
-    probes=(--synthetic --probe class/1 class/2 background/2 --clip_per_video 1 "${loading[@]}")
+    probes=(data/mini/video --probe class/1 class/2 background/2 --clip_per_video 1 "${loading[@]}")
     ;;
   small)
     # A set is generated (motion) or small (fight): one arm and seed take about two minutes on one core.
@@ -32,7 +32,7 @@ case "$tier" in
     export SET=$set_name
     out=$out/$set_name
     case "$set_name" in
-      motion) probes=(--synthetic motion --probe class/1 class/2 background/2 --clip_per_video 2 "${loading[@]}") ;;
+      motion) probes=(data/mini/motion --probe class/1 class/2 background/2 --clip_per_video 2 "${loading[@]}") ;;
       *) probes=("${DATA_ROOT:-data}/fight_clips" --dataset fight --clip_per_video 2 "${loading[@]}") ;;
     esac
     ;;

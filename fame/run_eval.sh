@@ -18,8 +18,9 @@ where=$tier
 case "$tier" in
   mini)
     # Fine-tuning at toy size, on list 2 of the generated videos, whose background is independent of the motion.
+    "$PYTHON" -m shared_utils.lab.mini video >/dev/null
     flags=(
-      --synthetic --fold 2 --finetune --hflip 0 --dropout 0 --lr 0.05 --cos --epochs 12 -b 24 --clip_per_video 2 --cache
+      data/mini/video --fold 2 --finetune --hflip 0 --dropout 0 --lr 0.05 --cos --epochs 12 -b 24 --clip_per_video 2 --cache
       --workers 1 --log-every 2
     )
     ;;
@@ -32,7 +33,10 @@ case "$tier" in
       --cache --cache_side 64 --amp none --workers 0 --threads 1
     )
     case "$set_name" in
-      motion) flags+=(--synthetic motion --fold 2 --hflip 0) ;;
+      motion)
+        "$PYTHON" -m fame.lab.motion >/dev/null
+        flags+=(data/mini/motion --fold 2 --hflip 0)
+        ;;
       *) flags+=("${DATA_ROOT:-data}/fight_clips" --dataset fight --fold "${SPLIT:-1}") ;;
     esac
     ;;

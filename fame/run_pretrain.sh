@@ -18,8 +18,9 @@ case "$tier" in
   mini)
     # The method at toy size: 120 generated videos of moving digits in UCF101's layout, whose background is tied to the
     # motion, a network of four convolutions, 60 steps; about a minute on two CPU cores.
+    "$PYTHON" -m shared_utils.lab.mini video >/dev/null
     flags=(
-      --synthetic -a tiny -cs 48 -fpc 8 --bins 5 --hflip 0 --bn_splits 2 -b 24 --moco_k 192 --moco_m 0.99 --lr 0.05
+      data/mini/video -a tiny -cs 48 -fpc 8 --bins 5 --hflip 0 --bn_splits 2 -b 24 --moco_k 192 --moco_m 0.99 --lr 0.05
       --cos --epochs 12 --cache --workers 1 --log-every 2 --image_every 20
     )
     ;;
@@ -34,7 +35,10 @@ case "$tier" in
       --amp none --workers 0 --threads 1 --image_every 1000
     )
     case "$set_name" in
-      motion) flags+=(--synthetic motion --hflip 0 --moco_k 256 --epochs 40) ;;
+      motion)
+        "$PYTHON" -m fame.lab.motion >/dev/null
+        flags+=(data/mini/motion --hflip 0 --moco_k 256 --epochs 40)
+        ;;
       fight)
         flags+=("${DATA_ROOT:-data}/fight_clips" --dataset fight --fold "${SPLIT:-1}" --stride 1 --moco_k 128 --epochs 60)
         ;;

@@ -14,19 +14,17 @@ from torch import Tensor
 
 from fame import augment
 from fame.backbone import ARCHS, RELEASE, build
-from fame.data import TwoClips, VideoSet, add_data_flags, check_data_flags, open_videos
+from fame.data import DATASETS, TwoClips, VideoSet, add_data_flags, check_data_flags, open_videos
 from fame.fame import MASKS, Fame
 from fame.moco.builder import QUEUE_ORDERS, MoCo, ReleaseKeys, contrast_rank, info_nce, passes
 from shared_utils import UserError, distributed
-from shared_utils.data import EpochSampler, Keyed, mix_key, sample_rng
+from shared_utils.data import EpochSampler, Keyed, mix_key, sample_rng, tell
 from shared_utils.evaluation import write_result
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
 from shared_utils.layout import place
 from shared_utils.preflight import ONE_NORM, about, seconds
 from shared_utils.resnet import make_grid
 from shared_utils.run import Run, cli
-
-QUEUE = {"k400": 65536}  # K where --moco_k is not given; 2,048 for the others, as the release does for UCF101
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -83,7 +81,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def check_flags(args: argparse.Namespace, world: int) -> None:
     """Fill in what depends on other flags; UserError for flags that contradict each other, before data is opened."""
-    args.moco_k = QUEUE.get(args.dataset, 2048) if args.moco_k is None else args.moco_k
+    args.moco_k = DATASETS[args.dataset].queue if args.moco_k is None else args.moco_k
     args.blur_sigma = augment.draw_sigma(args.seed) if args.blur_sigma is None else args.blur_sigma
     if not args.moco_t > 0 or not args.lr > 0 or not args.blur_sigma > 0 or args.laplace <= 0:
         raise UserError("--moco_t, --lr, --blur_sigma and --laplace must be above 0")
@@ -210,11 +208,9 @@ def main(argv: list[str] | None = None) -> int:
         run.log(mean, lr=lr, **watched)
 
     write_result(run.dir, {"minutes": round(run.minutes(), 2)})
-    data = f"--synthetic {args.synthetic}" if args.synthetic else f"{quote(str(args.data))} --dataset {args.dataset}"
-    run.finish(
-        f"retrieve: python -m fame.main_retrieve {data} --pretrained {quote(f'{run.dir}/checkpoint.pth')}",
-        f"look at: python -m fame.main_cam {data} --pretrained {quote(f'{run.dir}/checkpoint.pth')}",
-    )
+    data = f"{quote(str(args.data))} --dataset {args.dataset} --pretrained {quote(f'{run.dir}/checkpoint.pth')}"
+    hints = [f"retrieve: python -m fame.main_retrieve {data}"] if DATASETS[args.dataset].labelled else []
+    run.finish(*hints, f"look at: python -m fame.main_cam {data}")
     return 0
 
 
@@ -228,9 +224,10 @@ def facts(run: Run, videos: VideoSet, clips: TwoClips, model: MoCo, steps: int) 
     args = run.args
     counts = sorted(videos.count(i) for i in range(len(videos)))
     chance = math.log(args.moco_k) + 1 / (2 * args.moco_dim * args.moco_t**2)
+    of = f" of {len(videos.classes)} classes" if videos.classes else ""
     out = {
-        "data": f"{args.data} ({args.dataset}): {len(videos)} videos of {len(videos.classes)} classes, {counts[0]} to "
-        f"{counts[-1]} frames; a clip is {args.frame_per_clip} x {args.stride}",
+        "data": f"{args.data} ({args.dataset}): {len(videos)} videos{of}, {counts[0]} to {counts[-1]} frames; "
+        f"a clip is {args.frame_per_clip} x {args.stride}",
         "loader": throughput(clips, args.workers),
         "batch": f"{args.batch_size} = {run.world} processes x {args.bn_splits} splits x "
         f"{args.batch_size // (run.world * args.bn_splits)}, {steps} steps an epoch",
@@ -242,6 +239,8 @@ def facts(run: Run, videos: VideoSet, clips: TwoClips, model: MoCo, steps: int) 
         "then up while keys fill the queue, and down",
         "estimated time": estimate(run, model, steps),
     }
+    if videos.unread:
+        out["not read"] = f"{tell(videos.unread)} between the videos"
     if args.batch_size // (run.world * args.bn_splits) == args.batch_size:
         out["caution"] = ONE_NORM
     return out

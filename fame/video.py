@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from shared_utils import UserError, checkpoint, distributed
-from shared_utils.data import EXTENSIONS, load_image
+from shared_utils.data import EXTENSIONS, is_helper, load_image
 
 SUFFIXES = {
     ".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".m1v", ".m2t", ".m2ts", ".m2v", ".m4v", ".mjpeg",
@@ -38,7 +38,6 @@ BESIDE = re.compile(
     r".*[ _.-](flow|thumb(nail)?|preview|poster|copy)",
     re.IGNORECASE,
 )
-FOREIGN = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information", "thumbs.db", "desktop.ini"}
 
 
 class BadVideo(UserError):
@@ -69,11 +68,6 @@ class Video:
 def natural(name: str) -> list[Any]:
     """Sort key under which img_2 comes before img_10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name)]
-
-
-def foreign(name: str) -> bool:
-    """Hidden files and folders, and those of file managers and archivers (@eaDir, __MACOSX)."""
-    return name.startswith(".") or name.lower() in FOREIGN
 
 
 # ------------------------------------------------------------------------------------------------------- many videos
@@ -372,7 +366,7 @@ def frames_of(folder: Path) -> tuple[list[str], dict[str, int]]:
     kinds: dict[str, list[str]] = {}
     for entry in os.scandir(folder):
         stem, suffix = os.path.splitext(entry.name)
-        if suffix.lower() in EXTENSIONS and not foreign(entry.name):
+        if suffix.lower() in EXTENSIONS and not is_helper(entry.name):
             kinds.setdefault(re.sub(r"\d+", "#", stem).lower(), []).append(entry.name)
     if not kinds:
         raise BadVideo(f"{folder}: a folder without images ({', '.join(sorted(EXTENSIONS))})")

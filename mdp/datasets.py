@@ -15,7 +15,7 @@ import os
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -28,14 +28,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from shared_utils import UserError
-from shared_utils.data import load_image, read_text
+from shared_utils.data import ImageList, fingerprint, is_helper, load_image, read_text
 
 HERE = Path(__file__).resolve().parent
 IGNORE = 255  # in local maps; -1 in the union space
 _INVALID = 254  # in lookup tables: a raw id the set does not define
 CHECKED = 8  # files of a split that are decoded and checked before a run starts
-# Folders that file servers, archivers and systems leave between the data, in lower case.
-FOREIGN = frozenset("@eadir @tmp @recycle #recycle #snapshot $recycle.bin __macosx lost+found".split())
 PNG = b"\x89PNG\r\n\x1a\n"
 COCO_HOLES = frozenset({11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90})  # raw ids 0..181 that no COCO-Stuff class has
 
@@ -57,16 +55,16 @@ RAW_COCO = lookup(i for i in range(182) if i not in COCO_HOLES)
 # Pairs: which files belong together --------------------------------------------------------------------------------
 
 
-def _found(folder: Path, pattern: str, endings: Sequence[str]) -> dict[str, Path]:
+def _found(folder: Path, pattern: str, endings: Sequence[str], unread: Counter[str] | None = None) -> dict[str, Path]:
     """{path below `folder` without its ending: path}, sorted; one directory listing instead of a stat per file.
 
-    Endings in any case; hidden files and folders, and those of `FOREIGN`, are none of the set's. UserError: two files
-    that differ in their ending alone.
+    Endings in any case; `is_helper`s are none of the set's. `unread` counts other files by the suffix of their names.
+    UserError: two files that differ in their ending alone.
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.glob(pattern)):
         key = path.relative_to(folder).as_posix()
-        if any(part.startswith(".") or part.lower() in FOREIGN for part in key.split("/")):
+        if any(map(is_helper, key.split("/"))):
             continue
         for ending in endings:
             if key.lower().endswith(ending.lower()):
@@ -75,6 +73,9 @@ def _found(folder: Path, pattern: str, endings: Sequence[str]) -> dict[str, Path
                     raise UserError(f"{path}: {found[stem].name} beside it has the same name; keep one of the two")
                 found[stem] = path
                 break
+        else:
+            if unread is not None and path.is_file():
+                unread[path.suffix.lower() or "without suffix"] += 1
     return found
 
 
@@ -105,6 +106,7 @@ def _lossy(expected: Path) -> str:
 def _folders(
     tree: Path,
     split: str,
+    unread: Counter[str],
     *,
     name: str,
     images: str,
@@ -116,7 +118,7 @@ def _folders(
     """Sets whose split is a folder, `{}`; of `labels` x `label_endings` the first that has files wins."""
     image_dir = tree / images.format(split)
     pattern = "/".join("*" * depth)
-    found = _found(image_dir, pattern, endings)
+    found = _found(image_dir, pattern, endings, unread)
     if not found:
         return []
     options = [(tree / labels_dir.format(split), ending) for ending in label_endings for labels_dir in labels]
@@ -153,10 +155,10 @@ def _stems(file: Path, name: str) -> list[str]:
     return stems
 
 
-def _lists(tree: Path, split: str, *, name: str, lists: str, labels: Sequence[str]) -> list[Pair]:
+def _lists(tree: Path, split: str, unread: Counter[str], *, name: str, lists: str, labels: Sequence[str]) -> list[Pair]:
     """Sets whose split is a list of stems; the first folder of `labels` that has a stem's map wins."""
     file = tree / lists.format(split)
-    images = _found(tree / "JPEGImages", "*", (".jpg",))
+    images = _found(tree / "JPEGImages", "*", (".jpg",), unread)
     maps = [_found(tree / folder, "*", (".png",)) for folder in labels]
     pairs = []
     for stem in _stems(file, name):
@@ -174,13 +176,13 @@ def _lists(tree: Path, split: str, *, name: str, lists: str, labels: Sequence[st
     return pairs
 
 
-def _labelmefacade(tree: Path, split: str) -> list[Pair]:
+def _labelmefacade(tree: Path, split: str, unread: Counter[str]) -> list[Pair]:
     """Official train/test folders, or the frozen lists `pretrain` and `holdout` over both."""
     read = partial(_folders, tree, name="labelmefacade", images="images/{}", labels=["labels/{}"])
     if split in ("train", "test"):
-        return read(split)
+        return read(split, unread)
     file = HERE / "splits" / f"labelmefacade_{split}.txt"
-    pairs = {pair[0].stem: pair for folder in ("train", "test") for pair in read(folder)}
+    pairs = {pair[0].stem: pair for folder in ("train", "test") for pair in read(folder, unread)}
     stems = _stems(file, "labelmefacade")
     for stem in stems:
         if stem not in pairs:
@@ -200,7 +202,7 @@ class Reader:
     tree: str
     layout: str  # of the tree, for error messages
     splits: dict[str, str]  # our split name -> the set's own
-    pairs: Callable[[Path, str], list[Pair]]
+    pairs: Callable[[Path, str, Counter[str]], list[Pair]]  # counts what else lies between the photos
     classes: str  # file in mdp/classes
     raw: range  # raw ids of the classes, in order
     ignore: tuple[int, ...] = ()  # besides 255
@@ -224,7 +226,7 @@ READERS: dict[str, Reader] = {
     "voc": Reader(
         tree="VOCdevkit/VOC2012",
         layout="{JPEGImages,SegmentationClass,SegmentationClassAug,ImageSets/Segmentation/{trainaug,val}.txt}",
-        splits={"train": "trainaug", "trainaug": "trainaug", "val": "val"},  # SBD's own val never enters (trap: leak)
+        splits={"train": "trainaug", "trainaug": "trainaug", "val": "val"},  # SBD's own val holds images of VOC's val
         # VOC's own map wins over SBD's, as in mmsegmentation's voc12aug: only it has the 255 border.
         pairs=partial(
             _lists,
@@ -378,28 +380,56 @@ def stored_ids(path: str | Path) -> tuple[np.ndarray, str]:
     return stored, image.mode
 
 
-def _turned(path: Path) -> bool:
+def _turned(path: str) -> bool:
     """Whether an orientation tag of the photo turns it by 90 degrees."""
     with Image.open(path) as image:
         return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
 
 
+class Pairs(Sequence[Pair]):
+    """Photos and their label maps by number: two packed lists of names, no Python object a pair (see `ImageList`)."""
+
+    def __init__(self, pairs: Sequence[Pair] = ()):
+        self.photos, self.maps = (ImageList(((pair[part], -1) for pair in pairs), []) for part in (0, 1))
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One pair, made anew; or those of a slice, as a list."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self.photos.path(index), self.maps.path(index)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+
 @dataclass(frozen=True, eq=False)
 class SegSet:
-    """One split of one set. Local ids 0..len(classes)-1, 255 = ignore."""
+    """One split of one set. Local ids 0..len(classes)-1, 255 = ignore.
+
+    Attributes:
+        unread: files between the photos that are none of the set's, counted by suffix.
+    """
 
     name: str
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
-    pairs: list[Pair]
+    pairs: Pairs
     table: np.ndarray = field(repr=False)  # uint8 [256]: raw id -> local id
+    unread: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def fingerprint(self) -> tuple[int, str]:
+        """See `shared_utils.data.fingerprint`: of all files, each photo before its map."""
+        return fingerprint(path for pair in self.pairs for path in pair)
+
     def label(self, i: int) -> np.ndarray:
         """uint8 [H, W] local ids. UserError names an unreadable map, a wrong PNG mode, an unknown id."""
-        return self.read_map(self.pairs[i][1])
+        return self.read_map(self.pairs.maps.file(i))
 
     def read_map(self, path: str | Path) -> np.ndarray:
         """As `label`, of any map of the set."""
@@ -427,20 +457,23 @@ class SegSet:
 
     def load(self, i: int) -> tuple[Image.Image, np.ndarray]:
         """RGB image [H, W] and its local ids, uint8 [H, W], both as stored. UserError also when their sizes differ."""
-        image, label = load_image(self.pairs[i][0]), self.label(i)
+        photo = self.pairs.photos.file(i)
+        image, label = load_image(photo), self.label(i)
         if image.size != label.shape[::-1]:
             size = f"{label.shape[1]}x{label.shape[0]}"
             hint = "they must have one size"
-            if image.size == label.shape and _turned(self.pairs[i][0]):
+            if image.size == label.shape and _turned(photo):
                 hint = "the label is of the photo as its orientation tag turns it: turn the photo itself, without a tag"
             raise UserError(
-                f"{self.pairs[i][1]}: label is {size}, but its image {self.pairs[i][0]} is"
+                f"{self.pairs.maps.file(i)}: label is {size}, but its image {photo} is"
                 f" {image.width}x{image.height}; {hint}"
             )
         return image, label
 
 
-def described(name: str, pairs: Sequence[Pair] = (), voc_background: str = "class") -> SegSet:
+def described(
+    name: str, pairs: Sequence[Pair] = (), voc_background: str = "class", unread: Mapping[str, int] | None = None
+) -> SegSet:
     """The classes and the label convention of a set, with these pairs."""
     reader = READERS[name]
     classes, palette = class_table(name)
@@ -451,7 +484,7 @@ def described(name: str, pairs: Sequence[Pair] = (), voc_background: str = "clas
         table = RAW_COCO
     if name == "voc" and voc_background == "ignore":
         classes, palette, table = classes[1:], palette[1:], lookup(reader.raw[1:], (0,))
-    return SegSet(name, classes, palette, list(pairs), table)
+    return SegSet(name, classes, palette, Pairs(pairs), table, unread or {})
 
 
 def open_set(name: str, data_root: str | Path, split: str = "train", voc_background: str = "class") -> SegSet:
@@ -473,11 +506,12 @@ def open_set(name: str, data_root: str | Path, split: str = "train", voc_backgro
         raise UserError(f"data root {root} does not exist; set DATA_ROOT to the folder that holds {reader.tree}/")
     if not tree.is_dir():
         raise UserError(f"{name}: {tree} does not exist; set DATA_ROOT to the folder that holds it; {expected}")
-    pairs = reader.pairs(tree, splits[split])
+    unread = Counter[str]()
+    pairs = reader.pairs(tree, splits[split], unread)
     if not pairs:
         raise UserError(f"{name}: split {split!r} is empty, no image found; {expected}")
 
-    opened = described(name, pairs, voc_background)
+    opened = described(name, pairs, voc_background, unread)
     for i in sorted({round(j * (len(pairs) - 1) / (CHECKED - 1)) for j in range(CHECKED)}):
         opened.load(i)
     return opened

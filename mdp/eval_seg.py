@@ -26,14 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from mdp import finetune
 from mdp.datasets import READERS, open_set
 from mdp.models import Encoder
+from mdp.visualize import MEAN, STD, panels
 from shared_utils import UserError, checkpoint
-from shared_utils.data import load_image
 from shared_utils.flags import Parser, natural, runs_root
 from shared_utils.run import cli, plain, provenance, set_threads
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
@@ -94,8 +93,6 @@ def evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
     saved = checkpoint.load(args.run / "model.pth" if args.run.is_dir() else args.run)
     if not isinstance(saved, Mapping) or not {"state_dict", "args"} <= set(saved) or "model" not in saved["args"]:
         raise UserError(f"{args.run}: not a fine-tuned model of python -m mdp.finetune (model.pth)")
-    from mdp import finetune
-
     flags = finetune.get_parser().parse_args(["--config", args.config or saved["args"]["config"]])
     for key in (*finetune.MODEL_FLAGS, "seed", "short_side"):
         setattr(flags, key, saved["args"].get(key))
@@ -190,7 +187,7 @@ def evaluate_prototypes(args: argparse.Namespace) -> dict[str, Any]:
             guess = nearest_prototype(encoder(x[None]), proto[own], valid[own], label.shape)[0].cpu()
             matrix += confusion(guess, torch.from_numpy(label), len(found.classes))
             if i < 4:
-                picture = panels(np.asarray(load_image(found.pairs[i][0])), label, guess.numpy(), found.palette)
+                picture = panels(np.asarray(photo), label, guess.numpy(), found.palette)
                 writer.add_image(f"{name}/{i} (photo, label, prediction)", picture, 0, dataformats="HWC")
         result = scores(matrix, found.classes)
         results[f"{name} {split}" + (" (seen in pretraining)" if split == "train" else "")] = result
@@ -199,19 +196,6 @@ def evaluate_prototypes(args: argparse.Namespace) -> dict[str, Any]:
         writer.add_text(f"prototype/{name}/IoU", f"| class | IoU |\n|---|---|\n{rows}", 0)
     writer.close()
     return {"out": out, "results": results}
-
-
-def overlay(image: np.ndarray, label: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] photo half covered by the colours [C, 3] of its ids [H, W]; ids outside stay bare."""
-    known = label < len(palette)
-    mixed = (0.4 * image + 0.6 * palette[np.where(known, label, 0)]).astype(np.uint8)
-    return np.where(known[..., None], mixed, image)
-
-
-def panels(photo: np.ndarray, label: np.ndarray, guess: np.ndarray, palette: Any) -> np.ndarray:
-    """Photo, label and prediction side by side, uint8 [H, 3 W, 3]."""
-    colours = np.asarray(palette, dtype=np.uint8)
-    return np.concatenate([photo, overlay(photo, label, colours), overlay(photo, guess, colours)], axis=1)
 
 
 # ------------------------------------------------------------------------------------------------------------- entry

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from mdp.datasets import open_set
-from mdp.lab.export_mmseg import load_pretrained
 from mdp.models import ARCHS, HEADS
+from mdp.transfer import load_pretrained
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.flags import Parser, natural, positive, runs_root
 from shared_utils.run import RUNTIME_FLAGS, cli, plain, provenance, set_threads

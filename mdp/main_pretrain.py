@@ -23,7 +23,6 @@ from mdp.visualize import batch_picture
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, Keyed, mix_key
 from shared_utils.flags import Parser, add_run_flags, ints, natural, not_negative, positive
-from shared_utils.lab import mini
 from shared_utils.layout import follow, place
 from shared_utils.preflight import about, seconds
 from shared_utils.run import Run, cli
@@ -39,11 +38,6 @@ def get_parser() -> argparse.ArgumentParser:
         type=Path,
         default=os.environ.get("DATA_ROOT", "data"),
         help="folder of the official trees",
-    )
-    a(
-        "--synthetic",
-        action="store_true",
-        help="generate the mini data and take it as --data-root, no download",
     )
     a("--voc-background", choices=["class", "ignore"], default="class", help="VOC's background: class 0 or ignored")
     a("--cache-size", type=natural, default=0, help="keep images decoded in memory, shorter side at most this; 0: off")
@@ -139,6 +133,47 @@ def pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
+def objective(
+    args: argparse.Namespace,
+    v: Tensor,
+    y_a: Tensor,
+    y_b: Tensor,
+    lam: Tensor,
+    keys: tuple[Tensor, Tensor] | None,
+    bank: PrototypeBank,
+    groups: Tensor,
+    dataset: Tensor,
+    draws: torch.Generator,
+) -> losses.PixelLoss:
+    """The loss of every query pixel that --objective and --bank-type name.
+
+    Args:
+        v: unit embeddings [B, D, h, w], or logits [B, C, h, w] of a control; y_a, y_b: their labels [B, h, w];
+           lam: weight of y_a [B].
+        keys: key embeddings [B, D, h, w] and their labels [B, h, w]; None for a control.
+        groups: dataset of each class [C]; dataset: of each image [B].
+        draws: picks --anchors pixels of each image, the same of all.
+    """
+    if args.objective != "contrast":
+        return losses.classifier_ce(v, y_a, groups, dataset, args.objective == "multihead-ce")
+    count = y_a[0].numel()  # h w
+    if args.bank_type == "class":
+        scope = groups if args.csc_scope == "cross" else None
+        each = lam[:, None].expand(-1, count).flatten()  # [B h w]
+        labels = y_a.flatten(), y_b.flatten()
+        return losses.pixel_to_prototype(
+            pixels(v), *labels, each, bank, args.tau, args.csc, args.csc_k, scope, args.mix_ignore
+        )
+    pick = torch.arange(count, device=v.device)
+    if args.anchors:
+        pick = torch.randperm(count, generator=draws)[: args.anchors].to(v.device)
+    anchors, y = v.flatten(2).transpose(1, 2)[:, pick], y_a.flatten(1)[:, pick]  # [B, P, D], [B, P]
+    if args.bank_type == "region":
+        return losses.pixel_to_region(anchors.flatten(0, 1), y.flatten(), bank, args.tau)
+    assert keys is not None  # for the type checker
+    return losses.pixel_to_pixel(anchors, y, *keys, len(bank.proto), args.tau)
+
+
 @torch.no_grad()
 def telemetry(
     loss: losses.PixelLoss, v: Tensor, y: Tensor, dataset: Tensor, bank: PrototypeBank, names: list[str]
@@ -168,11 +203,6 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     run = Run(args, "mdp", "pretrain")
     check_flags(args, run.world)
-    if args.synthetic:
-        if run.rank == 0:
-            mini.ensure("segmentation")
-        distributed.barrier()
-        args.data_root = mini.ensure("segmentation")
 
     # Data: the datasets side by side, classes concatenated and never merged.
     names = args.datasets.split(",")
@@ -197,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     run.track(state_dict=_Encoders(model), bank=bank, optimizer=optimizer)
     steps = sampler.steps_per_epoch
-    run.reads(*([path for pair in found.pairs for path in pair] for found in sets))
+    run.reads(*sets)
     run.preflight(
         {
             "data": union.describe().replace("\n", "; "),
@@ -221,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
         draws = torch.Generator().manual_seed(mix_key(args.seed, run.step, run.rank))
 
         # Key view -> key pixels and regions; a constant for the loss, and never a mixed image.
-        regions = None
+        keys = regions = None
         if args.objective == "contrast":
             model.update_key_encoder()
             if args.norm == "shuffle":
@@ -230,8 +260,8 @@ def main(argv: list[str] | None = None) -> int:
                 k_feat = model.embed_keys(k)  # [B, D, h, w]
             if args.norm == "shuffle":
                 k_feat = distributed.unshuffle(k_feat, order)
-            k_label = downsample_labels(k_label, k_feat.shape[-2:])  # [B, h, w]
-            regions = region_means(k_feat, k_label, c, args.regions)  # [B, R, D], [B, R]
+            keys = k_feat, downsample_labels(k_label, k_feat.shape[-2:])  # [B, D, h, w], [B, h, w]
+            regions = region_means(*keys, c, args.regions)  # [B, R, D], [B, R]
 
         # Query view: mix at full resolution, then embed every pixel.
         mixed = apply_plan(q, q_label, draw_plan(dataset, args.mix, args.mix_prob, args.mix_beta, draws))
@@ -243,34 +273,9 @@ def main(argv: list[str] | None = None) -> int:
             size = out.shape[-2:]  # h, w
             y_a, y_b = downsample_labels(mixed.y_a, size), downsample_labels(mixed.y_b, size)
             v = out.float() if args.objective != "contrast" else F.normalize(out.float(), dim=1)
-            pick = torch.arange(size.numel(), device=v.device)
-            if args.anchors and args.bank_type != "class":
-                pick = torch.randperm(size.numel(), generator=draws)[: args.anchors].to(v.device)
 
             # Loss from the prototypes as they are: this batch is enqueued afterwards.
-            if args.objective != "contrast":
-                per_pixel = losses.classifier_ce(v, y_a, groups, dataset, args.objective == "multihead-ce")
-            elif args.bank_type == "none":
-                anchors = v.flatten(2).transpose(1, 2)[:, pick]  # [B, P, D]
-                per_pixel = losses.pixel_to_pixel(anchors, y_a.flatten(1)[:, pick], k_feat, k_label, c, args.tau)
-            elif args.bank_type == "region":
-                anchors = v.flatten(2).transpose(1, 2)[:, pick].flatten(0, 1)  # [B*P, D]
-                per_pixel = losses.pixel_to_region(anchors, y_a.flatten(1)[:, pick].flatten(), bank, args.tau)
-            else:
-                lam = mixed.lam[:, None].expand(-1, size.numel()).flatten()
-                scope = groups if args.csc_scope == "cross" else None
-                per_pixel = losses.pixel_to_prototype(
-                    pixels(v),
-                    y_a.flatten(),
-                    y_b.flatten(),
-                    lam,
-                    bank,
-                    args.tau,
-                    args.csc,
-                    args.csc_k,
-                    scope,
-                    args.mix_ignore,
-                )
+            per_pixel = objective(args, v, y_a, y_b, mixed.lam, keys, bank, groups, dataset, draws)
             total = distributed.all_sum(per_pixel.counted.sum())
             loss = losses.average(per_pixel, args.csc_weight, total, run.world, v)
             optimizer.zero_grad(set_to_none=True)

@@ -34,7 +34,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import mdp.mmseg_datasets  # noqa: F401  (registers the folder's datasets)
-from mdp.eval_seg import panels
+from mdp.visualize import panels
 from shared_utils import UserError, distributed
 from shared_utils.data import Keyed, load_image
 from shared_utils.layout import place

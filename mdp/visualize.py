@@ -1,5 +1,8 @@
-"""Pictures for tensorboard: query views as the network sees them, their labels, and the nearest prototypes."""
+"""Pictures for tensorboard: query views as the network sees them, labels, nearest prototypes, predictions."""
 
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,3 +37,16 @@ def batch_picture(
         nearest = F.interpolate(s.argmax(1)[:, None].float(), size=x.shape[-2:], mode="nearest").long()[:, 0]
         rows.append(palette[nearest].permute(0, 3, 1, 2))
     return torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
+
+
+def overlay(image: np.ndarray, label: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] photo half covered by the colours [C, 3] of its ids [H, W]; ids outside stay bare."""
+    known = label < len(palette)
+    mixed = (0.4 * image + 0.6 * palette[np.where(known, label, 0)]).astype(np.uint8)
+    return np.where(known[..., None], mixed, image)
+
+
+def panels(photo: np.ndarray, label: np.ndarray, guess: np.ndarray, palette: Any) -> np.ndarray:
+    """Photo, label and prediction side by side, uint8 [H, 3 W, 3]."""
+    colours = np.asarray(palette, dtype=np.uint8)
+    return np.concatenate([photo, overlay(photo, label, colours), overlay(photo, guess, colours)], axis=1)

@@ -5,6 +5,7 @@ import gc
 import json
 import types
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_kinetics_numbers_test_videos_by_the_training_classes(tmp_path):
         listing(tmp_path, "k400", False)
 
 
-def test_a_class_folder_as_other_tools_leave_it(tmp_path, capsys):
+def test_a_class_folder_as_other_tools_leave_it(tmp_path):
     """Every common ending is taken, what is not is named, and a video that lies there twice is one video."""
     run = tmp_path / "train/run"
     folder(run / "frames")
@@ -91,12 +92,34 @@ def test_a_class_folder_as_other_tools_leave_it(tmp_path, capsys):
         folder(run / name)
     for name in ("notes.txt", "i.mp4.part", "j.zip", ".k.mp4", "._a.wmv", "Thumbs.db"):
         (run / name).touch()
-    found, _ = listing(tmp_path, "k400", True)
+    unread = Counter[str]()
+    found, _ = listing(tmp_path, "k400", True, unread=unread)
     assert [path.name for path, _, _ in found] == "a.wmv b.FLV c.ts d.mts e.3gp f.ogv frames g.vob h.mp4".split()
-    said = capsys.readouterr().out
-    assert (
-        "6 entries are no videos (3 without suffix, 1 .part, 1 .zip, 1 .txt), the first" in said and "run/flow" in said
-    )
+    assert unread == {"folders": 3, ".part": 1, ".zip": 1, ".txt": 1}
+
+
+def test_a_folder_of_videos_without_labels(tmp_path):
+    """Files and folders of frames at any depth; frames of a file, flow, posters and helpers are no second video."""
+    for name in ("my trip/a b", "deep/er/c", "clip", "flow", ".thumbs/x", "@eaDir/y"):
+        folder(tmp_path / name, 4)
+    (tmp_path / "deep/poster.jpg").touch()
+    for name in ("clip.MP4", "my trip/d.mov", "my trip/e.heic", "notes.txt"):
+        (tmp_path / name).touch()
+    unread = Counter[str]()
+    found, classes = listing(tmp_path, "folder", True, unread=unread)
+    assert [key for _, _, key in found] == ["clip.MP4", "deep/er/c", "my trip/d.mov", "my trip/a b"] and classes == []
+    assert unread == {".heic": 1, ".txt": 1, ".jpg": 1}
+    assert listing(tmp_path, "folder", False)[0] == found  # no split
+    for name in ("clip.MP4", "my trip/d.mov"):
+        (tmp_path / name).unlink()
+    videos = open_videos(flags(tmp_path, "--dataset", "folder"), True)
+    assert len(videos) == 3 and videos.labels.tolist() == [-1] * 3 and videos.classes == []
+    assert TwoClips(videos, 32)[0]["clips"].shape == (2, 3, 2, 32, 32)
+    for extra in (["--target", "background"], ["--per_class", "2"]):
+        with pytest.raises(UserError, match="folder has no labels: leave"):
+            flags(tmp_path, "--dataset", "folder", *extra)
+    with pytest.raises(UserError, match="folder has no labels, and this needs them; give one of k400"):
+        check_data_flags(flags(tmp_path, "--dataset", "folder"), labels=True)
 
 
 def test_names_in_lists_as_other_tools_write_them(tmp_path):

@@ -159,7 +159,7 @@ def still(count: int) -> VideoSet:
     return VideoSet(videos, list(range(count)), [str(n) for n in range(count)], 4, 1, 1, frames)
 
 
-def test_the_mean_of_identical_clips_is_one_clip():  # property 10
+def test_the_mean_of_identical_clips_is_one_clip():
     model = build("tiny", classes=3, width=2).eval()
     found = []
     for clips in (1, 10):
@@ -178,7 +178,7 @@ def test_accuracy_counts_the_mean_output():
 def test_retrieval():
     x = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(30)
-    assert recall(x, labels, x, labels)[1] == 100  # property 10
+    assert recall(x, labels, x, labels)[1] == 100
     shifted = recall(x, labels, x + 100 * torch.ones(8), labels)
     assert shifted[1] == 100  # each set's own mean is taken off
     at = recall(x, labels // 2, torch.randn(10, 8), torch.arange(10))

@@ -54,7 +54,7 @@ def test_other_masks_miss_the_release_s(wrong):
         (112, 0.5, 6272, (37696648, 34393464), (1.000, 1.000), (0.368, 0.374)),
     ],
 )
-def test_golden_masks(size, beta, ones, sums, recall, iou):  # property 2, with kornia 0.9.0 on another machine
+def test_golden_masks(size, beta, ones, sums, recall, iou):  # kornia 0.9.0 on another machine
     x = moving_squares(size)
     mask = make_mask(x, beta=beta)
     assert mask.flatten(1).sum(1).tolist() == [ones, ones]
@@ -77,7 +77,9 @@ def test_contrast_is_the_release_s(name):
 
 def test_the_clean_order_misses_the_release_s_second_pass():
     found = our_contrast(*contrast_inputs(), order="clean")
-    np.testing.assert_allclose(summary("logits 1", found["logits 1"]), FROZEN["contrast"]["logits 1"], rtol=1e-5)
+    expected = FROZEN["contrast"]["logits 1"]
+    atol = 2e-6 * max(map(abs, expected))  # entries near 0 carry the rounding of the large ones
+    np.testing.assert_allclose(summary("logits 1", found["logits 1"]), expected, atol=atol, rtol=2e-6)
     assert not np.allclose(summary("logits 2", found["logits 2"]), FROZEN["contrast"]["logits 2"], rtol=1e-2)
 
 
@@ -98,20 +100,20 @@ def clips() -> Tensor:
 
 @pytest.mark.parametrize("kind", ["full", "seed"])
 @pytest.mark.parametrize("beta", [0.0, 0.3, 0.501, 1.0])
-def test_beta_counts_pixels(kind, beta, clips):  # property 1
+def test_beta_counts_pixels(kind, beta, clips):
     order = torch.tensor([1, 2, 0])
     mask = make_mask(clips, kind, beta)
     assert mask.flatten(1).sum(1).tolist() == [int(beta * 36 * 36)] * 3
     merged = merge(clips, mask, order)
     inside = mask[:, None, None].expand_as(clips)
-    assert torch.equal(merged[inside], clips[inside])  # property 5, to the bit
+    assert torch.equal(merged[inside], clips[inside])  # to the bit
     assert torch.equal(merged[~inside], clips[order][~inside])
     assert torch.equal(merge(clips, mask, torch.arange(3)), clips)
     if beta in (0, 1):
         assert torch.equal(merged, clips if beta else clips[order])
 
 
-def test_mask_follows_reversal_and_flips(clips):  # property 4
+def test_mask_follows_reversal_and_flips(clips):
     mask = make_mask(clips)
     assert torch.equal(make_mask(clips.flip(2)), mask)
     assert torch.equal(make_mask(clips.flip(-1)), mask.flip(-1))
@@ -149,7 +151,7 @@ def test_blur_is_torchvision_s(clips):
     assert [fame.kernel_size(s) for s in (32, 112, 224)] == [3, 11, 23]
 
 
-def test_colours():  # property 3
+def test_colours():
     pixels = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.3, 0.3, 0.3], [0.2, 0.9, 0.4]]).T.view(1, 3, 2, 2)
     h, s, v = fame.rgb_to_hsv(pixels)[0].flatten(1)
     assert float(h[0]) == pytest.approx(4 * math.pi / 3) and float(h[1]) == 0 and float(s[2]) == 0
@@ -264,7 +266,7 @@ def tiny_moco(k: int = 24, dim: int = 16, m: float = 0.9) -> MoCo:
     return MoCo(compare_release.Flat(dim, 3 * 2 * 4 * 4), dim, k, m, 0.1)
 
 
-def test_momentum_queue_and_gradients():  # property 6
+def test_momentum_queue_and_gradients():
     model = tiny_moco()
     v0, v1, _ = contrast_inputs()
     with torch.no_grad():
@@ -295,7 +297,7 @@ def test_momentum_queue_and_gradients():  # property 6
 
 
 @pytest.mark.parametrize("order", ["release", "clean"])
-def test_the_false_negative(order):  # property 7
+def test_the_false_negative(order):
     model = tiny_moco()
     z = unit(4, 16)
     model.queue_ptr[0] = 20
@@ -312,7 +314,7 @@ def test_the_false_negative(order):  # property 7
     assert contrast_rank(logits).tolist() == [0, 0, 0, 0]
 
 
-def test_loss_of_independent_units():  # property 8
+def test_loss_of_independent_units():
     k, dim = 4096, 128
     loss = info_nce(
         (unit(512, dim) * unit(512, dim, seed=1)).sum(1) / 0.1, unit(512, dim) @ unit(k, dim, seed=2).T / 0.1
@@ -327,7 +329,7 @@ def parameters(model: torch.nn.Module) -> float:
     return sum(p.numel() for p in model.parameters()) / 1e6
 
 
-def test_networks():  # property 9
+def test_networks():
     i3d = build("I3D", 128)
     assert parameters(i3d) == pytest.approx(13.468, abs=1e-3) and parameters(build("I3D")) == pytest.approx(
         12.287, abs=1e-3

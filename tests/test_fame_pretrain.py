@@ -71,6 +71,14 @@ def test_every_arm_trains(arm, data, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["flags"]["blur_sigma"] > 0
 
 
+def test_a_folder_without_labels_trains(data, tmp_path, capsys):
+    """The same videos found below the folder: no word of classes, and pictures of them afterwards."""
+    log = pretrain(data / "data", tmp_path, "--dataset", "folder")
+    said = capsys.readouterr().out
+    assert len(log) == 2 and "(folder): 16 videos, 6 to 6 frames" in said
+    assert "look at: python -m fame.main_cam" in said and "main_retrieve" not in said
+
+
 def test_arms_and_their_flags_change_the_result(data, tmp_path):
     pretrain(data, tmp_path / "full")
     for arm in ("--mask none", "--mask random", "--beta 0.3", "--merge_views both", "--queue_order clean", "--seed 1"):
@@ -107,7 +115,7 @@ def test_defaults_and_schedules(data, tmp_path):
     release = "-a I3D --dataset k400 --lr 0.01 -fpc 16 -cs 224 -b 64 -j 8 --cos --epochs 200 -p 5 --log_dir x folder"
     args = get_parser().parse_args(release.split())
     assert (args.workers, args.log_every, args.output_dir, args.data) == (8, 5, Path("x"), Path("folder"))
-    assert [learning_rate(args, e) for e in (0, 100)] == pytest.approx([0.01, 0.005])  # property 11
+    assert [learning_rate(args, e) for e in (0, 100)] == pytest.approx([0.01, 0.005])
     assert learning_rate(args, 199) == pytest.approx(0.01 * 0.5 * (1 + np.cos(np.pi * 199 / 200)))
     steps = get_parser().parse_args("--lr 0.01 --schedule 120 180".split())
     rates = [learning_rate(steps, e) for e in (0, 119, 120, 180, 199)]
@@ -181,7 +189,7 @@ def two_processes(data: Path, out: Path, *extra: str, code: int = 0, **environme
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_equal_one_on_the_whole_batch(data, tmp_path):  # property 12, with batch norm in train mode too
+def test_two_processes_equal_one_on_the_whole_batch(data, tmp_path):  # with batch norm in train mode too
     alone = pretrain(data, tmp_path / "one", "--epochs", "2")
     together = two_processes(data, tmp_path / "two", "--epochs", "2")
     for a, b in zip(alone, together, strict=True):  # what is logged is of the whole batch

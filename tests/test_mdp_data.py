@@ -1,5 +1,6 @@
 """mdp: the readers on tiny official trees, bad input, the union label space, and loading."""
 
+import gc
 import hashlib
 import io
 import os
@@ -17,10 +18,21 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
-from mdp.datasets import COCO_HOLES, NAMES, PNG, READERS, SegSet, UnionDataset, class_table, open_set, to_union
+from mdp.datasets import (
+    COCO_HOLES,
+    NAMES,
+    PNG,
+    READERS,
+    SegSet,
+    UnionDataset,
+    class_table,
+    described,
+    open_set,
+    to_union,
+)
 from mdp.transforms import TwoViews
 from shared_utils import UserError
-from shared_utils.data import Keyed, sample_rng
+from shared_utils.data import Keyed, fingerprint, sample_rng
 
 SIZE = (12, 8)  # width, height of the tiny images
 SPLITS = Path(__file__).parent.parent / "mdp" / "splits"
@@ -495,7 +507,31 @@ def test_hidden_and_foreign_files_are_none_of_the_set(name, tmp_path):
             for folder in ("@eaDir", ".ipynb_checkpoints", "__MACOSX", "#recycle"):
                 (base / folder).mkdir(exist_ok=True)
                 (base / folder / path.name).write_bytes(path.read_bytes())
-    assert open_set(name, tmp_path).pairs == before
+    found = open_set(name, tmp_path)
+    assert found.pairs == before and not found.unread
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_files_between_the_photos_are_counted(name, tmp_path):
+    write_tree(name, tmp_path)
+    before = open_set(name, tmp_path).pairs
+    folder = before[0][0].parent
+    for file in ("a.heic", "b.HEIC", "c.txt"):
+        (folder / file).write_bytes(b"\0")
+    found = open_set(name, tmp_path)
+    assert found.pairs == before and found.unread == {".heic": 2, ".txt": 1}
+
+
+def test_pairs_are_no_python_objects(tmp_path):
+    """The loader's processes would copy one each; a packed set has as many objects whatever its length."""
+    files = [(tmp_path / f"images/{i}.jpg", tmp_path / f"labels/{i}.png") for i in range(3000)]
+    gc.collect()
+    before = len(gc.get_objects())
+    found = described("camvid", files)
+    gc.collect()
+    assert len(gc.get_objects()) - before < 200
+    assert found.pairs == files and found.pairs[-1] == files[-1] and found.pairs[5:7] == files[5:7]
+    assert found.fingerprint() == fingerprint([path for pair in files for path in pair])
 
 
 def test_one_name_twice(tmp_path):

@@ -110,7 +110,7 @@ def test_gradient_equals_autograd_whatever_the_chunk(chunk, monkeypatch):
 
 @settings(max_examples=25, deadline=None)
 @given(c=st.integers(2, 12), seed=st.integers(0, 999))
-def test_equal_prototypes_give_log_v(c, seed):  # property 1
+def test_equal_prototypes_give_log_v(c, seed):
     bank = make_bank(c)
     bank.proto.copy_(bank.proto[:1].expand(c, -1).clone())
     v, *_ = pixels(seed=seed)
@@ -118,7 +118,7 @@ def test_equal_prototypes_give_log_v(c, seed):  # property 1
     torch.testing.assert_close(unmixed(v, y, bank).p2c, torch.full((len(v),), math.log(c), dtype=v.dtype))
 
 
-def test_two_opposite_prototypes_are_a_softplus():  # property 2
+def test_two_opposite_prototypes_are_a_softplus():
     bank = make_bank(2)
     bank.proto[1] = -bank.proto[0]
     v, *_ = pixels(c=2)
@@ -126,7 +126,7 @@ def test_two_opposite_prototypes_are_a_softplus():  # property 2
     torch.testing.assert_close(unmixed(v, y, bank).p2c, F.softplus(-2 * (v * bank.proto[y]).sum(1) / TAU))
 
 
-def test_orthonormal_prototypes():  # property 3
+def test_orthonormal_prototypes():
     bank = make_bank(6, 6)
     bank.proto.copy_(torch.eye(6))
     y = torch.arange(6)
@@ -136,7 +136,7 @@ def test_orthonormal_prototypes():  # property 3
     )
 
 
-def test_never_seen_classes_change_neither_loss_nor_gradient():  # property 4
+def test_never_seen_classes_change_neither_loss_nor_gradient():
     v, y, *_ = pixels(c=5)
     results = []
     for extra in (0, 4):
@@ -152,7 +152,7 @@ def test_never_seen_classes_change_neither_loss_nor_gradient():  # property 4
     assert unmixed(v, torch.full((len(v),), 8), make_bank(9, invalid=(8,))).counted.sum() == 0
 
 
-def test_region_bank_with_one_region_a_class_equals_prototypes():  # property 9
+def test_region_bank_with_one_region_a_class_equals_prototypes():
     c, d = 4, 6
     bank = PrototypeBank(c, d, size=4, max_regions=1).double()
     r = F.normalize(torch.randn(c, 1, d, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), dim=2)
@@ -183,7 +183,7 @@ def test_region_bank_equals_its_definition():
             torch.testing.assert_close(got.p2c[i], (s.logsumexp(0) - s[positive]).mean())
 
 
-def test_pixel_mixing_identities():  # property 10
+def test_pixel_mixing_identities():
     bank = make_bank(invalid=(2,))
     v, y_a, y_b, lam = pixels()
     one = torch.ones_like(lam)
@@ -200,7 +200,7 @@ def test_pixel_mixing_identities():  # property 10
     torch.testing.assert_close(kept, (1 - lam) * unmixed(v, y_b, bank).p2c, rtol=1e-10, atol=1e-12)
 
 
-def test_sparse_coding_is_a_soft_target():  # property 12
+def test_sparse_coding_is_a_soft_target():
     bank, beta = make_bank(), 0.25
     v, y, *_ = pixels()
     y = y.clamp(min=0)
@@ -218,7 +218,7 @@ def test_sparse_coding_is_a_soft_target():  # property 12
     assert torch.equal(without, losses.average(unmixed(v, y, bank), 0.1, torch.tensor(40), 1, v))
 
 
-def test_gradient_reaches_the_query_only_and_ignores_its_norm():  # property 13
+def test_gradient_reaches_the_query_only_and_ignores_its_norm():
     bank = make_bank()
     raw = torch.randn(30, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
     y = torch.arange(30) % 7

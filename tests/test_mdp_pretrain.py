@@ -118,7 +118,7 @@ def whole(data, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("step", [3, 5, 8])
-def test_terminated_and_resumed_is_bit_identical(step, data, whole, tmp_path, monkeypatch):  # property 18
+def test_terminated_and_resumed_is_bit_identical(step, data, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_at(step, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
         with pytest.raises(SystemExit) as stopped:
@@ -254,7 +254,7 @@ def test_the_command_line_prints_one_line_and_exits_with_2(tmp_path):
     assert done.stderr.startswith("error: data root") and done.stderr.count("\n") == 1
 
 
-def test_two_processes_equal_one(data, tmp_path):  # property 15
+def test_two_processes_equal_one(data, tmp_path):
     flags = [*SMALL, "--data-root", str(data), "--mix", "none", "--lr", "0.005"]
     train(data, tmp_path / "one", "--mix", "none", "--lr", "0.005")
     command = [
@@ -283,7 +283,7 @@ def test_two_processes_equal_one(data, tmp_path):  # property 15
         torch.testing.assert_close(value, two["state_dict"][key], rtol=0, atol=2e-3)
 
 
-def test_momentum_update():  # property 14
+def test_momentum_update():
     encoder = Encoder("resnet18", "aspp", 8, 4, 8, (1, 2))
     for m in (0.0, 1.0, 0.9):
         model = MDP(encoder, PrototypeBank(3, 8, 4), moco_m=m)

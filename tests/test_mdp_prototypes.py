@@ -36,7 +36,7 @@ def test_only_the_largest_regions_are_kept():
     assert set(label[0].tolist()) == {0, 2}
 
 
-def test_one_pixel_and_a_thousand_weigh_the_same():  # property 6
+def test_one_pixel_and_a_thousand_weigh_the_same():
     a, b = F.normalize(torch.tensor([1.0, 0.2, 0]), dim=0), F.normalize(torch.tensor([0, 0.3, 1.0]), dim=0)
     k = torch.stack([a[:, None].expand(3, 1000), b[:, None].expand(3, 1000)]).view(2, 3, 10, 100).clone()
     y = torch.zeros(2, 10, 100, dtype=torch.long)
@@ -51,7 +51,7 @@ def test_one_pixel_and_a_thousand_weigh_the_same():  # property 6
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10_000), batch=st.sampled_from([1, 2, 4]), rounds=st.integers(1, 20))
-def test_ring_equals_brute_force(seed, batch, rounds):  # property 7
+def test_ring_equals_brute_force(seed, batch, rounds):
     g = torch.Generator().manual_seed(seed)
     bank, c, m = PrototypeBank(6, 4, size=8, max_regions=3, recompute_every=0), 6, 8
     history: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -74,7 +74,7 @@ def test_ring_equals_brute_force(seed, batch, rounds):  # property 7
     assert int(bank.ptr) == batch * rounds % m
 
 
-def test_evicted_classes_keep_their_last_prototype():  # property 8
+def test_evicted_classes_keep_their_last_prototype():
     bank = PrototypeBank(3, 4, size=4, max_regions=1)
     r = unit(2, 1, 4, dim=2)
     bank.enqueue(r, torch.tensor([[0], [1]]))
@@ -131,7 +131,7 @@ def plan(kind: int, lam: float, corner=(0.25, 0.5), n: int = 2) -> Plan:
 
 @settings(max_examples=50, deadline=None)
 @given(lam=st.floats(0, 1), x=st.floats(0, 0.999), y=st.floats(0, 0.999))
-def test_region_mixing_takes_b_inside_the_box_and_a_outside(lam, x, y):  # property 11
+def test_region_mixing_takes_b_inside_the_box_and_a_outside(lam, x, y):
     h, w = 12, 16
     images = torch.stack([torch.zeros(3, h, w), torch.ones(3, h, w)])
     labels = torch.stack([torch.full((h, w), 4), torch.full((h, w), 300)])

@@ -22,9 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/results.csv"))
 
 
+def on_mini_data(words: list[str]) -> bool:
+    return "--synthetic" in words or any(word.startswith("data/mini/") for word in words)
+
+
 def mini_commands(readme: str, folder: str) -> list[list[str]]:
     """What needs no data in the bash blocks under Run and Evaluate, in their order: `bash <folder>/run_*.sh [mini] ...`
-    and `python -m <folder>. ...` on what they have made under data/mini/.
+    and `python -m <folder>...` with a path below data/mini/.
     """
     found = []
     for section in re.findall(r"^## (?:Run|Evaluate)$(.*?)(?=^## |\Z)", readme, re.M | re.S):
@@ -35,7 +39,7 @@ def mini_commands(readme: str, folder: str) -> list[list[str]]:
                 if words[:1] == ["bash"] and words[1].startswith(f"{folder}/run_"):
                     if words[2:3] not in (["small"], ["paper"]):
                         found.append(words)
-                elif module.startswith(f"{folder}.") and ("--synthetic" in words or "data/mini/" in line):
+                elif words[:2] == ["python", "-m"] and words[2].startswith(f"{folder}.") and on_mini_data(words):
                     found.append(words)
     return found
 
@@ -87,9 +91,10 @@ bash mdp/run_a.sh paper --lr 1
 bash mdp/run_b.sh mini --name \\
   "two words"
 bash fame/run_c.sh
-python -m mdp.knn --pretrained runs/mdp/a.pth --data_dir data/mini/voc
+python -m mdp.knn --pretrained runs/mdp/a.pth --synthetic
+python -m mdp.knn data/mini/images --pretrained runs/mdp/a.pth
 python -m mdp.knn --pretrained runs/mdp/a.pth --data_dir /data
-python -m fame.knn --data_dir data/mini/voc
+python -m fame.knn data/mini/video
 ```
 ```
 bash mdp/run_output.sh
@@ -106,7 +111,8 @@ bash mdp/run_after.sh
     assert mini_commands(readme, "mdp") == [
         ["bash", "mdp/run_a.sh"],
         ["bash", "mdp/run_b.sh", "mini", "--name", "two words"],
-        ["python", "-m", "mdp.knn", "--pretrained", "runs/mdp/a.pth", "--data_dir", "data/mini/voc"],
+        ["python", "-m", "mdp.knn", "--pretrained", "runs/mdp/a.pth", "--synthetic"],
+        ["python", "-m", "mdp.knn", "data/mini/images", "--pretrained", "runs/mdp/a.pth"],
         ["bash", "mdp/run_d.sh", "--flag"],
     ]
 

@@ -2,6 +2,8 @@
 
     data/CLASS/VIDEO/img_00001.jpg   anno/{train,test}list0{1,2}.txt   attributes.csv (background, digit)
 
+    python -m fame.lab.motion
+
 UCF101's lists in the release's layout; no PyAV is needed. Motion is the class. In list 1 the background is tied to it
 in training and that of another class in test, in list 2 it is independent of it.
 """
@@ -11,7 +13,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from shared_utils.flags import Parser
 from shared_utils.lab import mini, mini_draw
+from shared_utils.run import cli
 
 KIND = "motion"
 PER_CLASS = {"train01": 50, "test01": 25, "train02": 30, "test02": 25}
@@ -39,3 +43,18 @@ def write(folder: Path) -> None:
 
 
 mini.WRITERS.setdefault(KIND, write)  # beside the sets of all folders: the same root, lock and stamp
+
+
+def get_parser() -> Parser:
+    p = Parser(prog="fame.lab.motion", description=__doc__.splitlines()[0])
+    p.add_argument("--root", type=Path, default=mini.ROOT, help="parent folder (default: %(default)s)")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    print(mini.ensure(KIND, get_parser().parse_args(argv).root))
+    return 0
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -16,7 +16,7 @@ from mdp.main_pretrain import get_parser as training_parser
 from mdp.visualize import MEAN, STD
 from shared_utils import UserError
 from shared_utils.flags import Parser, natural
-from shared_utils.lab import mini, tiles
+from shared_utils.lab import tiles
 from shared_utils.run import cli, set_threads
 
 COMMAND = "bash mdp/run_pretrain.sh"
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     _, flags = tiles.open_run(args.pretrained, training_parser(), COMMAND, ["state_dict", "bank"])
     set_threads(0, 0, torch.device("cpu"))
     encoder, _, proto, valid = load_encoder(args.pretrained, "k")
-    root = mini.ensure("segmentation") if flags.synthetic else Path(flags.data_root)
+    root = Path(flags.data_root)
     names = flags.datasets.split(",")
     if len(args.anchors) != len(names):
         raise UserError(f"--anchors: give one number for each of {', '.join(names)}")
