@@ -46,6 +46,10 @@ case "$tier" in
 esac
 mkdir -p "$out"
 
+# The recorded rows of the small tier were trained and measured with the releases' loader; new seeds stand beside them.
+pil=()
+if [ "$tier" = small ]; then pil=(--aug_backend pil); fi
+
 run_one() { # arm seed [flags]
   local arm=$1 seed=$2 flags=() folder=$out/$1/seed$2
   shift 2
@@ -65,13 +69,13 @@ run_one() { # arm seed [flags]
       return 2
       ;;
   esac
-  bash kscl/run_pretrain.sh "$tier" "${flags[@]}" --seed "$seed" --output-dir "$folder" "$@"
-  "$PYTHON" -m kscl.main_knn --pretrained "$folder/checkpoint.pth" "${data[@]}" "${loading[@]}" \
+  bash kscl/run_pretrain.sh "$tier" "${pil[@]}" "${flags[@]}" --seed "$seed" --output-dir "$folder" "$@"
+  "$PYTHON" -m kscl.main_knn --pretrained "$folder/checkpoint.pth" "${pil[@]}" "${data[@]}" "${loading[@]}" \
     --output-dir "$folder-knn"
   if [ "$tier" = paper ]; then
     bash kscl/run_lincls.sh paper --pretrained "$folder/checkpoint.pth" --output-dir "$folder-linear"
   else
-    "$PYTHON" -m kscl.main_lincls --pretrained "$folder/checkpoint.pth" "${data[@]}" --cached_train \
+    "$PYTHON" -m kscl.main_lincls --pretrained "$folder/checkpoint.pth" "${pil[@]}" "${data[@]}" --cached_train \
       --init_lr 0.3 --batch_size 256 --end_epoch 50 --decay_method cos \
       "${loading[@]}" --overwrite --output-dir "$folder-linear"
   fi

@@ -65,7 +65,7 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-AUG_BACKENDS, AUG_BACKEND = ("pil", "batch"), "pil"  # what --aug_backend offers, and its default
+AUG_BACKENDS, AUG_BACKEND = ("pil", "batch"), "batch"  # what --aug_backend offers, and its default
 
 positive, natural, not_negative = at_least(1), at_least(0), at_least(0, float)
 finite = at_least(-math.inf, float)

@@ -35,7 +35,6 @@ def mini_commands(readme: str, folder: str) -> list[list[str]]:
         for block in re.findall(r"^```bash\n(.*?)^```", section, re.M | re.S):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
-                module = words[2] if words[:2] == ["python", "-m"] else ""
                 if words[:1] == ["bash"] and words[1].startswith(f"{folder}/run_"):
                     if words[2:3] not in (["small"], ["paper"]):
                         found.append(words)
