@@ -15,7 +15,6 @@ from flat.methods.pair import BN_MODES, PairModel
 from flat.methods.protonet import ProtoNet
 from shared_utils import UserError, distributed
 from shared_utils.flags import Parser, add_run_flags, at_least, natural, not_negative, positive
-from shared_utils.lab import mini
 
 METHODS = ("baseline", "baseline++", "cosine", "protonet")
 # optimiser, lr, weight decay, nesterov, images a step, steps an epoch (0: once through the data), schedule
@@ -32,7 +31,6 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
     a = p.add_argument
     a("--dataset", default="miniImagenet", help=f"{', '.join(data.DATASETS)}; their layouts stand in flat/data.py")
     a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="folder of the data sets")
-    a("--synthetic", action="store_true", help="generate the mini data and read it as --dataset folder, no download")
     a(
         "--image_size",
         "--img_size",
@@ -143,12 +141,7 @@ def default_crop(args: argparse.Namespace) -> str:
 
 
 def resolve(args: argparse.Namespace) -> None:
-    """Fill in what depends on other flags, and write the mini data where it is asked for."""
-    if args.synthetic:
-        if distributed.rank() == 0:
-            mini.ensure("fewshot")
-        distributed.barrier()
-        args.data_dir, args.dataset = mini.ensure("fewshot"), "folder"
+    """Fill in what depends on other flags."""
     args.image_size = args.image_size or default_size(args.dataset, args.model)
     if args.aet_shift < 0:
         args.aet_shift = aet.side_shift(args.image_size)

@@ -16,10 +16,12 @@ source shared_utils/env.sh
 out=${RUNS:-runs}/flat/train/$tier
 case "$tier" in
   mini)
+    "$PYTHON" -m shared_utils.lab.mini fewshot >/dev/null
     # 24 generated base classes of digits in several styles (8 validation, 8 novel ones), 25 images each, Conv4 of half
     # the width at 32 pixels, 225 steps; the loss falls from about 4.5 to 2.2 in half a minute on two CPU cores.
     flags=(
-      --synthetic --cache --image_size 32 --width 32 --method cosine --num_classes 24 --batch_size 64 --train_aug
+      --dataset folder --data_dir data/mini/fewshot --cache --image_size 32 --width 32 --method cosine --num_classes 24
+      --batch_size 64 --train_aug
       --crop padded --decoder mlp --holdout 5 --stop_epoch 25 --val_freq 5 --workers 1 --log-every 5
     )
     ;;

@@ -1,6 +1,6 @@
 """What a frozen backbone knows of each attribute of an image: nearest neighbours, a linear classifier, and the pixels.
 
-    python -m sage.main_attributes --pretrained runs/sage/pretrain/mini/checkpoint.pth --synthetic --img_size 32
+    python -m sage.main_attributes --pretrained CHECKPOINT --data_dir data/mini/images --img_size 32
 
 For each column of DATA_DIR/attributes.csv (the mini images: class, the shape; hue, texture, background): `knn20` and
 `linear` accuracy in per cent, and their means over the columns. `recon` is the mean squared error, of values in -1..1,

@@ -18,9 +18,10 @@ loading=(--workers 0 --threads 1)
 set_name=${SET:-cifar10}
 case "$tier" in
   mini)
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     # Every arm once on the generated images, one to three minutes each.
     set_name=mini_attributes
-    data=(--synthetic --img_size 32)
+    data=(--data_dir data/mini/images --img_size 32)
     summed=31
     ;;
   small)
@@ -32,7 +33,10 @@ case "$tier" in
     out=$out/$set_name
     data=(--data_dir "${DATA_ROOT:-data}/$set_name" --img_size 32 --per_class 400)
     summed=16
-    if [ "$set_name" = mini_attributes ]; then data=(--synthetic --img_size 32) summed=47; fi
+    if [ "$set_name" = mini_attributes ]; then
+      "$PYTHON" -m shared_utils.lab.mini images >/dev/null
+      data=(--data_dir data/mini/images --img_size 32) summed=47
+    fi
     ;;
   paper)
     # 300 epochs an arm on ImageNet; the summed budget is 3.09 x 300 epochs. Never run here.

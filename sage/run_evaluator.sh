@@ -17,9 +17,10 @@ runs=${RUNS:-runs}/sage
 where=$tier
 case "$tier" in
   mini)
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     # 1,000 generated images of coloured digits, ResNet-10 of a quarter of the width, 150 updates.
     flags=(
-      --synthetic --cache --img_size 32 --arch resnet10 --width 16 --stem cifar_pool --hid_channels 256
+      --data_dir data/mini/images --cache --img_size 32 --arch resnet10 --width 16 --stem cifar_pool --hid_channels 256
       --out_channels 64 --imgs_per_gpu 64 --update_interval 1 --lr 3 --blur_max 0.5 --warmup_iters 1
       --total_epochs 10 --workers 1 --log-every 5
     )
@@ -30,7 +31,10 @@ case "$tier" in
     # Two to six minutes each on two cores shared with other jobs. Rate, m and blur were tuned on this arm alone (CIFAR-10, 20-NN, 2,000 images).
     set_name=${SET:-cifar10} where=small/${SET:-cifar10}
     data=(--data_dir "${DATA_ROOT:-data}/$set_name" --per_class 400 --total_epochs 5)
-    if [ "$set_name" = mini_attributes ]; then data=(--synthetic --total_epochs 15); fi
+    if [ "$set_name" = mini_attributes ]; then
+      "$PYTHON" -m shared_utils.lab.mini images >/dev/null
+      data=(--data_dir data/mini/images --total_epochs 15)
+    fi
     flags=(
       "${data[@]}" --cache --img_size 32 --arch resnet10 --width 16 --stem cifar_pool --hid_channels 256
       --out_channels 64 --imgs_per_gpu 64 --update_interval 1 --lr 3 --blur_max 0.5 --warmup_iters 1

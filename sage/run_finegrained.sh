@@ -24,9 +24,10 @@ flags=(--dataset "$set_name")
 weights=$tier
 case "$tier" in
   mini)
+    "$PYTHON" -m sage.lab.finegrained_mini "$set_name" >/dev/null
     # The generated digits in the layout of CUB-200-2011 (SET=cars, SET=aircraft: in theirs); under a minute.
     flags+=(
-      --synthetic --img_size 32 --cache --per_class 40 --total_epochs 10 --lr 0.1 --workers 0 --threads 1 --log-every 5
+      --data_dir data/mini/finegrained --img_size 32 --cache --per_class 40 --total_epochs 10 --lr 0.1 --workers 0 --threads 1 --log-every 5
     )
     ;;
   small)

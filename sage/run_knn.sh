@@ -16,8 +16,9 @@ runs=${RUNS:-runs}/sage
 where=$tier
 case "$tier" in
   mini)
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     # 1, 20 and 200 neighbours among the 1,000 generated images; seconds. Chance is 10 per cent.
-    flags=(--synthetic --img_size 32 --workers 0)
+    flags=(--data_dir data/mini/images --img_size 32 --workers 0)
     ;;
   small)
     # CIFAR-10, 4,000 images as the bank; seconds.

@@ -17,8 +17,9 @@ runs=${RUNS:-runs}/sage
 where=$tier
 case "$tier" in
   mini)
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     # A classifier on features of unaugmented images of the frozen network of run_pretrain.sh mini; seconds.
-    flags=(--synthetic --img_size 32 --cached_train --lr 0.3 --batch_size 64 --total_epochs 30)
+    flags=(--data_dir data/mini/images --img_size 32 --cached_train --lr 0.3 --batch_size 64 --total_epochs 30)
     ;;
   small)
     # CIFAR-10 at 400 images a class, the cheap probe; under a minute on one core. A comparison of arms, not the paper's

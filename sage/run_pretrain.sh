@@ -17,10 +17,11 @@ runs=${RUNS:-runs}/sage
 where=$tier
 case "$tier" in
   mini)
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     # As run_evaluator.sh mini, with the decoder and the evaluator; 150 updates. All terms fall, their
     # sum from 7 to 1.6.
     flags=(
-      --synthetic --cache --img_size 32 --arch resnet10 --width 16 --stem cifar_pool --hid_channels 256
+      --data_dir data/mini/images --cache --img_size 32 --arch resnet10 --width 16 --stem cifar_pool --hid_channels 256
       --out_channels 64 --decoder_width 64 --imgs_per_gpu 64 --update_interval 1 --lr 3 --blur_max 0.5
       --warmup_iters 1 --decoder_lr 1e-3 --total_epochs 10 --workers 1 --log-every 5
     )
@@ -30,7 +31,10 @@ case "$tier" in
     # at 1e-3 and half of the release's relative decoder width, so that SaGe costs about twice a BYOL step, as there.
     set_name=${SET:-cifar10} where=small/${SET:-cifar10}
     data=(--data_dir "${DATA_ROOT:-data}/$set_name" --per_class 400 --total_epochs 5)
-    if [ "$set_name" = mini_attributes ]; then data=(--synthetic --total_epochs 15); fi
+    if [ "$set_name" = mini_attributes ]; then
+      "$PYTHON" -m shared_utils.lab.mini images >/dev/null
+      data=(--data_dir data/mini/images --total_epochs 15)
+    fi
     flags=(
       "${data[@]}" --cache --img_size 32 --arch resnet10 --width 16 --stem cifar_pool --hid_channels 256
       --out_channels 64 --decoder_width 64 --imgs_per_gpu 64 --update_interval 1 --lr 3 --blur_max 0.5

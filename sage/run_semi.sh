@@ -16,9 +16,10 @@ runs=${RUNS:-runs}/sage
 where=$tier
 case "$tier" in
   mini)
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     # A tenth of the labels of the mini images, two cells of the grid; under a minute on two cores.
     flags=(
-      --synthetic --img_size 32 --cache --fraction 0.1 --lr 0.01,0.03 --head_lr_mult 10 --batch_size 32
+      --data_dir data/mini/images --img_size 32 --cache --fraction 0.1 --lr 0.01,0.03 --head_lr_mult 10 --batch_size 32
       --total_epochs 10 --step 6,8 --workers 0 --threads 1 --log-every 5
     )
     ;;

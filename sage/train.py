@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ from sage.weights import NORMS, guess_network, resolve_norm
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
-from shared_utils.lab import mini
 from shared_utils.layout import follow, place
 from shared_utils.resnet import make_grid
 from shared_utils.run import Run, cli
@@ -42,7 +42,6 @@ def get_parser() -> argparse.ArgumentParser:
     a = p.add_argument
     a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="holds train/CLASS/*.jpg")
     a("--list_file", type=Path, help="train on these images: CLASS/image.jpg a line, below --data_dir/train")
-    a("--synthetic", action="store_true", help="generate the mini data and take it as --data_dir, no download")
     a("--img_size", type=positive, default=224, help="pixels of a crop")
     a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
     a("--cache", action="store_true", help="decode all images once and keep them in memory")
@@ -206,11 +205,6 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(args, "sage", "pretrain")
     resolve(args)
     check_flags(args, run.world)
-    if args.synthetic:
-        if run.rank == 0:
-            mini.ensure("images")
-        distributed.barrier()
-        args.data_dir = mini.ensure("images")
 
     # Data. A batch of the loader is what one update takes: `interval` micro-batches of imgs_per_gpu.
     b, interval = args.imgs_per_gpu, args.update_interval
@@ -309,7 +303,7 @@ def learning_rates(args: argparse.Namespace, k: int, per_epoch: int) -> tuple[fl
 
 def next_command(args: argparse.Namespace, run: Run) -> str:
     """What to do with the checkpoint."""
-    data = "--synthetic" if args.synthetic else f"--data_dir {args.data_dir}"
+    data = f"--data_dir {quote(str(args.data_dir))}"
     out = f"evaluate: python -m sage.main_knn --pretrained {run.dir}/checkpoint.pth {data} --img_size {args.img_size}"
     if args.mode == "byol":
         out += f"; or train SaGe with it: --evaluator {run.dir}/checkpoint.pth"

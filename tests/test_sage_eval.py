@@ -19,9 +19,10 @@ from sage import main_attributes, main_finegrained, main_knn, main_lincls, main_
 from sage.arch import build
 from sage.builder import SaGe
 from sage.data import attribute_labels, plain
-from sage.finegrained import READERS, write_mini
+from sage.finegrained import READERS
 from sage.finetune import Classifier, learning_rate
 from sage.lab import export
+from sage.lab.finegrained_mini import write_mini
 from shared_utils import UserError, checkpoint
 from shared_utils.data import ImageList, image_folder
 from shared_utils.lab import mini
@@ -371,7 +372,7 @@ def test_bad_input(module, flags, message, data, weights, tmp_path):
 
 
 def test_command_line_error_is_one_line_and_exit_code_2(tmp_path):
-    flags = ["--pretrained", str(tmp_path / "no.pth"), "--synthetic", "--device", "cpu", *SMALL]
+    flags = ["--pretrained", str(tmp_path / "no.pth"), "--data_dir", "data/mini/images", "--device", "cpu", *SMALL]
     command = [sys.executable, "-m", "sage.main_semi", *flags, "--output-dir", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2

@@ -21,6 +21,7 @@ from sage.lars import LARS
 from sage.schedule import learning_rate, target_momentum
 from sage.train import get_parser, main
 from shared_utils import UserError, checkpoint
+from shared_utils.lab import mini
 from shared_utils.run import Diverged, Run
 from tests.checkpoints import differing
 
@@ -419,7 +420,7 @@ def test_a_list_of_images(data, tmp_path):
 
 
 def test_the_command_line_on_mini_data_and_without_an_evaluator(tmp_path):
-    command = [sys.executable, "-m", "sage.train", *SMALL, "--synthetic", "--per-class", "4"]
+    command = [sys.executable, "-m", "sage.train", *SMALL, "--data_dir", str(mini.ensure("images")), "--per-class", "4"]
     done = subprocess.run(
         [*command, *RANDOM, "--output-dir", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True
     )

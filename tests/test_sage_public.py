@@ -15,9 +15,9 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from sage import main_attributes, main_finegrained, main_knn, main_lincls, main_semi, train
 from sage.arch import build
-from sage.finegrained import write_mini
 from sage.finetune import Classifier
 from sage.lab import export
+from sage.lab.finegrained_mini import write_mini
 from sage.options import backbone, normalisation
 from sage.weights import guess_network, input_norm
 from shared_utils import UserError, checkpoint

@@ -19,7 +19,7 @@ from flat.options import get_parser as training_parser
 from shared_utils import UserError, checkpoint
 from shared_utils.data import mix_key
 from shared_utils.flags import Parser, natural
-from shared_utils.lab import mini, tiles
+from shared_utils.lab import tiles
 from shared_utils.run import cli, set_threads
 
 COMMAND = "bash flat/run_train.sh"
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if not has_decoder(flags) or flags.aet_type != "projective":
         raise UserError(f"{args.pretrained}: trained without projective transformations; take another run")
     set_threads(0, 0, torch.device("cpu"))
-    found = data.read_dataset(flags.dataset, mini.ensure("fewshot") if flags.synthetic else flags.data_dir)
+    found = data.read_dataset(flags.dataset, flags.data_dir)
     names = data.pick_classes(sorted(found["base"]), flags.base_classes, flags.base_draw)
     last = flags.holdout + flags.per_class if flags.per_class else None
     images = data.as_list({name: found["base"][name] for name in names}, flags.holdout, last)

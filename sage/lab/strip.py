@@ -18,7 +18,7 @@ from sage.weights import guess_network
 from shared_utils import UserError, checkpoint
 from shared_utils.data import Keyed
 from shared_utils.flags import Parser, positive
-from shared_utils.lab import mini, tiles
+from shared_utils.lab import tiles
 from shared_utils.run import cli, set_threads
 
 COMMAND = "bash sage/run_evaluator.sh && bash sage/run_pretrain.sh"
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     if not saved.get("gallery", {}).get("stages"):
         raise UserError(f"{args.pretrained}: keeps no recovered images (--mode byol or --gallery 0); take another run")
     set_threads(0, 0, torch.device("cpu"))
-    data_dir = mini.ensure("images") if flags.synthetic else Path(flags.data_dir)
+    data_dir = Path(flags.data_dir)
     images = training_images(data_dir, flags.list_file, flags.per_class)
     views = Keyed(Views(images, flags.img_size, False, flags.blur_max), flags.seed)
     gallery = Gallery(views, min(flags.gallery, len(images)), 1, 1)
