@@ -148,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     started = nets.load_pretrained(network, args.pretrained) if args.pretrained else "random weights"
     distributed.convert_norm(network, "sync" if args.sync_bn else "local")
     place(network, run.device)
+    net = distributed.wrap(network)
     optimizer = engine.optimizer_of(args, network, args.nesterov)
     info = engine.Info(train.classes)
     run.track(state_dict=network, optimizer=optimizer, info=info)
@@ -173,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         views = extract(run, network, splits["val"], on_support)
         return {"val_1shot": test("val", 1, views)[0]}
 
-    engine.fit(run, network, loader, sampler, operator, optimizer, info, evaluate)
+    engine.fit(run, network, net, loader, sampler, operator, optimizer, info, evaluate)
     result: dict[str, Any] = info.result("val_1shot")
     views = extract(run, network, splits["test"], on_support)
     for shot in (1, 5):
