@@ -26,8 +26,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision import transforms as T
 
-from mra.lab import textures
-from shared_utils import UserError, distributed
+from shared_utils import UserError
 from shared_utils.augment import MEAN, STD
 from shared_utils.data import (
     ArrayImages,
@@ -56,7 +55,6 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
     a = p.add_argument
     a("--data_path", "--data_dir", type=Path, default=Path(os.environ.get("DATA_ROOT", "data")), help="see mra/data.py")
     a("--dataset", choices=SETS, default="folder", help="layout of --data_path")
-    a("--synthetic", action="store_true", help="generate the texture-shortcut set and take it, no download")
     a("--input_size", "--img_size", type=positive, default=224, help="pixels")
     a("--cache", action="store_true", help="decode all images once and keep them in memory")
 
@@ -64,8 +62,7 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
 def add_label_flags(p: argparse.ArgumentParser) -> None:
     """What the labelled images are, for training scripts."""
     a = p.add_argument
-    a("--tests", default="", help="test folders with commas (default: val, or test; --synthetic: test_b,test_a); the "
-      "first is the one that counts")  # fmt: skip
+    a("--tests", default="", help="test folders with commas (default: val, or test); the first is the one that counts")
     a("--per_class", type=natural, default=0, help="labelled images of each class, drawn by --label_seed; 0: all")
     a("--label_seed", type=natural, default=0, help="which images are labelled; for stl10 with folds: the fold, 0 to 9")
     a("--imbalance", type=float, default=0, help="long tail: the largest class over the smallest; 0: as it is")
@@ -188,20 +185,8 @@ def _folders(args: argparse.Namespace) -> Sets:
     return Sets(train, tests)
 
 
-def ensure_synthetic(args: argparse.Namespace) -> None:
-    """With --synthetic write the generated set, once, before any process reads it."""
-    if args.synthetic:
-        if distributed.rank() == 0:
-            textures.ensure()
-        distributed.barrier()
-        args.data_path, args.dataset = textures.ensure(), "folder"
-        if getattr(args, "tests", None) == "":
-            args.tests = "test_b,test_a"
-
-
 def open_sets(args: argparse.Namespace) -> Sets:
     """Training and test images without transforms; few labels and long tails taken from the training images."""
-    ensure_synthetic(args)
     if args.per_class < 0 or (args.imbalance and args.imbalance < 1):
         raise UserError(f"--per_class {args.per_class} --imbalance {args.imbalance}: 0 or more; 0, or 1 or more")
     root = Path(args.data_path)
@@ -229,7 +214,6 @@ def open_sets(args: argparse.Namespace) -> Sets:
 
 def open_unlabelled(args: argparse.Namespace) -> ImageList:
     """Training images for the autoencoder and for FixMatch; nobody looks at their labels, test images are not in it."""
-    ensure_synthetic(args)
     root = Path(args.data_path)
     if args.dataset == "stl10":
         try:

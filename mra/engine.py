@@ -210,12 +210,15 @@ def accuracy(run: Run, network: nn.Module, images: ImageList, per_class: bool = 
 
 
 def fit(
-    run: Run, network: Any, loader: Any, sampler: EpochSampler, operator: MRA | None, optimizer: torch.optim.SGD,
+    run: Run, network: Any, net: Any, loader: Any, sampler: EpochSampler, operator: MRA | None, optimizer: torch.optim.SGD,
     info: Info, evaluate: Callable[[], dict[str, float]],
 ) -> None:  # fmt: skip
-    """Train `network` from the run's position to its end; `evaluate` is called after the epochs of --eval_every."""
+    """Train `network` from the run's position to its end; `evaluate` is called after the epochs of --eval_every.
+
+    Args:
+        net: `network` as `distributed.wrap` returns it, made before a resume gives each process its own statistics.
+    """
     args, classes = run.args, len(info.classes)
-    net = distributed.wrap(network)
     network.train()
     for epoch, (images, labels, _) in run.batches(loader, sampler, args.epochs):
         lr = learning_rate(args, epoch)

@@ -24,7 +24,7 @@ from shared_utils.layout import follow
 from shared_utils.run import cli, set_threads
 
 SHARES = [q / 10 for q in range(10)]
-INHERITED = ("data_path", "dataset", "synthetic", "input_size", "tests", "mean_std")
+INHERITED = ("data_path", "dataset", "input_size", "tests", "mean_std")
 
 
 def get_parser() -> Parser:
@@ -39,7 +39,6 @@ def get_parser() -> Parser:
     )
     a("--data_path", "--data_dir", type=Path, help="default: what the run was trained on; so are the next three")
     a("--dataset", choices=data.SETS)
-    a("--synthetic", action="store_true", default=None)
     a("--input_size", "--img_size", type=positive)
     a("--tests", help="test folders; the first one is occluded")
     a("--images", type=natural, default=0, help="so many test images, evenly spaced; 0: all")

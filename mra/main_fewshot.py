@@ -19,7 +19,6 @@ from shared_utils import UserError, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed
 from shared_utils.evaluation import gather_rows, share, stream, write_result
 from shared_utils.flags import Parser, add_run_flags, at_least, natural, not_negative, positive
-from shared_utils.lab import mini
 from shared_utils.layout import place
 from shared_utils.run import Run, cli
 
@@ -30,7 +29,6 @@ def get_parser() -> Parser:
     default = Path(os.environ.get("DATA_ROOT", "data"))
     a("--data_path", "--data_dir", type=Path, default=default, help="holds train/, val/, test/ of disjoint classes, or "
       "train.csv, val.csv, test.csv and images/ (mini-ImageNet)")  # fmt: skip
-    a("--synthetic", action="store_true", help="generate the mini few-shot data and take it, no download")
     a("--input_size", "--img_size", type=positive, default=84, help="pixels")
     a("--cache", action="store_true", help="decode all training images once and keep them in memory")
     a("--mean_std", choices=list(data.STATS), default="imagenet")
@@ -129,11 +127,6 @@ def main(argv: list[str] | None = None) -> int:
     engine.check_training_flags(args, run.world)
     if args.mra_on_support and args.mae_ckpt is None:
         raise UserError("--mra_on_support needs an autoencoder: give --mae_ckpt")
-    if args.synthetic:
-        if run.rank == 0:
-            mini.ensure("fewshot")
-        distributed.barrier()
-        args.data_path = mini.ensure("fewshot")
 
     # Data: base, validation and novel classes; all episodes are drawn before training starts
     splits = data.read_fewshot(args.data_path)
@@ -155,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     started = nets.load_pretrained(network, args.pretrained) if args.pretrained else "random weights"
     distributed.convert_norm(network, "sync" if args.sync_bn else "local")
     place(network, run.device)
+    net = distributed.wrap(network)
     optimizer = engine.optimizer_of(args, network, args.nesterov)
     info = engine.Info(train.classes)
     run.track(state_dict=network, optimizer=optimizer, info=info)
@@ -180,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         views = extract(run, network, splits["val"], on_support)
         return {"val_1shot": test("val", 1, views)[0]}
 
-    engine.fit(run, network, loader, sampler, operator, optimizer, info, evaluate)
+    engine.fit(run, network, net, loader, sampler, operator, optimizer, info, evaluate)
     result: dict[str, Any] = info.result("val_1shot")
     views = extract(run, network, splits["test"], on_support)
     for shot in (1, 5):

@@ -210,6 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     nets.set_bn_momentum(network, args.bn_momentum)
     distributed.convert_norm(network, "sync" if args.sync_bn else "local")
     place(network, run.device)
+    net = distributed.wrap(network)  # before a resume gives each process its own statistics
     ema = Ema(network, args.ema)
     optimizer = engine.optimizer_of(args, network, nesterov=True)
     info = engine.Info(train.classes)
@@ -228,7 +229,6 @@ def main(argv: list[str] | None = None) -> int:
             "estimated time": engine.estimate(run, network, operator, args.iterations, (1 + 2 * args.mu, args.mu)),
         }
     )
-    net = distributed.wrap(network)
     network.train()
     for epoch, ((x, y, _), (u_weak, u_strong)) in run.batches(loader, both, epochs):
         lr = args.lr * math.cos(7 * math.pi * run.step / (16 * args.iterations))

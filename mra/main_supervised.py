@@ -109,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     started = nets.load_pretrained(network, args.pretrained) if args.pretrained else "random weights"
     distributed.convert_norm(network, "sync" if args.sync_bn else "local")
     place(network, run.device)
+    net = distributed.wrap(network)
     optimizer = engine.optimizer_of(args, network, args.nesterov)
     info = engine.Info(train.classes)
     run.track(state_dict=network, optimizer=optimizer, info=info)
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
                 scores |= shot_groups(found["table"], counts)
         return scores
 
-    engine.fit(run, network, loader, sampler, operator, optimizer, info, evaluate)
+    engine.fit(run, network, net, loader, sampler, operator, optimizer, info, evaluate)
     result: dict[str, Any] = info.result("top1")
     result |= {"minutes": run.minutes(), "epochs": args.epochs, "mae_md5": args.mae_md5, "test": next(iter(tests))}
     write_result(run.dir, result)

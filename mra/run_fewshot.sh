@@ -21,8 +21,9 @@ case "$tier" in
   mini)
     # 24 base, 8 validation and 8 novel classes of generated digits, 30 images each; half a minute on one core. The
     # autoencoder is run_pretrain.sh's, of other images.
+    "$PYTHON" -m shared_utils.lab.mini fewshot >/dev/null
     flags=(
-      --synthetic --input_size 48 --arch resnet8 --crop padded --cache --attn_source last_attn
+      --data_path data/mini/fewshot --input_size 48 --arch resnet8 --crop padded --cache --attn_source last_attn
       --epochs 4 --batch_size 48 --decay cos
       --episodes 200 --eval_every 4 --workers 0 --threads 1 --log-every 2
     )

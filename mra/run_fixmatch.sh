@@ -20,8 +20,10 @@ case "$tier" in
   mini)
     # Eight generated shapes, 10 labels each and 4,000 images without; 40 steps, half a minute on one core. Averages of
     # weights and batch-norm statistics look back ten steps in place of a thousand.
+    "$PYTHON" -m mra.lab.textures >/dev/null
     flags=(
-      --synthetic --input_size 48 --per_class 10 --arch resnet8 --attn_source last_attn --iterations 40 --epoch_steps 20
+      --data_path data/mini/texture_shortcut --tests test_b,test_a
+      --input_size 48 --per_class 10 --arch resnet8 --attn_source last_attn --iterations 40 --epoch_steps 20
       --batch_size 16 --mu 2 --threshold 0.6 --ema 0.9 --bn_momentum 0.1 --lr 0.05 --workers 0 --threads 1 --log-every 2
     )
     ;;

@@ -20,14 +20,17 @@ case "$tier" in
   mini)
     # Cells of 8 pixels, 200 images of test_b, shares 0 to 0.9 in three orders: seconds.
     flags=(--cell 8 --images 200 --threads 1 --attn_source last_attn)
-    picture=(--synthetic --input_size 48 --attn_source last_attn)
+    "$PYTHON" -m mra.lab.textures >/dev/null
+    picture=(--data_path data/mini/texture_shortcut/train --input_size 48 --attn_source last_attn)
     ;;
   small)
     # All test images; half a minute on one core. The attention is the one that the classifiers were trained with.
     where=small/${SET:-texture}
     flags=(--cell 8)
-    picture=(--synthetic --input_size 48)
-    if [ "${SET:-texture}" != texture ]; then
+    picture=(--data_path data/mini/texture_shortcut/train --input_size 48)
+    if [ "${SET:-texture}" = texture ]; then
+      "$PYTHON" -m mra.lab.textures >/dev/null
+    else
       flags=(--cell 4)
       picture=(--data_path "${DATA_ROOT:-data}/$SET/test" --input_size 32)
     fi

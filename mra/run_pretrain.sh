@@ -16,11 +16,12 @@ source shared_utils/env.sh
 out=${RUNS:-runs}/mra/pretrain/$tier
 case "$tier" in
   mini)
-    # MAE (section 2.5 of the spec in README.md) at toy size: 4,000 generated images of 48 pixels, 36 patches, 0.6 M
+    # MAE at toy size: 4,000 generated images of 48 pixels, 36 patches, 0.6 M
     # parameters, 6 epochs, about a minute on one core; the loss falls from about 2.2 to 0.7. After 2 epochs the last
     # block's attention keeps 32 % of the object where random masks keep 60, after 6 epochs 65 %.
+    "$PYTHON" -m mra.lab.textures >/dev/null
     flags=(
-      --synthetic --input_size 48 --model mae_tiny_patch8 --resident
+      --data_path data/mini/texture_shortcut --input_size 48 --model mae_tiny_patch8 --resident
       --batch_size 64 --epochs 6 --warmup_epochs 1 --lr 0.001 --workers 0 --threads 1 --log-every 10
     )
     ;;
@@ -32,7 +33,9 @@ case "$tier" in
     out=$out/$set_name
     flags=(--resident --workers 0 --threads 1 --log-every 50)
     if [ "$set_name" = texture ]; then
-      flags+=(--synthetic --input_size 48 --model mae_tiny_patch8 --batch_size 64 --epochs 60 --warmup_epochs 4)
+      "$PYTHON" -m mra.lab.textures >/dev/null
+      flags+=(--data_path data/mini/texture_shortcut --input_size 48 --model mae_tiny_patch8)
+      flags+=(--batch_size 64 --epochs 60 --warmup_epochs 4)
     else
       flags+=(
         --data_path "${DATA_ROOT:-data}/$set_name" --input_size 32 --model mae_tiny_patch4

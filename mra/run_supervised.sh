@@ -19,8 +19,10 @@ root=${DATA_ROOT:-data}
 case "$tier" in
   mini)
     # 40 images of each of eight shapes, whose textures give them away in training; half a minute on one core.
+    "$PYTHON" -m mra.lab.textures >/dev/null
     flags=(
-      --synthetic --input_size 48 --per_class 40 --arch resnet8 --crop padded --attn_source last_attn
+      --data_path data/mini/texture_shortcut --tests test_b,test_a
+      --input_size 48 --per_class 40 --arch resnet8 --crop padded --attn_source last_attn
       --batch_size 32 --epochs 12 --wd 5e-4 --eval_every 4 --workers 0 --threads 1 --log-every 5
     )
     ;;
@@ -33,7 +35,9 @@ case "$tier" in
     flags=(--arch resnet8 --crop padded --cache --batch_size 64 --wd 5e-4 --eval_every 10 --workers 0 --threads 1)
     flags+=(--attn_source last_attn)
     if [ "$set_name" = texture ]; then
-      flags+=(--synthetic --input_size 48 --per_class 250 --epochs 30)
+      "$PYTHON" -m mra.lab.textures >/dev/null
+      flags+=(--data_path data/mini/texture_shortcut --tests test_b,test_a)
+      flags+=(--input_size 48 --per_class 250 --epochs 30)
     else
       flags+=(--data_path "$root/$set_name" --input_size 32 --per_class 100 --epochs 60)
     fi

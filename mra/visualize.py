@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     set_threads(args.threads, 0, device)
     if args.mae_ckpt is None:
         raise UserError("--mae_ckpt is missing: give an autoencoder, for example one of bash mra/run_pretrain.sh")
-    if args.dataset == "folder" and not args.synthetic:
+    if args.dataset == "folder":
         images = flat_folder(args.data_path)
     else:
         images = data.open_unlabelled(args)

@@ -17,7 +17,6 @@ from shared_utils.augment import plain
 from shared_utils.data import ImageList, image_folder
 from shared_utils.evaluation import add_data_flags, check_cache, freeze, open_splits, write_result
 from shared_utils.flags import Parser, add_machine_flags, natural, not_negative, positive
-from shared_utils.lab import mini
 from shared_utils.layout import place
 from shared_utils.neighbours import features, knn_accuracy, neighbours, purity
 from shared_utils.run import cli, set_threads
@@ -63,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--shots {args.shots}: must be whole numbers such as 1,5") from None
     if min(shots) < 1:
         raise UserError(f"--shots {args.shots}: must be at least 1")
-    if "episodes" in chosen and not args.novel_dir and not args.synthetic:
+    if "episodes" in chosen and not args.novel_dir:
         raise UserError("--protocols episodes needs --novel_dir, a folder of classes that training has not seen")
     device = distributed.init(args.device)
     set_threads(args.threads, args.workers, device)
@@ -92,8 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             for name, (mean, std) in k_shot(bank, labels, queries, truth, k, args.draws).items():
                 result |= {f"{k}shot_{name}": mean, f"{k}shot_{name}_std": std}
     if "episodes" in chosen:
-        folder = args.novel_dir or mini.ensure("fewshot") / "test"
-        novel = image_folder(folder)
+        novel = image_folder(args.novel_dir)
         feats = embed(novel)
         for k in (1, 5):
             mean, half = episodes(feats, novel.labels, 5, k, count=args.episodes, seed=args.seed)

@@ -36,7 +36,7 @@ def choose(anchor: Memory, queue: Memory, num_pos: int, similarity: Tensor | Non
 
     Positives are the `num_pos` confident entries of the anchor's class that are most similar to it, none for an
     anchor that is not confident; negatives are the entries of another class; class-mates that were not chosen are
-    neither. Entries of the same image are neither (trap 5).
+    neither. Entries of the same image are neither.
 
     Args:
         anchor: the anchors [N], in the queue's own terms.

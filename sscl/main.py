@@ -10,7 +10,7 @@ import argparse
 import math
 import time
 from shlex import quote
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from shared_utils import UserError, augment, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
 from shared_utils.evaluation import labelled_indices
-from shared_utils.lab import mini
 from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 from sscl import losses, options
@@ -77,23 +76,153 @@ def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> 
     )
 
 
+class Arm(NamedTuple):
+    """What an arm computes: pseudo-labels, the contrastive loss, keys of the momentum copy."""
+
+    guessing: bool
+    contrasting: bool
+    keyed: bool
+
+    @property
+    def views(self) -> list[str]:
+        """Views of an unlabelled image that it needs."""
+        needed = {"weak": self.guessing, "strong": self.guessing or self.contrasting, "key": self.keyed}
+        return [name for name, on in needed.items() if on]
+
+
+def arm_of(args: argparse.Namespace) -> Arm:
+    guessing = not args.no_labels and (args.lambda_u > 0 or (args.lambda_c > 0 and args.neighbours == "on"))
+    return Arm(guessing, args.lambda_c > 0, args.lambda_c > 0 or (guessing and args.calib != "none"))
+
+
+class Taught(NamedTuple):
+    """What a step learns from, without gradient.
+
+    entries: calibrated pseudo-labels of the unlabelled images; keys: of these [U, D] and of the labelled ones [B, D];
+    p: predictions of weak views [U, C]; aligned: these after distribution alignment; log_q: similarities [U, C].
+    """
+
+    entries: losses.Memory
+    keys: list[Tensor]
+    p: Tensor | None
+    aligned: Tensor | None
+    log_q: Tensor | None
+
+
+@torch.no_grad()
+def teach(
+    run: Run, arm: Arm, model: SsCL, x: Tensor | None, u: dict[str, Tensor], index: Tensor, weak: Tensor | None,
+    started: bool, done: float,
+) -> Taught:  # fmt: skip
+    """Keys of the momentum copy, p, q, and the pseudo-labels calibrated by both.
+
+    Args:
+        x: labelled images [B, 3, H, W]; u: views of the unlabelled ones [U, 3, H, W]; index: their numbers [U].
+        weak: logits [U, C] of the weak views where they have been in the student's pass (--joint_views).
+        started: pseudo-labels count from here on; done: share of the training, for --theta_ramp.
+    """
+    args, classes = run.args, len(model.prototypes)
+    keys: list[Tensor] = []
+    p = log_q = aligned = None
+    with run.autocast():
+        if arm.guessing:
+            p = model.predict(u["weak"]) if weak is None else F.softmax(weak.detach(), dim=1)  # [U, C]
+        if arm.keyed:
+            dealt = torch.Generator().manual_seed(mix_key(args.seed, run.step, 1))
+            keys = model.embed_keys([u["key"]] + ([x] if x is not None else []), dealt)  # [U, D], [B, D]
+    if keys and x is not None:
+        log_q = log_similarity(keys[0], model.prototypes, args.tau_s)  # [U, C]
+    label = torch.full_like(index, losses.UNKNOWN)
+    conf = torch.zeros_like(index, dtype=torch.bool)
+    tilde = torch.zeros(len(index), classes, device=index.device)
+    if p is not None:
+        model.alignment.update(p, log_q)
+        aligned = guess = model.alignment(p)
+        if log_q is not None:
+            guess = calibrate(aligned, log_q, args.calib, model.alignment.qbar, args.calib_weight)
+        tilde = sharpen(guess, args.sharpen_t)  # [U, C]
+        if started:
+            theta = threshold(args.theta, args.theta_ramp, done)
+            label, conf = tilde.argmax(1), (tilde if args.theta_on == "sharp" else guess).max(1).values >= theta
+    return Taught(losses.Memory(label, conf, tilde, index), keys, p, aligned, log_q)
+
+
+def student(run: Run, query: Any, *views: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """Logits [n, C] and embeddings [n, D], with gradient, of those views that there are, in one pass."""
+    with run.autocast():
+        return query([view for view in views if view is not None])
+
+
+def truth(logits: Tensor, y: Tensor | None, index: Tensor | None) -> losses.Memory | None:
+    """The labelled images as entries of the queue; their class probabilities are the network's own.
+
+    <p, one-hot> would be the largest product that p has with anything: labelled keys outranked all others.
+    """
+    if y is None or index is None:
+        return None
+    return losses.Memory(y, torch.ones_like(y, dtype=torch.bool), F.softmax(logits.detach().float(), dim=1), index)
+
+
+def step_losses(
+    args: argparse.Namespace, arm: Arm, model: SsCL, outs: list[tuple[Tensor, Tensor]], taught: Taught,
+    known: losses.Memory | None, started: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor], losses.Chosen | None]:  # fmt: skip
+    """L_x, L_u and L_c, and the neighbours of the unlabelled anchors.
+
+    Args:
+        outs: logits and embeddings of the labelled images, if any, and of the strong views, if any.
+        known: the labelled images.
+    """
+    zero = torch.zeros((), device=taught.entries.image.device)
+    loss_x = loss_u = loss_c = zero
+    entries, picked = taught.entries, None
+    if known is not None:
+        loss_x = F.cross_entropy(outs[0][0], known.label)
+    if args.lambda_u > 0 and started:
+        loss_u = losses.masked_ce(outs[-1][0], entries.prob if args.soft_targets else entries.label, entries.conf)
+    if arm.contrasting:
+        anchors = [(entries, outs[-1][1], taught.keys[0])]
+        if args.labelled_anchors and known is not None:
+            unknown = torch.full_like(known.label, losses.UNKNOWN)  # before --pl_start P_i = {k_i} for everybody
+            own = known if started else known._replace(label=unknown, conf=torch.zeros_like(known.conf))
+            anchors.append((own, outs[0][1], taught.keys[1]))
+        chosen = [pick(args, model, who, key) for who, _, key in anchors]
+        picked = chosen[0]
+        each = [
+            losses.contrast(v, key, model.queue, found, args.tau, args.ctr)
+            for (_, v, key), found in zip(anchors, chosen)
+        ]
+        loss_c = torch.cat(each).mean()
+    return (loss_x, loss_u, loss_c), picked
+
+
+def step_diagnostics(
+    args: argparse.Namespace, watch: Telemetry, model: SsCL, taught: Taught, picked: losses.Chosen | None, index: Tensor
+) -> dict[str, Tensor]:
+    """Of pseudo-labels, neighbours and prototypes, at steps that are logged; before the step's keys are enqueued."""
+    out: dict[str, Tensor] = {}
+    if taught.p is not None and taught.aligned is not None:
+        out |= watch.pseudo_labels(taught.p, taught.aligned, taught.log_q, index, model.alignment.qbar)
+        out |= {"pl/coverage": taught.entries.conf.float().mean(), "da/entropy": entropy(model.alignment.pbar[None])}
+    if picked is not None and taught.p is not None:
+        if args.neighbours == "off":  # those that the exchange would have chosen
+            picked = nearest(args, model, taught.entries, taught.keys[0])
+        out |= watch.neighbours(picked, model.queue_index, index, model.queue_labelled)
+    if taught.log_q is not None:
+        out["proto/mean_offdiag_cos"] = torch.as_tensor(spread(model.prototypes))
+        out["proto/min_count"] = model.proto_least[0]
+    return out
+
+
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     run = Run(args, "sscl", "train")
     options.resolve(args)
     options.check_flags(args, run.world)
-    if args.synthetic:
-        if run.rank == 0:
-            mini.ensure("images")
-        distributed.barrier()
-        args.data = mini.ensure("images")
     local, rank, device = args.batch_labelled // run.world, run.rank, run.device
 
-    # What this arm computes: pseudo-labels, the contrastive loss, keys of the momentum copy.
-    guessing = not args.no_labels and (args.lambda_u > 0 or (args.lambda_c > 0 and args.neighbours == "on"))
-    contrasting = args.lambda_c > 0
-    keyed = contrasting or (guessing and args.calib != "none")
-    views = [name for name, on in (("weak", guessing), ("strong", guessing or contrasting), ("key", keyed)) if on]
+    arm = arm_of(args)
+    views = arm.views
 
     # Data: an epoch is one of the unlabelled images, that is all images without their labels.
     images = training_images(args.data, args.per_class, args.cache, args.imbalance)
@@ -115,10 +244,10 @@ def main(argv: list[str] | None = None) -> int:
     # Model
     encoder = Encoder(build(args.arch, args.width, args.stem), len(images.classes), args.dim)
     report = "scratch" if args.init == "scratch" else initialise(encoder, args.init)
-    encoder.proj.requires_grad_(contrasting)
+    encoder.proj.requires_grad_(arm.contrasting)
     encoder.fc.requires_grad_(bool(chosen_images))
     alignment = Alignment(len(images.classes), args.da, args.da_m)
-    ranked = contrasting and guessing and args.sim == "prob"  # else nobody asks for the queue's probabilities
+    ranked = arm.contrasting and arm.guessing and args.sim == "prob"  # else nobody asks for the queue's probabilities
     model = SsCL(encoder, alignment, args.moco_k, args.moco_m, ranked, args.bn_splits)
     model.check_batch(args.batch_labelled * (args.mu + (labelled is not None)))
     distributed.convert_norm(model, "split" if args.bn_splits > 1 else "local", args.bn_splits)
@@ -139,100 +268,44 @@ def main(argv: list[str] | None = None) -> int:
         lr = learning_rate(args, run.step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        started = epoch >= args.pl_start
-        if keyed and labelled is not None and refresh_due(args, model, epoch):
+        if arm.keyed and labelled is not None and refresh_due(args, model, epoch):
             renew_prototypes(run, model, unlabelled, recipes["weak"], labelled)
         u: dict[str, Any] = {name: follow(batch[name], model) for name in views if name in batch}
-        if keyed:
+        if arm.keyed:
             u.setdefault("key", u.get("weak"))  # --key_view weak
         index = batch["index"].to(device)  # [U]
         x = follow(own[0], model) if own else None  # [B, 3, H, W]
         y, x_index = (own[1].to(device), own[2].to(device)) if own else (None, None)
+        started = epoch >= args.pl_start  # pseudo-labels count
 
-        # The momentum copy follows; then all that is not trained: keys, p, q, and the calibrated pseudo-labels.
-        model.update_key_encoder(statistics=not keyed)
-        keys: list[Tensor] = []
-        log_q = p = aligned = None
-        outs: list[tuple[Tensor, Tensor]] = []
-        with run.autocast():
-            if args.joint_views:  # with gradient for the others alone
-                outs = query([view for view in (x, u["weak"], u.get("strong")) if view is not None])
-                p = F.softmax(outs.pop(int(x is not None))[0].detach(), dim=1)  # [U, C]
-            elif guessing:
-                p = model.predict(u["weak"])  # [U, C]
-            if keyed:
-                dealt = torch.Generator().manual_seed(mix_key(args.seed, run.step, 1))
-                keys = model.embed_keys([u["key"]] + ([x] if x is not None else []), dealt)  # [U, D], [B, D]
-        if keyed and labelled is not None:
-            log_q = log_similarity(keys[0], model.prototypes, args.tau_s)  # [U, C]
-        label = torch.full_like(index, losses.UNKNOWN)
-        conf = torch.zeros_like(index, dtype=torch.bool)
-        tilde = torch.zeros(len(index), len(images.classes), device=device)
-        if p is not None:
-            model.alignment.update(p, log_q)
-            aligned = model.alignment(p)
-            guess = aligned
-            if log_q is not None:
-                guess = calibrate(aligned, log_q, args.calib, model.alignment.qbar, args.calib_weight)
-            tilde = sharpen(guess, args.sharpen_t)  # [U, C]
-            theta = threshold(args.theta, args.theta_ramp, run.step / (args.epochs * steps))
-            sure = (tilde if args.theta_on == "sharp" else guess).max(1).values >= theta
-            if started:
-                label, conf = tilde.argmax(1), sure
-        entries = losses.Memory(label, conf, tilde, index)
-
-        # With gradient: h(f(w(x))), and f(s(u)) for both heads, in one pass; losses against the queue as it is.
-        if not args.joint_views:
-            with run.autocast():
-                outs = query([view for view in (x, u.get("strong")) if view is not None])
-        loss_x = loss_u = loss_c = torch.zeros((), device=device)
-        known = None
-        if y is not None and x_index is not None:
-            loss_x = F.cross_entropy(outs[0][0], y)
-            # <p, one-hot> would be the largest product that p has with anything: labelled keys outranked all others.
-            prob = F.softmax(outs[0][0].detach().float(), dim=1)  # [B, C]
-            known = losses.Memory(y, torch.ones_like(y, dtype=torch.bool), prob, x_index)
-        if args.lambda_u > 0 and started:
-            loss_u = losses.masked_ce(outs[-1][0], tilde if args.soft_targets else label, conf)
-        picked = None
-        if contrasting:
-            anchors = [(entries, outs[-1][1], keys[0])]
-            if args.labelled_anchors and known is not None:
-                unknown = torch.full_like(known.label, losses.UNKNOWN)  # before --pl_start P_i = {k_i} for everybody
-                own_anchors = known if started else known._replace(label=unknown, conf=torch.zeros_like(known.conf))
-                anchors.append((own_anchors, outs[0][1], keys[1]))
-            each = []
-            for who, v, key in anchors:
-                found = pick(args, model, who, key)
-                picked = picked or found
-                each.append(losses.contrast(v, key, model.queue, found, args.tau, args.ctr))
-            loss_c = torch.cat(each).mean()
+        # The momentum copy follows, and teaches; the query encoder passes, and all losses see the queue as it is.
+        model.update_key_encoder(statistics=not arm.keyed)
+        if args.joint_views:
+            outs = student(run, query, x, u["weak"], u.get("strong"))
+            weak = outs.pop(int(x is not None))[0]  # [U, C]; the others alone are trained
+            taught = teach(run, arm, model, x, u, index, weak, started, run.step / (args.epochs * steps))
+        else:
+            taught = teach(run, arm, model, x, u, index, None, started, run.step / (args.epochs * steps))
+            outs = student(run, query, x, u.get("strong"))
+        known = truth(outs[0][0], y, x_index)
+        terms, picked = step_losses(args, arm, model, outs, taught, known, started)
         ctr_weight = args.lambda_c * (epoch >= args.ctr_start)
-        loss = loss_x + args.lambda_u * loss_u + ctr_weight * loss_c
+        loss = terms[0] + args.lambda_u * terms[1] + ctr_weight * terms[2]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
-        parts = torch.stack([part.detach().float() for part in (loss, loss_x, loss_u, loss_c)])
-        total, *terms = distributed.all_sum(parts) / run.world  # means over the processes
-        watched: dict[str, Any] = dict(zip(("loss/x", "loss/u", "loss/c"), terms))
+        parts = torch.stack([part.detach().float() for part in (loss, *terms)])
+        total, *means = distributed.all_sum(parts) / run.world  # means over the processes
+        watched: dict[str, Any] = dict(zip(("loss/x", "loss/u", "loss/c"), means))
         if run.log_due():
-            if p is not None and aligned is not None:
-                watched |= watch.pseudo_labels(p, aligned, log_q, index, model.alignment.qbar)
-                watched |= {"pl/coverage": conf.float().mean(), "da/entropy": entropy(model.alignment.pbar[None])}
-            if picked is not None and p is not None:
-                if args.neighbours == "off":  # those that the exchange would have chosen
-                    picked = nearest(args, model, entries, keys[0])
-                watched |= watch.neighbours(picked, model.queue_index, index, model.queue_labelled)
-            if log_q is not None:
-                watched["proto/mean_offdiag_cos"] = spread(model.prototypes)
-                watched["proto/min_count"] = model.proto_least[0]
-        if keyed:
-            model.enqueue(keys[0], entries, labelled=False)
+            watched |= step_diagnostics(args, watch, model, taught, picked, index)
+        if arm.keyed:
+            model.enqueue(taught.keys[0], taught.entries, labelled=False)
             if known is not None:
-                model.enqueue(keys[1], known, labelled=True)
+                model.enqueue(taught.keys[1], known, labelled=True)
             if args.proto == "ema" and started and labelled is not None:
-                move_prototypes(args, model, keys[0], entries)
+                move_prototypes(args, model, taught.keys[0], taught.entries)
         run.log(total, lr=lr, **watched)
         if views and run.due(args.image_every):
             run.image("views/" + "_".join(views), picture([u[name] for name in views]))

@@ -13,7 +13,6 @@ def get_parser(doc: str) -> argparse.ArgumentParser:
     p = Parser(prog="sscl.main", description=doc.splitlines()[0])
     a = p.add_argument
     a("--data", "--data_dir", type=Path, default=Path("data/imagenet"), help="holds train/CLASS/*.jpg")
-    a("--synthetic", action="store_true", help="generate the mini data and take it as --data, no download")
     a("--img_size", type=positive, default=224, help="pixels of a crop")
     a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
     a("--imbalance", type=float, default=1.0, help="the last class keeps so many times fewer images than the first")

@@ -21,7 +21,8 @@ seeds=${SEEDS:-0}
 case "$tier" in
   mini)
     # Every arm once on the generated images, about a minute each.
-    data=(--synthetic --cache --img_size 32)
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
+    data=(--data_dir data/mini/images --cache --img_size 32)
     ;;
   small)
     # 875 steps on 8,000 images of CIFAR-10; about 3 minutes on one core for an arm.

@@ -20,8 +20,9 @@ case "$tier" in
   mini)
     # Class head of both copies, pseudo-labels before and after the calibration; kNN, linear probe, few-shot, episodes
     # on the generated few-shot classes. Half a minute on two CPU cores; chance is 10 % (5-way episodes: 20 %).
-    data=(--synthetic --cache --img_size 32)
-    more=(--protocols "knn,linear,fewshot,episodes")
+    "$PYTHON" -m shared_utils.lab.mini images fewshot >/dev/null
+    data=(--data_dir data/mini/images --cache --img_size 32)
+    more=(--protocols "knn,linear,fewshot,episodes" --novel_dir data/mini/fewshot/test)
     ;;
   small)
     # The same on CIFAR-10, episodes on the 20 test classes of CIFAR-FS, which CIFAR-10 does not have; a minute.

@@ -18,9 +18,10 @@ where=$tier
 case "$tier" in
   mini)
     # MoCo v2 for 10 epochs of the generated images, then 100 epochs of 40 labelled ones; a minute on two CPU cores.
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     flags=(
-      --synthetic --img_size 32 --labels_per_class 4 --weak shift --no_flip --batch_size 20 --epochs 100 --drops 60,80
-      --lr 0.01 --workers 0 --threads 1 --log-every 5
+      --data_dir data/mini/images --img_size 32 --labels_per_class 4 --weak shift --no_flip --batch_size 20 --epochs 100
+      --drops 60,80 --lr 0.01 --workers 0 --threads 1 --log-every 5
     )
     ;;
   small)

@@ -19,8 +19,9 @@ case "$tier" in
     # Both exchanges at toy size: 1,000 generated images of coloured digits (so no mirror images), 4 labels a class,
     # ResNet-10 of a quarter of the width, 150 steps, prototypes renewed 4 times; L_x falls from 2.3 to 0.1. lambda_c
     # 0.2, so that the sum falls too: L_c grows with the number of neighbours. About a minute on two CPU cores.
+    "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     flags=(
-      --synthetic --cache --img_size 32 --no_flip --weak shift --key_view weak --labels_per_class 4
+      --data data/mini/images --cache --img_size 32 --no_flip --weak shift --key_view weak --labels_per_class 4
       --arch resnet10 --width 16 --stem cifar_pool --bn_splits 2 --batch_labelled 16 --mu 4 --epochs 10 --pl_start 2
       --moco_k 256 --moco_m 0.99 --lambda_u 1 --lambda_c 0.2 --da window --theta 0.8 --theta_on raw --proto_every 4 --num_nn 10
       --lr 0.06 --lr_batch 0 --warmup_epochs 0.5 --wd 5e-4 --workers 1 --log-every 5

@@ -181,7 +181,7 @@ def test_few_shot_splits(tmp_path: Path) -> None:
         data.read_fewshot(tmp_path)
 
 
-def test_unlabelled_images_are_training_images(tmp_path: Path) -> None:  # trap 15
+def test_unlabelled_images_are_training_images(tmp_path: Path) -> None:
     for name in ("train/a/1.png", "train/b/1.png", "val/a/1.png"):
         image(tmp_path / name)
     found = data.open_unlabelled(parse("--data_path", str(tmp_path)))

@@ -143,7 +143,7 @@ def test_the_operator_is_the_loop() -> None:
 # --- 2.5, properties 1, 2, 13 -----------------------------------------------------------------------------------------
 
 
-def test_patches_and_back() -> None:  # property 1
+def test_patches_and_back() -> None:
     x = images()
     t = patchify(x, P)
     assert t.shape == (3, 16, 48) and torch.equal(unpatchify(t, P), x)
@@ -151,7 +151,7 @@ def test_patches_and_back() -> None:  # property 1
     assert torch.equal(t[:, 5], x[:, :, P : 2 * P, P : 2 * P].permute(0, 2, 3, 1).reshape(3, -1))
 
 
-def test_positions_by_hand() -> None:  # property 2
+def test_positions_by_hand() -> None:
     s1, c1, s2, c2 = math.sin(1), math.cos(1), math.sin(0.01), math.cos(0.01)
     zero, one = [0, 0, 1, 1], [s1, s2, c1, c2]
     want = torch.tensor([[0.0] * 8, zero + zero, one + zero, zero + one, one + one])
@@ -175,7 +175,7 @@ def names(depth: int, dec_depth: int) -> set[str]:
     }  # fmt: skip
 
 
-def test_names_and_shapes_are_those_of_public_files() -> None:  # property 13
+def test_names_and_shapes_are_those_of_public_files() -> None:
     mae = MAE(224, models_mae.SIZES["mae_base_patch16"])
     state = {k: tuple(v.shape) for k, v in mae.state_dict().items()}
     assert set(state) == names(12, 8)
@@ -215,13 +215,13 @@ def test_initialisation() -> None:
 # --- masks ------------------------------------------------------------------------------------------------------------
 
 
-def test_mae_s_own_rule_for_the_count() -> None:  # trap 4
+def test_mae_s_own_rule_for_the_count() -> None:
     assert [len_keep(100, 0.9), len_keep(196, 0.75), len_keep(196, 0.4), len_keep(16, 0), len_keep(16, 1)] == [
         9, 49, 117, 16, 0,
     ]  # fmt: skip
 
 
-def test_the_largest_scores_are_kept_and_restored() -> None:  # property 5, trap 3
+def test_the_largest_scores_are_kept_and_restored() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.5, 0.7], [4.0, 3.0, 2.0, 1.0]])
     x = torch.arange(8.0).view(2, 4, 1)
     visible, mask, restore = mask_from_scores(x, scores, 0.5)
@@ -230,10 +230,10 @@ def test_the_largest_scores_are_kept_and_restored() -> None:  # property 5, trap
     full = torch.cat([visible, torch.full((2, 2, 1), -1.0)], 1).gather(1, restore[:, :, None])
     assert full[0].flatten().tolist() == [-1, 1, -1, 3]
     ties = mask_from_scores(x, torch.zeros(2, 4), 0.5)[1]
-    assert ties.tolist() == [[0, 0, 1, 1]] * 2  # trap 16: the first ones win, always
+    assert ties.tolist() == [[0, 0, 1, 1]] * 2  # the first ones win, always
 
 
-def test_random_masks_are_fair_and_differ() -> None:  # property 14
+def test_random_masks_are_fair_and_differ() -> None:
     noise = torch.rand(4000, 16, generator=torch.Generator().manual_seed(0))
     _, mask, _ = mask_from_scores(torch.zeros(4000, 16, 1), -noise, 0.75)
     assert (mask.sum(1) == 12).all() and len(mask.unique(dim=0)) > 1000
@@ -247,13 +247,13 @@ def test_random_masks_are_fair_and_differ() -> None:  # property 14
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("compose", ["paste", "erase"])
-def test_without_erasing_the_image_stays_to_the_bit(strategy: str, compose: str) -> None:  # property 3
+def test_without_erasing_the_image_stays_to_the_bit(strategy: str, compose: str) -> None:
     x = images()
     out, mask = run(tiny(), x, mask_ratio=0.0, strategy=strategy, compose=compose)
     assert torch.equal(out, x) and not mask.any()
 
 
-def test_probability_0_does_not_call_the_autoencoder(monkeypatch: pytest.MonkeyPatch) -> None:  # property 3
+def test_probability_0_does_not_call_the_autoencoder(monkeypatch: pytest.MonkeyPatch) -> None:
     mae, x = tiny(), images()
     monkeypatch.setattr(MAE, "embed", lambda *_: pytest.fail("called"))
     operator = MRA(mae, prob=0.0)
@@ -263,7 +263,7 @@ def test_probability_0_does_not_call_the_autoencoder(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("ratio", [0.25, 0.4, 0.9])
 @pytest.mark.parametrize("amp", [False, True])
-def test_erased_patches_change_and_no_others(strategy: str, ratio: float, amp: bool) -> None:  # 4, 12, trap 11
+def test_erased_patches_change_and_no_others(strategy: str, ratio: float, amp: bool) -> None:
     x = images(5)
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         out, mask = run(tiny(), x, mask_ratio=ratio, strategy=strategy)
@@ -272,7 +272,7 @@ def test_erased_patches_change_and_no_others(strategy: str, ratio: float, amp: b
     assert changed.sum(1).tolist() == [16 - int(16 * (1 - ratio))] * 5
 
 
-def test_attention_keeps_the_top_and_its_inverse_the_bottom() -> None:  # property 5
+def test_attention_keeps_the_top_and_its_inverse_the_bottom() -> None:
     mae, x = tiny(), images(6)
     a = attention_scores(mae, mae.embed(x))
     for strategy, sign in (("attn", 1), ("attn_inverse", -1)):
@@ -285,7 +285,7 @@ def test_attention_keeps_the_top_and_its_inverse_the_bottom() -> None:  # proper
     assert not torch.equal(drawn.parts(x, one).mask, drawn.parts(x, two).mask)
 
 
-def test_a_softmax_selects_the_same() -> None:  # property 6
+def test_a_softmax_selects_the_same() -> None:
     mae, x = tiny(), images(6)
     a = attention_scores(mae, mae.embed(x))
     soft = F.softmax(a.double() / math.sqrt(16), 1)
@@ -369,7 +369,7 @@ def test_scores_are_wide_under_autocast(source: str) -> None:
     assert a.dtype == torch.float32 and all(len(row.unique()) > 250 for row in a)  # of 256
 
 
-def test_the_probe_sees_every_patch() -> None:  # trap 5
+def test_the_probe_sees_every_patch() -> None:
     mae, x = tiny(), images(1)
     mask = run(mae, x)[1]
     other = x.clone()
@@ -379,7 +379,7 @@ def test_the_probe_sees_every_patch() -> None:  # trap 5
     assert not torch.equal(attention_scores(mae, mae.embed(x)), attention_scores(mae, mae.embed(other)))
 
 
-def test_the_order_of_kept_patches_does_not_matter() -> None:  # property 7, trap 6
+def test_the_order_of_kept_patches_does_not_matter() -> None:
     mae, x = tiny(), images(2)
     tokens = mae.embed(x)
     visible, _, restore = mask_from_scores(tokens, torch.rand(2, 16, generator=torch.Generator().manual_seed(0)), 0.5)
@@ -391,7 +391,7 @@ def test_the_order_of_kept_patches_does_not_matter() -> None:  # property 7, tra
     assert not torch.allclose(a, mae.decode(mae.encode(visible[:, order]), restore), atol=1e-3)
 
 
-def test_all_erased_gives_one_image() -> None:  # property 8
+def test_all_erased_gives_one_image() -> None:
     out, mask = run(tiny(), images(4), mask_ratio=1.0, clamp=False)
     assert mask.all() and torch.allclose(out, out[:1].expand_as(out), atol=1e-6)
 
@@ -405,7 +405,7 @@ def pixels_of(mae: MAE, x: Tensor, true_stats: bool) -> tuple[Tensor, Tensor]:
     return first.reconstruction, operator.parts(other, noise).reconstruction
 
 
-def test_erased_pixels_do_not_leak() -> None:  # property 9
+def test_erased_pixels_do_not_leak() -> None:
     a, b = pixels_of(tiny(), images(), False)
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     a, b = pixels_of(tiny(norm_pix=True), images(), True)
@@ -415,7 +415,7 @@ def test_erased_pixels_do_not_leak() -> None:  # property 9
     torch.testing.assert_close(perfect, x, rtol=0, atol=1e-5)
 
 
-def test_the_loss_looks_at_erased_patches_alone() -> None:  # property 10
+def test_the_loss_looks_at_erased_patches_alone() -> None:
     mae, x = tiny(), images()
     mask = (torch.arange(16) % 3 == 0).float().expand(3, 16)
     target = mae.target(x)
@@ -432,7 +432,7 @@ def test_the_loss_looks_at_erased_patches_alone() -> None:  # property 10
     torch.testing.assert_close(normed.target(x), (t - t.mean(2, True)) / (t.std(2, keepdim=True) ** 2 + 1e-6).sqrt())
 
 
-def test_no_gradient_and_an_untouched_autoencoder() -> None:  # property 11, traps 1, 2
+def test_no_gradient_and_an_untouched_autoencoder() -> None:
     mae, x = tiny(), images()
     before = {k: v.clone() for k, v in mae.state_dict().items()}
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * S * S, 4))
@@ -445,7 +445,7 @@ def test_no_gradient_and_an_untouched_autoencoder() -> None:  # property 11, tra
     assert all(torch.equal(v, before[k]) for k, v in mae.state_dict().items()) and not mae.training
 
 
-def test_probability_is_drawn_for_each_image() -> None:  # property 16
+def test_probability_is_drawn_for_each_image() -> None:
     operator = MRA(tiny(), prob=0.5)
     _, use = operator.draw(4000, torch.Generator().manual_seed(0))
     assert 0.47 < float(use.float().mean()) < 0.53
@@ -457,7 +457,7 @@ def test_probability_is_drawn_for_each_image() -> None:  # property 16
     assert (out[chosen] != x[chosen]).flatten(1).any(1).all()
 
 
-def test_other_statistics_give_the_same_picture() -> None:  # trap 8
+def test_other_statistics_give_the_same_picture() -> None:
     mae = tiny()
     pixels = torch.rand(3, 3, S, S, generator=torch.Generator().manual_seed(0))
     results = []
@@ -486,7 +486,7 @@ def test_full_and_erase() -> None:
     assert torch.equal(out, x * (1 - pixel_mask(mask, P))) and COMPOSE == ("paste", "full", "erase")
 
 
-def test_overfit() -> None:  # property 15
+def test_overfit() -> None:
     torch.manual_seed(0)
     mae = MAE(S, Size(4, (32, 2, 2), (32, 1, 2)))
     x = torch.randn(8, 3, 1, 1).expand(8, 3, S, S).contiguous()
@@ -513,7 +513,7 @@ def save(path: Path, mae: MAE, drop: str = "", **extra) -> Path:
 FLAGS = {"enc_heads": 2, "dec_heads": 2, "norm_pix_loss": False, "data_path": "somewhere"}
 
 
-def test_round_trip_and_another_grid(tmp_path: Path) -> None:  # property 13, trap 18
+def test_round_trip_and_another_grid(tmp_path: Path) -> None:
     mae = tiny()
     file = save(tmp_path / "a.pth", mae, args=FLAGS)
     loaded = models_mae.load(file, S)
@@ -590,7 +590,7 @@ def painter(norm_pix: bool) -> MAE:
     return mae
 
 
-def test_targets_are_told_by_what_is_painted_whatever_the_file_s_name(tmp_path: Path) -> None:  # trap 9
+def test_targets_are_told_by_what_is_painted_whatever_the_file_s_name(tmp_path: Path) -> None:
     pixels, normed, nothing = painter(False), painter(True), MAE(16, PAINTER)
     for mae, name, expected in (
         (normed, "mae_visualize_vit_base.pth", True), (normed, "weights.pth", True),
@@ -618,7 +618,7 @@ def operator_flags(file: Path, *more: str) -> argparse.Namespace:
     return parser.parse_args(["--mae_ckpt", str(file), "--mae_heads", "2,2", *more])
 
 
-def test_normalised_targets_need_the_true_statistics(tmp_path: Path) -> None:  # trap 9
+def test_normalised_targets_need_the_true_statistics(tmp_path: Path) -> None:
     mae = tiny()
     other = save(tmp_path / "other.pth", mae)
     for file, norm, expected in (

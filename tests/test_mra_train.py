@@ -360,7 +360,7 @@ def test_fixmatch_loss_by_hand() -> None:
     assert weak.grad is None and strong.grad is not None and strong.grad[1].abs().sum() == 0
 
 
-def test_what_a_step_of_fixmatch_computes(images, mae, tmp_path, monkeypatch, capsys) -> None:  # trap 14
+def test_what_a_step_of_fixmatch_computes(images, mae, tmp_path, monkeypatch, capsys) -> None:
     """Views, MRA and Cutout, the loss, the moving average, and whom the tests look at, step by step."""
     painted: list[tuple[torch.Tensor, torch.Tensor]] = []
     fed: list[tuple[torch.Tensor, torch.Tensor]] = []

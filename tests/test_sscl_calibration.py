@@ -61,7 +61,7 @@ def test_similarity_and_product_against_a_loop() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(rows, st.booleans(), st.sampled_from([0.02, 0.1, 1.0]))
-def test_calibration_properties(seed: int, zeros: bool, tau_s: float) -> None:  # property 5
+def test_calibration_properties(seed: int, zeros: bool, tau_s: float) -> None:
     p, log_q = dist(6, 5, seed, zeros), log_similarity(unit(6, 8, seed), unit(5, 8, seed + 1), tau_s)
     prior = dist(1, 5, seed)[0]
     for how in CALIBRATIONS:
@@ -75,7 +75,7 @@ def test_calibration_properties(seed: int, zeros: bool, tau_s: float) -> None:  
     torch.testing.assert_close(calibrate(p, log_q, "product"), calibrate(q, p.log(), "product"), atol=1e-6, rtol=1e-4)
 
 
-def test_similarity_that_underflows_leaves_the_product_finite() -> None:  # trap 3
+def test_similarity_that_underflows_leaves_the_product_finite() -> None:
     p = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
     log_q = log_similarity(torch.tensor([[-1.0, 0.0], [-1.0, 0.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), 0.01)
     assert float(log_q[0, 0].exp()) == 0  # e^-200
@@ -84,7 +84,7 @@ def test_similarity_that_underflows_leaves_the_product_finite() -> None:  # trap
 
 @settings(max_examples=25, deadline=None)
 @given(rows, st.sampled_from([0.9, 0.5, 0.2]))
-def test_sharpening(seed: int, t: float) -> None:  # property 6
+def test_sharpening(seed: int, t: float) -> None:
     p = dist(6, 5, seed)
     assert sharpen(p, 1.0) is p
     sharp = sharpen(p, t)
@@ -94,12 +94,12 @@ def test_sharpening(seed: int, t: float) -> None:  # property 6
     torch.testing.assert_close(sharpen(p, 1e-3), F.one_hot(p.argmax(1), 5).float(), atol=1e-3, rtol=0)
 
 
-def test_sharpening_two_classes_as_the_spec_has_it() -> None:  # trap 13
+def test_sharpening_two_classes_by_hand() -> None:
     assert float(sharpen(torch.tensor([[0.6, 0.4]]), 0.5)[0, 0]) == pytest.approx(0.36 / 0.52, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["ema", "window"])
-def test_alignment(kind: str) -> None:  # property 7
+def test_alignment(kind: str) -> None:
     align = Alignment(5, kind, m=0.9, window=4)
     p = dist(32, 5, 0)
     torch.testing.assert_close(align(p), p)  # uniform pbar
@@ -143,7 +143,7 @@ def test_threshold_and_equal_coverage() -> None:
     assert float(equal_coverage(p, truth, 0.75)) == pytest.approx(2 / 3)
 
 
-def test_prototypes_are_normalised_means() -> None:  # property 9
+def test_prototypes_are_normalised_means() -> None:
     z, labels, old = unit(20, 6, 0), torch.arange(20) % 4, unit(5, 6, 1)
     mu = class_means(z, labels, old)
     for c in range(4):
@@ -179,7 +179,7 @@ def test_nearest_unlabelled_images_of_each_class(chunk: int) -> None:
     assert every.shape == (3, 10) and not set(every.flatten().tolist()) & {0, 5}
 
 
-def test_perfect_embeddings_correct_a_wrong_prediction() -> None:  # property 11
+def test_perfect_embeddings_correct_a_wrong_prediction() -> None:
     truth = torch.tensor([0, 1, 2, 0])
     z = F.one_hot(truth, 3).float()
     mu = class_means(z, truth, torch.zeros(3, 3))

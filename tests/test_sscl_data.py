@@ -123,7 +123,7 @@ def test_imbalanced_images(root) -> None:
 # --- views -----------------------------------------------------------------------------------------------------------
 
 
-def test_unlabelled_images_raise_when_asked_for_labels(root) -> None:  # property 14, trap 12
+def test_unlabelled_images_raise_when_asked_for_labels(root) -> None:
     images = training_images(root, cache=True)
     hidden = Unlabelled(images, augmentations(16, "shift", "moco"), ("weak", "strong"))
     with pytest.raises(HiddenLabels):
@@ -277,7 +277,7 @@ def drawn(stream: LabelledStream, epochs: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("batch", [3, 4, 7])
-def test_the_stream_is_endless_and_balanced(batch: int) -> None:  # property 14, trap 10
+def test_the_stream_is_endless_and_balanced(batch: int) -> None:
     labels = torch.tensor([0] * 2 + [1] * 5 + [2] * 9)
     stream = LabelledStream(labels, batch, 11, seed=0)
     places = drawn(stream, 3)

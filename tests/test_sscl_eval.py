@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from shared_utils import UserError, checkpoint, evaluation
+from shared_utils.lab import mini
 from sscl import eval_cls, eval_features, finetune
 from sscl.arch import Encoder, build
 from sscl.data import label_split, training_images
@@ -167,8 +168,10 @@ def test_features(run, data, tmp_path):
 
 
 def test_episodes_on_the_mini_classes(run, tmp_path, monkeypatch):
-    flags = ["--pretrained", str(run), "--synthetic", "--img_size", "16", "--per_class", "2", "--episodes", "20"]
-    result = evaluated(eval_features, tmp_path, *flags, "--protocols", "episodes")
+    novel = mini.ensure("fewshot") / "test"
+    flags = ["--pretrained", str(run), "--data_dir", str(mini.ensure("images")), "--img_size", "16", "--per_class", "2"]
+    flags += ["--episodes", "20", "--protocols", "episodes", "--novel_dir", str(novel)]
+    result = evaluated(eval_features, tmp_path, *flags)
     assert 0 < result["5way_1shot"] < 100 and result["5way_5shot_ci"] > 0 and "knn" not in result
 
 

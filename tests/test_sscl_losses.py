@@ -49,7 +49,7 @@ def slow_choice(anchor: Memory, queue: Memory, num_pos: int, i: int) -> tuple[se
 
 
 @pytest.mark.parametrize("num_pos", [0, 1, 3])
-def test_choice_against_a_loop(num_pos: int) -> None:  # property 10, traps 5 and 7
+def test_choice_against_a_loop(num_pos: int) -> None:
     anchor, queue = draw(24, 60)
     chosen = choose(anchor, queue, num_pos)
     found = 0
@@ -131,7 +131,7 @@ def alone(n: int, k: int) -> Chosen:
     return Chosen(torch.zeros(n, 0, dtype=torch.long), torch.zeros(n, 0, dtype=torch.bool), torch.ones(n, k).bool())
 
 
-def test_one_positive_is_infonce_with_gradients() -> None:  # property 1
+def test_one_positive_is_infonce_with_gradients() -> None:
     key, bank = unit(8, 16, seed=1), unit(32, 16, seed=2).T.contiguous()
     values, gradients = [], []
     for form in (*losses.FORMS, "infonce"):
@@ -149,7 +149,7 @@ def test_one_positive_is_infonce_with_gradients() -> None:  # property 1
         torch.testing.assert_close(gradient, gradients[-1], atol=1e-5, rtol=0)
 
 
-def test_equal_positives() -> None:  # property 2
+def test_equal_positives() -> None:
     """K copies of the key in the queue: (8a) is log(1 + K sum exp((s_n - s_p) / tau)), (8b) does not change."""
     v, key, others = unit(4, 16), unit(4, 16, seed=1), unit(10, 16, seed=2).T
     k = 5
@@ -169,7 +169,7 @@ def test_equal_positives() -> None:  # property 2
 
 
 @pytest.mark.parametrize("form", losses.FORMS)
-def test_no_negatives_and_large_logits(form: str) -> None:  # property 15, trap 8
+def test_no_negatives_and_large_logits(form: str) -> None:
     v = torch.eye(4).requires_grad_()
     none = Chosen(torch.zeros(4, 0, dtype=torch.long), torch.zeros(4, 0).bool(), torch.zeros(4, 8).bool())
     zero = contrast(v, torch.eye(4), unit(4, 8), none, 0.2, form)
@@ -188,7 +188,7 @@ def test_no_negatives_and_large_logits(form: str) -> None:  # property 15, trap 
             assert float(loss.detach().max()) == pytest.approx(200 if key[0, 0] < 0 else math.log(2), abs=0.01)
 
 
-def test_masked_ce() -> None:  # property 8
+def test_masked_ce() -> None:
     logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
     label = torch.tensor([0, 1, 2, 3, 0, 1])
     none = masked_ce(logits, label, torch.zeros(6, dtype=torch.bool))
@@ -203,7 +203,7 @@ def test_masked_ce() -> None:  # property 8
     torch.testing.assert_close(soft, everyone)
 
 
-def test_diagnostics_of_neighbours_and_pseudo_labels() -> None:  # property 11
+def test_diagnostics_of_neighbours_and_pseudo_labels() -> None:
     """Pseudo-labels that are the truth give purity 1; shifted truths give 0; without labels nothing is told."""
     truth = torch.arange(40) % 4
     one_hot = F.one_hot(truth, 4).float()

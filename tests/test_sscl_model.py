@@ -62,7 +62,7 @@ def memory(n: int, start: int, label: int) -> Memory:
     return Memory(torch.full((n,), label), torch.ones(n, dtype=torch.bool), prob, torch.arange(start, start + n))
 
 
-def test_queue_is_first_in_first_out_with_everything_together() -> None:  # property 13
+def test_queue_is_first_in_first_out_with_everything_together() -> None:
     model, kept = build(), []
     for step in range(7):
         keys = torch.randn(6, D)
@@ -113,7 +113,7 @@ def test_what_the_method_adds_to_a_step_reads_nothing_from_the_device(kind: str)
 
 
 @pytest.mark.parametrize("m", [0.0, 0.9, 1.0])
-def test_momentum_copy(m: float) -> None:  # property 13
+def test_momentum_copy(m: float) -> None:
     model = build(m=m)
     with torch.no_grad():
         for p in model.encoder_q.parameters():
@@ -165,7 +165,7 @@ def gradients(model: SsCL, prefix: str) -> list[bool]:
     ]
 
 
-def test_what_gets_a_gradient() -> None:  # property 12, traps 1 and 2
+def test_what_gets_a_gradient() -> None:
     for weights, heads in (((1, 1, 0), "fc"), ((0, 0, 1), "proj"), ((0, 1, 0), "fc")):
         model = build(splits=2)
         step(model, *weights)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shared_utils import UserError, checkpoint
 from shared_utils.data import ImageList
+from shared_utils.lab import mini
 from shared_utils.run import Diverged, Run
 from sscl import eval_cls, losses, main, options
 from sscl.arch import Encoder
@@ -76,7 +77,7 @@ def test_every_arm_trains(arm, present, absent, data, tmp_path):
 
 
 @pytest.mark.parametrize(("theta", "coverage"), [("1.01", 0), ("0", 1)])
-def test_thresholds_at_both_ends(theta, coverage, data, tmp_path):  # property 8
+def test_thresholds_at_both_ends(theta, coverage, data, tmp_path):
     log = train(data, tmp_path, "--theta", theta)
     assert all(row["pl/coverage"] == coverage for row in log[6:])
     assert all((row["loss/u"] > 0) == (coverage == 1) for row in log[6:])
@@ -113,7 +114,7 @@ class Spy:
         monkeypatch.setattr(Run, "log", logged)
 
 
-def test_fixmatch_to_the_bit(data, tmp_path, monkeypatch):  # property 4
+def test_fixmatch_to_the_bit(data, tmp_path, monkeypatch):
     spy, labels = Spy(monkeypatch), []
     ce = F.cross_entropy
 
@@ -210,7 +211,7 @@ def test_flags_of_fixmatch_that_contradict_an_arm(flags, message, data, tmp_path
         train(data, tmp_path, *flags.split())
 
 
-def test_without_labels_it_is_moco(data, tmp_path, monkeypatch):  # property 3
+def test_without_labels_it_is_moco(data, tmp_path, monkeypatch):
     spy = Spy(monkeypatch)
     train(data, tmp_path, *MOCO.split(), "--epochs", "1")
     assert len(spy.steps) == 7
@@ -221,7 +222,7 @@ def test_without_labels_it_is_moco(data, tmp_path, monkeypatch):  # property 3
         torch.testing.assert_close(step["loss"], moco)
 
 
-def test_a_step_in_its_order(data, tmp_path, monkeypatch):  # traps 2, 4, 6, 7
+def test_a_step_in_its_order(data, tmp_path, monkeypatch):
     """The loss sees the queue as it was; z is the momentum copy's key; alignment, product, threshold, Sharpen."""
     spy, queues, seen = Spy(monkeypatch), [], []
     enqueue, similarity = SsCL.enqueue, main.log_similarity
@@ -374,7 +375,7 @@ def test_the_queue_keeps_probabilities_where_they_are_asked_for(arm, kept, data,
     assert checkpoint.load(tmp_path / "checkpoint.pth")["state_dict"]["queue_prob"].shape == (32, kept)
 
 
-def test_what_is_not_trained_has_no_gradient(data, tmp_path, monkeypatch):  # property 12, traps 1 and 2
+def test_what_is_not_trained_has_no_gradient(data, tmp_path, monkeypatch):
     """Targets, keys, queue and prototypes of the training step itself, although every network might have one."""
     seen: list[Tensor] = []
     masked, contrast, similarity = losses.masked_ce, losses.contrast, main.log_similarity
@@ -432,7 +433,7 @@ def test_a_guarded_label_raises(data):
         images.label(3)
 
 
-def test_training_reads_no_label_of_an_unlabelled_image(data, tmp_path, monkeypatch):  # property 14, trap 12
+def test_training_reads_no_label_of_an_unlabelled_image(data, tmp_path, monkeypatch):
     train(data, tmp_path / "plain", "--diagnostics", "on")
     chosen: list[int] = []
     choose, load = main.labelled_images, main.training_images
@@ -556,7 +557,7 @@ def test_a_diverged_run_stops(data, tmp_path):
 
 
 @pytest.mark.parametrize("arm", ["--labelled_anchors", PUBLISHED])
-def test_two_processes_equal_one_with_two_splits(arm, data, tmp_path):  # trap 15
+def test_two_processes_equal_one_with_two_splits(arm, data, tmp_path):
     flags = ["--epochs", "2", "--log-every", "1", *arm.split()]
     log = train(data, tmp_path / "one", *flags)
     flags += ["--bn_splits", "1"]
@@ -674,7 +675,8 @@ def test_all_images_labelled(data, tmp_path):
 
 def test_the_command_line_on_mini_data_and_without_data(tmp_path):
     command = [sys.executable, "-m", "sscl.main", *SMALL, "--output-dir", str(tmp_path / "out"), "--epochs", "1"]
-    done = subprocess.run([*command, "--synthetic", "--per-class", "6"], cwd=ROOT, capture_output=True, text=True)
+    command += ["--data", str(mini.ensure("images")), "--per-class", "6"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     for line in ("60 images of 10 classes, 40 with labels", "expected initial loss", "estimated time"):
         assert line in done.stdout

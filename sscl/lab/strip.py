@@ -8,7 +8,7 @@ import torch
 from shared_utils import UserError, augment
 from shared_utils.data import Keyed
 from shared_utils.flags import Parser, natural
-from shared_utils.lab import mini, tiles
+from shared_utils.lab import tiles
 from shared_utils.lab.tiles import BLUE, GREEN, GREY
 from shared_utils.run import cli, set_threads
 from sscl import losses
@@ -36,8 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     if flags.no_labels or flags.calib == "none" or flags.neighbours == "off" or not flags.lambda_c:
         raise UserError(f"{args.pretrained}: an arm without the exchange of both branches; take another run")
     set_threads(0, 0, torch.device("cpu"))
-    root = mini.ensure("images") if flags.synthetic else flags.data
-    images = training_images(root, flags.per_class, False, flags.imbalance)
+    images = training_images(flags.data, flags.per_class, False, flags.imbalance)
     tiles.check_numbers(args.anchors, len(images))
     encoder = Encoder(build(flags.arch, flags.width, flags.stem), len(images.classes), flags.dim)
     alignment = Alignment(len(images.classes), flags.da, flags.da_m)
