@@ -128,7 +128,7 @@ def test_targets_belong_to_their_images_unless_shuffled(images: Path, tmp_path: 
     loss, warp = aet.aet_loss, aet.warp
 
     def spy_warp(pixels: torch.Tensor, theta: torch.Tensor, pad: str) -> torch.Tensor:
-        assert pixels.dtype == torch.uint8  # before any normalisation (trap 4)
+        assert pixels.dtype == torch.uint8  # before any normalisation
         seen.append((theta,))
         return warp(pixels, theta, pad)
 
