@@ -402,7 +402,7 @@ def test_jeffreys(seed: int) -> None:
     assert torch.allclose(d, clustering.jeffreys(p[:, order], q[:, order]), atol=1e-12)
 
 
-def test_thresholds_at_their_ends_and_equal_frames() -> None:  # properties 3 and 4
+def test_thresholds_at_their_ends_and_equal_frames() -> None:
     rows = torch.rand(5, 12, 20, generator=torch.Generator().manual_seed(0)).mul(3).softmax(-1)
     assert clustering.cluster(clustering.Given(rows), 5, math.inf).number == 1
     assert clustering.cluster(clustering.Given(rows), 5, 0.0).number == 60
