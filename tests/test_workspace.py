@@ -336,8 +336,6 @@ PENDING: dict[str, dict[str, int]] = {
         "uvos_dino/README.md": 13,
     },
     "reference_problems": {
-        "tests/test_mdp_data.py": 1,
-        "tests/test_mdp_losses.py": 1,
     },
     "line_problems": {
         "sscl": 136,
