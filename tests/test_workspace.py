@@ -335,8 +335,6 @@ PENDING: dict[str, dict[str, int]] = {
         "sscl/README.md": 32,
         "uvos_dino/README.md": 13,
     },
-    "reference_problems": {
-    },
     "line_problems": {
         "sscl": 136,
     },
