@@ -266,3 +266,14 @@ def test_the_preflight_says_what_is_not_read(tmp_path: Path, capsys: pytest.Capt
         (data / "train/a" / name).write_bytes(b"x")
     start(tmp_path / "out", data, save=False)
     assert "  not read: 2 .heic, 1 .avif between the images\n" in capsys.readouterr().out
+
+
+def test_entry_points_are_imported_without_torchvision_and_the_compiler() -> None:
+    """Each costs as much as torch itself. (An optimiser's first step imports the compiler in any case, torch 2.14.)"""
+    code = (
+        "import sys; import hsa.main_moco, bingo.main_moco, bingo.main_teacher, kscl.main_kscl, hsa.main_knn\n"
+        "import hsa.main_lincls, kscl.main_lincls, bingo.main_lincls\n"
+        "print(sorted({'torchvision', 'torch._dynamo', 'sympy', 'tensorboard', 'timm', 'sklearn'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
