@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shared_utils.augment import denormalise
-from shared_utils.resnet import make_grid
+from shared_utils.pictures import make_grid
 
 
 def views_picture(views: Mapping[str, Tensor], count: int = 8) -> Tensor:

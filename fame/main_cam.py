@@ -18,7 +18,7 @@ from fame.fame import make_mask, stretch
 from fame.network import add_network_flags, resolve, trunk
 from shared_utils import UserError, distributed
 from shared_utils.flags import Parser, positive, runs_root
-from shared_utils.resnet import make_grid
+from shared_utils.pictures import make_grid
 from shared_utils.run import cli, seed_everything, set_threads
 
 

@@ -22,8 +22,8 @@ from shared_utils.data import EpochSampler, Keyed, mix_key, sample_rng, tell
 from shared_utils.evaluation import write_result
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
 from shared_utils.layout import place
+from shared_utils.pictures import make_grid
 from shared_utils.preflight import ONE_NORM, about, seconds
-from shared_utils.resnet import make_grid
 from shared_utils.run import Run, cli
 
 

@@ -31,8 +31,8 @@ from flat.test import accuracies
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
 from shared_utils.layout import follow, place
+from shared_utils.pictures import make_grid
 from shared_utils.preflight import about, seconds
-from shared_utils.resnet import make_grid
 from shared_utils.run import Run, cli, plain
 
 TRANSFORMS = 1  # names the stream of transformations among those of a seed

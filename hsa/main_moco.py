@@ -35,7 +35,7 @@ from shared_utils.flags import (
 )
 from shared_utils.layout import follow, place
 from shared_utils.neighbours import features
-from shared_utils.resnet import make_grid
+from shared_utils.pictures import make_grid
 from shared_utils.run import Run, cli
 
 

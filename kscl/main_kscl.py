@@ -21,8 +21,8 @@ from shared_utils import UserError, augment, checkpoint, distributed, feed
 from shared_utils.data import EpochSampler, ImageList, mix_key
 from shared_utils.flags import Parser, add_aug_flag, add_run_flags, boolean, ints, natural, not_negative, positive
 from shared_utils.layout import follow, place
+from shared_utils.pictures import make_grid
 from shared_utils.preflight import ONE_NORM, about, seconds
-from shared_utils.resnet import make_grid
 from shared_utils.run import Run, cli
 
 

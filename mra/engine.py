@@ -19,7 +19,7 @@ from shared_utils.data import EpochSampler, ImageList, mix_key, sample_rng
 from shared_utils.evaluation import stream, topk
 from shared_utils.flags import natural, not_negative, positive
 from shared_utils.layout import follow
-from shared_utils.resnet import make_grid
+from shared_utils.pictures import make_grid
 from shared_utils.run import Run
 
 MIXES = ("none", "mixup", "cutmix", "cutout")

@@ -25,7 +25,7 @@ from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key, sample_rn
 from shared_utils.evaluation import write_result
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
 from shared_utils.layout import follow, place
-from shared_utils.resnet import make_grid
+from shared_utils.pictures import make_grid
 from shared_utils.run import Run, cli
 
 

@@ -19,7 +19,7 @@ from shared_utils import UserError, augment, checkpoint, distributed
 from shared_utils.data import EpochSampler, Keyed, mix_key
 from shared_utils.evaluation import write_result
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
-from shared_utils.resnet import make_grid
+from shared_utils.pictures import make_grid
 from shared_utils.run import Run, cli, plain
 
 

@@ -14,7 +14,7 @@ from mra.mra import MRA, Parts, add_mra_flags, build, pixel_mask
 from shared_utils import UserError, augment, distributed
 from shared_utils.data import flat_folder
 from shared_utils.flags import Parser, add_machine_flags, natural, positive
-from shared_utils.resnet import make_grid
+from shared_utils.pictures import make_grid
 from shared_utils.run import cli, set_threads
 
 LARGEST = 2**28  # pixels of the picture

@@ -48,16 +48,3 @@ class Bottleneck(nn.Module):
         out = self.bn3(self.conv3(out))
         out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
-
-
-def make_grid(images: Tensor, nrow: int = 8, padding: int = 2) -> Tensor:
-    """[N, C, H, W] beside and below each other, `nrow` a row, black between: [C, rows, columns] as torchvision's."""
-    count, channels, height, width = images.shape
-    columns = min(nrow, count)
-    rows = -(-count // columns)
-    height, width = height + padding, width + padding
-    grid = images.new_zeros(channels, rows * height + padding, columns * width + padding)
-    for i, image in enumerate(images):
-        top, left = (i // columns) * height + padding, (i % columns) * width + padding
-        grid[:, top : top + height - padding, left : left + width - padding] = image
-    return grid

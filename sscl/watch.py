@@ -10,8 +10,8 @@ from torch import Tensor
 from shared_utils import augment
 from shared_utils.data import ImageList
 from shared_utils.layout import follow
+from shared_utils.pictures import make_grid
 from shared_utils.preflight import about, seconds
-from shared_utils.resnet import make_grid
 from shared_utils.run import Run
 from sscl import losses
 from sscl.calibration import calibrate, equal_coverage

@@ -6,7 +6,7 @@ from torchvision.models import resnet as theirs
 from torchvision.utils import make_grid as their_grid
 
 from shared_utils import resnet as ours
-from shared_utils.resnet import make_grid
+from shared_utils.pictures import make_grid
 
 
 @pytest.mark.parametrize("name", ["BasicBlock", "Bottleneck"])

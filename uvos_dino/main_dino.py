@@ -18,7 +18,7 @@ from shared_utils.data import EpochSampler, mix_key
 from shared_utils.evaluation import available_memory
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
 from shared_utils.lab import mini
-from shared_utils.resnet import make_grid
+from shared_utils.pictures import make_grid
 from shared_utils.run import Run, cli
 from uvos_dino import vision_transformer
 from uvos_dino.data import read_frame, training_videos
