@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsa.arch import DEPTHS, STEMS, build
-from hsa.lab.export_detection import DROP
+from hsa.arch import DEPTHS, DROP, STEMS, build
 from shared_utils import UserError, distributed
 from shared_utils.augment import plain
 from shared_utils.evaluation import add_data_flags, add_network_flags, freeze, load_backbone, open_splits, write_result

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsa.arch import DEPTHS, STEMS, build
-from hsa.lab.export_detection import DROP
+from hsa.arch import DEPTHS, DROP, STEMS, build
 from shared_utils import UserError, checkpoint, distributed, feed
 from shared_utils.augment import linear_train, plain
 from shared_utils.checkpoint import ReleaseKeys

@@ -210,8 +210,8 @@ def accuracy(run: Run, network: nn.Module, images: ImageList, per_class: bool = 
 
 
 def fit(
-    run: Run, network: Any, net: Any, loader: Any, sampler: EpochSampler, operator: MRA | None, optimizer: torch.optim.SGD,
-    info: Info, evaluate: Callable[[], dict[str, float]],
+    run: Run, network: Any, net: Any, loader: Any, sampler: EpochSampler, operator: MRA | None,
+    optimizer: torch.optim.SGD, info: Info, evaluate: Callable[[], dict[str, float]],
 ) -> None:  # fmt: skip
     """Train `network` from the run's position to its end; `evaluate` is called after the epochs of --eval_every.
 

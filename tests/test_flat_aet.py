@@ -60,7 +60,7 @@ def test_projective_coefficients_are_the_releases(release: str) -> None:
     for case in cases:
         frozen = torch.tensor(case["theta"], dtype=torch.float64)
         torch.testing.assert_close(release_theta(case), frozen, rtol=1e-6, atol=1e-9)
-        wrong = release_theta(case, "input to output")  # trap 1: trains fine, decodes another vector
+        wrong = release_theta(case, "input to output")  # trains fine, decodes another vector
         assert not torch.allclose(wrong, frozen, rtol=1e-3)
 
 
@@ -214,7 +214,7 @@ def test_what_a_constant_and_the_quarter_turns_reach(fam: Family, constant: floa
     assert float(torch.cat(left).square().mean()) == pytest.approx(oracle, rel=0.04)
 
 
-def test_draws_are_integer_inclusive_and_of_their_own_stream() -> None:  # traps 5, 6, 12
+def test_draws_are_integer_inclusive_and_of_their_own_stream() -> None:
     p = aet.sample_projective(4000, Family("projective", 32, 4, 1.0, 1.0), generator(5)).corners
     order = torch.arange(4)
     deltas = torch.stack([(p - aet.image_corners(32)[(order + k) % 4]).abs().amax((1, 2)) for k in range(4)]).min(0)
@@ -244,7 +244,7 @@ def test_warp_equals_pillow(fam: Family) -> None:
     assert float((worst > 0).float().mean()) < 0.01
 
 
-def test_padding_and_the_order_of_normalisation() -> None:  # traps 4, 9
+def test_padding_and_the_order_of_normalisation() -> None:
     theta = torch.tensor([[2.0, 0, -16, 0, 2.0, -16, 0, 0]], dtype=torch.float64)  # half the size, a wide border
     image = torch.full((1, 3, 32, 32), 255.0)
     grey, reflected = (aet.warp(image, theta, pad) for pad in ("grey", "reflect"))
@@ -267,7 +267,7 @@ def test_variational_loss_without_variance_and_its_minimum() -> None:  # 8h
     raw = (1000 * best).expand(1, 3)
     moved = [aet.avt_loss(e[None], raw + 1000 * by, torch.zeros(1, 3).double()) for by in (-0.1, 0, 0.1)]
     assert moved[1] < moved[0] and moved[1] < moved[2]
-    # sums over coefficients, where the squared error averages (trap 8)
+    # sums over coefficients, where the squared error averages
     assert float(value) == pytest.approx(8 * float(aet.aet_loss(mu, target)) / (1 + 1e-4))
     assert float(aet.aet_loss(10 * mu, target, smooth=True)) < float(aet.aet_loss(10 * mu, target))
 

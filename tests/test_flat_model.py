@@ -68,7 +68,7 @@ def test_who_learns_from_which_loss(decoder: str) -> None:  # 8g
 
 
 @pytest.mark.parametrize("bn", ["concat", "two_pass", "split"])
-def test_batch_norm_of_pairs(bn: str) -> None:  # trap 3
+def test_batch_norm_of_pairs(bn: str) -> None:
     torch.manual_seed(0)
     encoder = build("Conv4", 16, 4)
     model = PairModel(encoder, aet.Decoder("linear", encoder.num_features, 8), bn).train()
@@ -146,4 +146,4 @@ def test_recipes_and_groups() -> None:
     assert [p.shape for p in optimizer.param_groups[1]["params"]] == [(8, 8), (8,)]
     model = build_model(args)
     count = sum(len(g["params"]) for g in build_optimizer(args, model, torch.device("cpu")).param_groups)
-    assert count == len(list(model.parameters()))  # the decoder's too (trap 16)
+    assert count == len(list(model.parameters()))  # the decoder's too

@@ -17,6 +17,7 @@ from PIL import Image
 from flat import aet, data, save_features
 from flat.train import main
 from shared_utils import UserError, checkpoint
+from shared_utils.lab import mini
 from shared_utils.run import Diverged, Run
 from tests.checkpoints import differing, tensors
 
@@ -128,7 +129,7 @@ def test_targets_belong_to_their_images_unless_shuffled(images: Path, tmp_path: 
     loss, warp = aet.aet_loss, aet.warp
 
     def spy_warp(pixels: torch.Tensor, theta: torch.Tensor, pad: str) -> torch.Tensor:
-        assert pixels.dtype == torch.uint8  # before any normalisation (trap 4)
+        assert pixels.dtype == torch.uint8  # before any normalisation
         seen.append((theta,))
         return warp(pixels, theta, pad)
 
@@ -385,7 +386,12 @@ def test_bad_flags_are_one_line(flags: str, message: str, images: Path, tmp_path
 
 def test_the_command_line_on_mini_data_and_with_overlapping_splits(images: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "flat.train", *SMALL, "--num_classes", "24", "--output-dir", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--synthetic", "--per_class", "2"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--data_dir", str(mini.ensure("fewshot")), "--per_class", "2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for line in ("48 images of 24 base classes", "expected initial loss", "estimated time", "flat.save_features"):
         assert line in done.stdout

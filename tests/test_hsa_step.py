@@ -173,7 +173,7 @@ def check_keys(step: list[Event], index: Tensor) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("flags", ["", "--inter_weight 0.5"])
-def test_release_step(flags, steps, tmp_path):  # traps 6, 7, 8
+def test_release_step(flags, steps, tmp_path):
     run = steps(*flags.split())
     index = checkpoint.load(tmp_path / "checkpoint.pth")["neighbours"]["index"]
     check_frame(run, 2, 2 if flags else 1)

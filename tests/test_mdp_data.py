@@ -23,6 +23,7 @@ from mdp.datasets import (
     NAMES,
     PNG,
     READERS,
+    Pairs,
     SegSet,
     UnionDataset,
     class_table,
@@ -579,9 +580,9 @@ def test_lists_that_say_something_else(tmp_path):
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(1, 171), min_size=1, max_size=5), st.integers(0, 2**32 - 1), st.integers(0, 4))
 def test_union_minus_offset_is_local(counts, seed, number):
-    """Property 5: a local id comes back, ignore stays -1, and the sets' ids are disjoint."""
+    """A local id comes back, ignore stays -1, and the sets' ids are disjoint."""
     number %= len(counts)
-    sets = [SegSet(str(i), ("c",) * c, ((0, 0, 0),) * c, [], np.zeros(0)) for i, c in enumerate(counts)]
+    sets = [SegSet(str(i), ("c",) * c, ((0, 0, 0),) * c, Pairs(), np.zeros(0)) for i, c in enumerate(counts)]
     union = UnionDataset(sets, TwoViews("moco", 8))
     local = torch.from_numpy(np.random.default_rng(seed).integers(-1, counts[number], (7, 9)).astype(np.uint8))
     ids = to_union(local, union.offsets[number])

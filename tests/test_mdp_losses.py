@@ -273,7 +273,7 @@ def test_classifier_controls():
 
 
 def test_half_precision_logits_are_not_used():
-    """Trap 12: at tau = 0.07 logits reach 14; the loss of float32 embeddings stays within 1e-5 of float64."""
+    """At tau = 0.07 logits reach 14; the loss of float32 embeddings stays within 1e-5 of float64."""
     bank = make_bank()
     v, y, *_ = pixels(n=500)
     exact = mean(unmixed(v, y, bank))

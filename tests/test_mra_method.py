@@ -140,7 +140,7 @@ def test_the_operator_is_the_loop() -> None:
         np.testing.assert_allclose(parts.out[b].numpy(), out, rtol=0, atol=1e-7)  # the tables are float32
 
 
-# --- 2.5, properties 1, 2, 13 -----------------------------------------------------------------------------------------
+# --- the operator -----------------------------------------------------------------------------------------------------
 
 
 def test_patches_and_back() -> None:

@@ -55,7 +55,7 @@ def byol() -> Any:
 # --- networks --------------------------------------------------------------------------------------------------------
 
 
-def test_decoder_of_the_paper():  # property 5
+def test_decoder_of_the_paper():
     decoder = arch.decoder_for("resnet50", 64, "imagenet", 224)
     assert sum(p.numel() for p in decoder.parameters()) == 62_688_547
     seen: dict[str, torch.Tensor] = {}
@@ -84,7 +84,7 @@ def test_decoder_meets_any_image_size(stem, size, side):
         arch.decoder_for("resnet10", 4, "imagenet", 31)
 
 
-def test_evaluator_levels():  # property 4
+def test_evaluator_levels():
     backbone = arch.build("resnet50")
     evaluator = Evaluator(backbone, arch.Neck(2048, 16, 256)).eval()
     levels = list(LEVELS.values())
@@ -115,7 +115,7 @@ def test_initialisation_of_the_release():
 # --- loss ------------------------------------------------------------------------------------------------------------
 
 
-def test_perfect_recovery_costs_nothing():  # property 1
+def test_perfect_recovery_costs_nothing():
     for bn in ("frozen", "batch"):
         model = make(bn)
         x = list(views())
@@ -125,7 +125,7 @@ def test_perfect_recovery_costs_nothing():  # property 1
         assert all(float(v.detach()) > 0 for v in model.generation(x, [v.flip(0) for v in x]).values())
 
 
-def test_the_total_is_what_the_spec_says():  # property 2
+def test_the_total_is_what_the_spec_says():
     model, (x1, x2) = make(), views()
     reference = copy.deepcopy(model)
     losses, z = model(x1, x2)
@@ -152,7 +152,7 @@ def test_the_total_is_what_the_spec_says():  # property 2
     torch.testing.assert_close(torch.stack(list(losses.values())).sum(), expected)
 
 
-def test_without_weights_it_is_byol_to_the_bit():  # property 2
+def test_without_weights_it_is_byol_to_the_bit():
     x1, x2 = views()
     plain_byol = byol()
     without = make(weights=dict.fromkeys(WEIGHTS, 0.0))
@@ -167,7 +167,7 @@ def test_without_weights_it_is_byol_to_the_bit():  # property 2
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
 
-def test_range_and_symmetry_of_the_latent_loss():  # property 3
+def test_range_and_symmetry_of_the_latent_loss():
     q, z = torch.randn(2, 50, 8)
     assert 0 <= float(latent_loss(q, z)) <= 4
     assert float(latent_loss(q, 3 * q)) == pytest.approx(0, abs=1e-6)
@@ -177,7 +177,7 @@ def test_range_and_symmetry_of_the_latent_loss():  # property 3
     assert latent_loss(q.bfloat16(), z.bfloat16()).dtype == torch.float32
 
 
-def test_distances_are_means_in_float32():  # traps 11, 14
+def test_distances_are_means_in_float32():
     u, v = torch.randn(2, 2, 3, 4, 5)
     expected = (u[0] - v[0]).square().mean() + (u[1] - v[1]).square().mean()
     torch.testing.assert_close(distance(list(u), list(v)), expected)
@@ -211,7 +211,7 @@ def gradients(model: Any) -> dict[str, float]:
 
 @pytest.mark.parametrize("bn", ["frozen", "batch"])
 @pytest.mark.parametrize("term", list(TERMS))
-def test_gradient_map_of_each_term(term, bn):  # property 6
+def test_gradient_map_of_each_term(term, bn):
     model, (x1, x2) = make(bn), views()
     model(x1, x2)[0][term].backward()
     got = gradients(model)
@@ -226,7 +226,7 @@ def test_gradient_map_of_the_latent_loss():
     assert {k for k, v in gradients(model).items() if v} == {"online_net.0", "online_net.1", "head"}
 
 
-def test_the_evaluator_is_differentiable_in_what_was_recovered_alone():  # property 7, trap 1; no graph on real views
+def test_the_evaluator_is_differentiable_in_what_was_recovered_alone():  # no graph on real views
     model, x = make(weights={"w_pix": 0.0}), list(views())
     made = [v.flip(0).requires_grad_() for v in x]
     seen: list[tuple[bool, bool]] = []
@@ -253,7 +253,7 @@ def test_the_evaluator_is_differentiable_in_what_was_recovered_alone():  # prope
         assert grad.abs().max() > 0, term
 
 
-def test_pixels_alone_never_call_the_evaluator():  # property 14
+def test_pixels_alone_never_call_the_evaluator():
     torch.manual_seed(0)
     model = SaGe(arch.build("resnet10", 4, "cifar_pool"), 16, 8)
     model.add_generation(arch.decoder_for("resnet10", 4, "cifar_pool", SIZE), None, {"w_pix": 0.1})
@@ -262,7 +262,7 @@ def test_pixels_alone_never_call_the_evaluator():  # property 14
         SaGe(arch.build("resnet10", 4), 16, 8).add_generation(None, None, WEIGHTS)
 
 
-def test_frozen_or_drifting_evaluator():  # property 8, trap 6
+def test_frozen_or_drifting_evaluator():
     for bn in ("frozen", "batch"):
         model = make(bn).eval().train()  # train() would switch it on again
         assert model.r_function.training == (bn == "batch")
@@ -282,7 +282,7 @@ def test_frozen_or_drifting_evaluator():  # property 8, trap 6
 # --- target network --------------------------------------------------------------------------------------------------
 
 
-def test_momentum_of_the_target():  # property 9
+def test_momentum_of_the_target():
     curve = [target_momentum(0.99, k, 100) for k in range(101)]
     assert curve[0] == pytest.approx(0.99) and curve[100] == 1 and curve == sorted(curve)
     model = byol()
@@ -301,7 +301,7 @@ def test_momentum_of_the_target():  # property 9
     assert all(torch.equal(a, b) for a, b in zip(buffers, model.target_net.buffers()))
 
 
-def test_views_have_batch_statistics_of_their_own():  # trap 8
+def test_views_have_batch_statistics_of_their_own():
     model, (x1, x2) = byol(), views()
     twin = copy.deepcopy(model)
     model(x1, x2)
@@ -314,7 +314,7 @@ def test_views_have_batch_statistics_of_their_own():  # trap 8
 # --- optimisers ------------------------------------------------------------------------------------------------------
 
 
-def test_lars_by_hand():  # property 11
+def test_lars_by_hand():
     w = nn.Parameter(torch.tensor([3.0, 4.0]))
     b = nn.Parameter(torch.tensor([1.0]))
     zero = nn.Parameter(torch.tensor([1.0, 1.0]))
@@ -378,7 +378,7 @@ def test_groups_of_parameters():
     assert scaled and all("downsample.1.weight" in name for name in scaled)  # the release's pattern misses these
 
 
-def test_warm_up_and_cosine():  # property 12
+def test_warm_up_and_cosine():
     per_epoch, epochs = 20, 100
     lr = [learning_rate(4.8, k, per_epoch, epochs, 10) for k in range(per_epoch * epochs)]
     assert lr[0] == pytest.approx(4.8e-4)
@@ -406,7 +406,7 @@ def moco_file(path, evaluator: Evaluator) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_both_namings_fill_the_evaluator_exactly(tmp_path):  # property 13
+def test_both_namings_fill_the_evaluator_exactly(tmp_path):
     source = make_evaluator(3)
     moco_file(tmp_path / "moco.pth", source)
     state = {f"online_net.{k}": v for k, v in source.state_dict().items()}
@@ -422,7 +422,7 @@ def test_both_namings_fill_the_evaluator_exactly(tmp_path):  # property 13
         assert not any(p.requires_grad for p in evaluator.parameters())
 
 
-def test_a_file_that_does_not_fit_is_refused(tmp_path):  # property 13, trap 7
+def test_a_file_that_does_not_fit_is_refused(tmp_path):
     state = moco_file(tmp_path / "good.pth", make_evaluator(3))
     evaluator = make_evaluator(4)
     before = {k: v.clone() for k, v in evaluator.state_dict().items()}
@@ -443,7 +443,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path):  # property 13, trap 7
     assert all(torch.equal(v, before[k]) for k, v in evaluator.state_dict().items())
 
 
-def test_evaluator_with_imagenet_s_input():  # trap 5
+def test_evaluator_with_imagenet_s_input():
     evaluator, x = make_evaluator(), views()[0]
     half = evaluator(x, [2])[0]
     evaluator.norm = "imagenet"
@@ -466,7 +466,7 @@ def test_a_random_evaluator_has_statistics_of_the_data():
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
-def test_blur_and_solarisation_of_the_two_views(monkeypatch):  # property 16
+def test_blur_and_solarisation_of_the_two_views(monkeypatch):
     counts: dict[str, int] = {}
     from shared_utils.augment import GaussianBlur
 
@@ -495,7 +495,7 @@ def test_solarisation_and_ranges():
     x = normalise(torch.tensor([0, 255], dtype=torch.uint8).view(1, 2, 1, 1))
     assert x.flatten().tolist() == [-1, 1] and denormalise(x).flatten().tolist() == [0, 1]
     white = Image.new("RGB", (40, 40), "white")
-    assert plain(32)(white).unique().tolist() == [1.0]  # trap 16: 0.5 / 0.5 in evaluation too
+    assert plain(32)(white).unique().tolist() == [1.0]  # 0.5 / 0.5 in evaluation too
     random.seed(0)
     assert linear_train(32)(Image.new("RGB", (40, 40))).unique().tolist() == [-1.0]
 
@@ -503,7 +503,7 @@ def test_solarisation_and_ranges():
 # --- it learns -------------------------------------------------------------------------------------------------------
 
 
-def test_sixteen_images_are_learned_by_heart():  # property 15, trap 2
+def test_sixteen_images_are_learned_by_heart():
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.uniform(-1, 1, (16, 3, 3, 3)).astype(np.float32))

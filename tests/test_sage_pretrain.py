@@ -151,7 +151,7 @@ class Spy:
         monkeypatch.setattr(SaGe, "momentum_update", updated)
 
 
-def test_an_update_in_the_order_of_the_release(data, tmp_path, monkeypatch):  # properties 9, 10, 12; traps 9, 12
+def test_an_update_in_the_order_of_the_release(data, tmp_path, monkeypatch):
     spy = Spy(monkeypatch)
     train(data, tmp_path, *RANDOM, "--total_epochs", "2")
     assert len(spy.momenta) == 6 and len(spy.rates) == 12  # six updates of two iterations, both optimisers each time
@@ -312,7 +312,7 @@ def test_killed_between_checkpoints_and_resumed_is_bit_identical(data, whole, tm
 
 
 @pytest.mark.parametrize("part", ["nothing", "optimizer", "optimizer_decoder", "target", "evaluator"])
-def test_a_checkpoint_without_a_part_would_not_be_identical(part, data, whole, tmp_path, monkeypatch):  # trap 13
+def test_a_checkpoint_without_a_part_would_not_be_identical(part, data, whole, tmp_path, monkeypatch):
     """The negative test: lose a momentum, Adam's moments (as the release does), the target or the evaluator's drift."""
     interrupt(4, data, tmp_path, monkeypatch)
     saved = checkpoint.load(tmp_path / "checkpoint.pth")

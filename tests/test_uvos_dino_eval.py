@@ -276,7 +276,7 @@ def test_scores_against_a_loop(seed: int) -> None:
             assert F[k, o] == pytest.approx(slow_f(a, b))
 
 
-def test_matching_by_frame_and_by_sequence() -> None:  # property 10
+def test_matching_by_frame_and_by_sequence() -> None:
     truth = np.zeros((6, 20, 24), np.uint8)
     truth[:, 2:9, 2:9], truth[:, 11:18, 12:22] = 1, 2
     swapped = truth.copy()

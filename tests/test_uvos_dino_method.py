@@ -83,14 +83,14 @@ def test_motion_against_a_loop(weights: str) -> None:
     assert losses.motion(A, P, 3, 2, 5, weights=weights).item() == pytest.approx(slow, abs=1e-12)
 
 
-def test_entropy_weights() -> None:  # property 7
+def test_entropy_weights() -> None:
     rows = torch.stack([torch.full((12,), 1 / 12), torch.eye(12)[3], torch.arange(1.0, 13) / 78])
     w = losses.entropy_weights(rows)
     assert w.argmin() == 0 and w.argmax() == 1 and w.sum().item() == pytest.approx(1)
     assert torch.allclose(losses.entropy_weights(rows[2].expand(8, 12)), torch.full((8,), 1 / 8))
 
 
-def test_losses_vanish_where_they_should() -> None:  # property 8
+def test_losses_vanish_where_they_should() -> None:
     T, N = 2, 12
     group = torch.arange(N).repeat(T) // 6  # two groups of patches, the same in both frames
     same = (group[:, None] == group).double()
@@ -117,7 +117,7 @@ def model() -> AttEncoder:
     return AttEncoder(VisionTransformer(8, 64, 2, 32), num_heads=4)
 
 
-def test_block_is_equivariant_to_the_order_of_frames(model: AttEncoder) -> None:  # property 5
+def test_block_is_equivariant_to_the_order_of_frames(model: AttEncoder) -> None:
     clip = torch.randn(1, 3, 3, 16, 32)
     order = torch.tensor([2, 0, 1])
     model.eval()
@@ -133,7 +133,7 @@ def test_block_is_equivariant_to_the_order_of_frames(model: AttEncoder) -> None:
     assert torch.allclose(model.encoder.keys(clip[0]), alone.k, atol=1e-6)
 
 
-def test_only_the_block_is_trained(model: AttEncoder) -> None:  # property 6
+def test_only_the_block_is_trained(model: AttEncoder) -> None:
     model.train()
     assert not model.encoder.training and model.temporal_transformer.training
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -352,7 +352,7 @@ def slow_labels(rows: Tensor, tau: float) -> Tensor:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_fast_clustering_equals_the_slow_one(seed: int) -> None:  # property 9
+def test_fast_clustering_equals_the_slow_one(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     group = torch.randint(0, 4, (7, 30), generator=generator)
     q = torch.randn(4, 2, 8, generator=generator)[group].transpose(1, 2)
@@ -391,7 +391,7 @@ def test_attention_is_the_mean_of_the_heads() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6))
-def test_jeffreys(seed: int) -> None:  # property 3
+def test_jeffreys(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     p, q = (torch.rand(4, 9, generator=generator, dtype=torch.float64).softmax(-1) for _ in range(2))
     d = clustering.jeffreys(p, q)
@@ -402,7 +402,7 @@ def test_jeffreys(seed: int) -> None:  # property 3
     assert torch.allclose(d, clustering.jeffreys(p[:, order], q[:, order]), atol=1e-12)
 
 
-def test_thresholds_at_their_ends_and_equal_frames() -> None:  # properties 3 and 4
+def test_thresholds_at_their_ends_and_equal_frames() -> None:
     rows = torch.rand(5, 12, 20, generator=torch.Generator().manual_seed(0)).mul(3).softmax(-1)
     assert clustering.cluster(clustering.Given(rows), 5, math.inf).number == 1
     assert clustering.cluster(clustering.Given(rows), 5, 0.0).number == 60

@@ -56,7 +56,7 @@ def classes(root: Path, *parts: str, each: int = 8, own: bool = False) -> list[s
 
 def fine(kind: str) -> Callable[[Path], None]:
     def make(root: Path) -> None:
-        from sage import finegrained
+        from sage.lab import finegrained_mini as finegrained
         from shared_utils.data import image_folder
 
         classes(root / "source", "train", "val", each=4)
