@@ -1,17 +1,20 @@
 """What SaGe sees of an image: two unequal views as bytes, scaled to -1..1 on the device; transforms of evaluation."""
 
 import csv
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
-from shared_utils import UserError, augment
-from shared_utils.data import ImageList, image_folder, list_file, per_class, read_text
+from shared_utils import UserError, augment, feed
+from shared_utils.data import ImageList, Keyed, list_file, per_class, read_text, training_folder
+from shared_utils.flags import AUG_BACKEND
 
 HALF = (0.5, 0.5, 0.5)  # mean and standard deviation of pretraining: the range of the decoder's tanh
 
@@ -42,7 +45,7 @@ class Solarize:
 
 
 def pipeline(size: int, blur: float, solarize: float, blur_max: float = 2.0) -> T.Compose:
-    """One view as bytes [3, size, size]: the release's `pipeline1` (blur 1, solarize 0), `pipeline2` (.1, .2).
+    """One view as bytes [3, size, size] by PIL: the release's `pipeline1` (blur 1, solarize 0), `pipeline2` (.1, .2).
 
     Args:
         blur, solarize: probabilities. blur_max: largest standard deviation of the blur in pixels.
@@ -60,50 +63,70 @@ def pipeline(size: int, blur: float, solarize: float, blur_max: float = 2.0) -> 
     )
 
 
-def as_bytes(size: int) -> T.Compose:
-    """The whole image without augmentation: shorter side to size, centre crop, bytes."""
-    return T.Compose([T.Resize(size), T.CenterCrop(size), T.PILToTensor()])
+def recipes(size: int, blur_max: float = 2.0) -> dict[str, augment.Recipe]:
+    """The same two views, and the image without augmentation, of the batched loader; bytes."""
+    views = {f"x{i + 1}": replace(augment.byol(size, i), sigma=(0.1, blur_max), levels=True) for i in range(2)}
+    return views | {"clean": augment.Recipe(size, resize=size, levels=True)}
 
 
-def _normalised(transform: T.Compose, norm: str) -> T.Compose:
-    """The same pipeline, which ends in ImageNet's mean and standard deviation, or in 0.5 and 0.5."""
-    return transform if norm == "imagenet" else T.Compose([*transform.transforms[:-1], T.Normalize(HALF, HALF)])
+def _normalised(recipe: augment.Recipe, norm: str) -> augment.Recipe:
+    """With ImageNet's mean and standard deviation, or 0.5 and 0.5."""
+    return recipe if norm == "imagenet" else replace(recipe, mean=HALF, std=HALF)
 
 
-def plain(size: int = 224, norm: str = "half") -> T.Compose:
+def plain(size: int = 224, norm: str = "half", backend: str = AUG_BACKEND) -> augment.Recipe:
     """Evaluation: shorter side to size * 256 / 224, centre crop; -1..1, or as the backbone saw (`norm`)."""
-    return _normalised(augment.plain(size), norm)
+    return _normalised(augment.plain(size, backend), norm)
 
 
-def linear_train(size: int = 224, norm: str = "half") -> T.Compose:
+def linear_train(size: int = 224, norm: str = "half", backend: str = AUG_BACKEND) -> augment.Recipe:
     """Training of a probe and fine-tuning: random resized crop (8 to 100 % of the area), flip, `norm` as in `plain`."""
-    return _normalised(augment.linear_train(size), norm)
+    return _normalised(augment.linear_train(size, backend), norm)
 
 
 class Views(Dataset):
     """Item i: {"x1", "x2"} of image i, and {"clean"}, the image without augmentation, where it is asked for; bytes."""
 
     def __init__(self, images: ImageList, size: int, clean: bool = False, blur_max: float = 2.0):
-        self.images, self.clean = images, as_bytes(size) if clean else None
+        self.images = images
+        self.recipes = recipes(size, blur_max)  # in the order of their views' numbers
         self.pipelines = {"x1": pipeline(size, 1.0, 0.0, blur_max), "x2": pipeline(size, 0.1, 0.2, blur_max)}
+        if clean:
+            self.pipelines["clean"] = self.recipes["clean"].pil
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         image = self.images.image(index)
-        out = {name: transform(image) for name, transform in self.pipelines.items()}
-        if self.clean is not None:
-            out["clean"] = self.clean(image)
-        return out
+        return {name: transform(image) for name, transform in self.pipelines.items()}
+
+    def batch(self, batch: feed.Batch) -> dict[str, Tensor]:
+        """The same of a whole batch, [B, 3, S, S] each, draws keyed (see `shared_utils.feed`)."""
+        names = list(self.pipelines)
+        asks = [feed.Ask(batch.indices, self.recipes[name], (view,)) for view, name in enumerate(names)]
+        return {name: views[0] for name, views in zip(names, batch.render(*asks))}
+
+
+def drawn(views: Views, indices: Iterable[int], seed: int, backend: str) -> dict[str, Tensor]:
+    """What epoch 0 has of these images, bytes [N, 3, S, S] each."""
+    keys = [(0, int(i)) for i in indices]
+    if backend == "batch":
+        return views.batch(feed.Batch(seed, keys, feed.Source(views.images)))
+    keyed = Keyed(views, seed)
+    return default_collate([keyed[key] for key in keys])
 
 
 def training_images(data_dir: Path, file: Path | None = None, count: int = 0, cache: bool = False) -> ImageList:
-    """`data_dir`/train/CLASS/*, or those that a list names (`CLASS/image.jpg` a line), the first `count` of each class.
+    """The images of `shared_utils.data.training_folder`, the first `count` of each class (0: all), or those that a list
+    names (`CLASS/image.jpg` a line, below `data_dir`/train, or below `data_dir` where that is not there).
 
-    UserError for a missing or empty folder and for a listed image that is not there.
+    UserError for a missing or empty folder, a listed image that is not there, and `count` where there are no classes.
     """
-    images = list_file(file, data_dir / "train") if file else image_folder(data_dir / "train")
+    root = data_dir / "train" if (data_dir / "train").is_dir() or not data_dir.is_dir() else data_dir
+    images = list_file(file, root) if file else training_folder(data_dir)
+    if count and not file and not images.classes:
+        raise UserError(f"--per_class {count}: the images of {data_dir} lie in no class folders; leave it away")
     return per_class(images, count, cache)
 
 

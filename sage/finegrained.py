@@ -117,6 +117,3 @@ def open_images(args: argparse.Namespace) -> tuple[ImageList, ImageList]:
             f"({type(error).__name__}: {' '.join(str(error).split())[:80]}); restore them from the set's archive"
         ) from None
     return per_class(train, args.per_class, args.cache), val
-
-
-# --- mini copies -----------------------------------------------------------------------------------------------------

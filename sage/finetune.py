@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sage.data import linear_train, plain
 from sage.options import backbone, normalisation
-from shared_utils import UserError, distributed
-from shared_utils.data import EpochSampler, ImageList, Keyed
+from shared_utils import UserError, distributed, feed
+from shared_utils.data import EpochSampler, ImageList
 from shared_utils.evaluation import stream, topk, write_result
 from shared_utils.flags import floats, not_negative, positive
 from shared_utils.layout import follow, place
@@ -69,7 +69,7 @@ def learning_rate(args: argparse.Namespace, lr: float, step: int, per_epoch: int
 
 def accuracy(run: Run, network: nn.Module, images: ImageList, norm: str = "half") -> list[float]:
     """Top-1 and top-5 in per cent of the network that the checkpoint holds, that of process 0."""
-    images.transform = plain(run.args.img_size, norm)
+    images.transform = plain(run.args.img_size, norm, run.args.aug_backend)
     distributed.same_buffers(network)
     network.eval()
 
@@ -92,9 +92,9 @@ def one_cell(args: argparse.Namespace, job: str, train: ImageList, val: ImageLis
     distributed.convert_norm(network, "sync")
     place(network, run.device)
     norm = normalisation(args)
-    train.transform = linear_train(args.img_size, norm)
+    train.transform = linear_train(args.img_size, norm, args.aug_backend)
     sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world, least=2)
-    loader = run.loader(Keyed(train, args.seed), sampler)
+    loader = run.loader(feed.keyed(train, args.seed, args.aug_backend, run.device), sampler)
     groups = [
         {"params": list(network.backbone.parameters()), "scale": 1.0},
         {"params": list(network.fc.parameters()), "scale": args.head_lr_mult},

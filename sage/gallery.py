@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from sage.builder import SaGe
 from sage.data import denormalise, normalise
@@ -21,12 +20,10 @@ class Gallery:
     is nearest by the cosine of pooled features. (The release's figure has such marks and does not say what they mean.)
     """
 
-    def __init__(self, views: Dataset, count: int, total: int, stages: int):
-        """Args: views, items {"x1", "x2"} at (epoch, index); count, images; total, updates of the run; stages, how
+    def __init__(self, views: Mapping[str, Tensor], total: int, stages: int):
+        """Args: views, "x1" and "x2" of some images, bytes [N, 3, S, S] each; total, updates of the run; stages, how
         often, the first after the first update and the last after the last."""
-        chosen = np.linspace(0, len(views) - 1, count).astype(int)  # type: ignore[arg-type]
-        items = [views[(0, int(i))] for i in chosen]
-        self.inputs = torch.stack([item[name] for item in items for name in ("x1", "x2")])  # [2 count, 3, S, S] bytes
+        self.inputs = torch.stack([views["x1"], views["x2"]], 1).flatten(0, 1)  # [2 N, 3, S, S]
         self.when = {max(1, round(total * s / max(1, stages - 1))) for s in range(stages)}
         self.stages: list[dict[str, Any]] = []
 

@@ -109,7 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     set_threads(args.threads, args.workers, device)
     norm = normalisation(args)
     train, val = open_images(args)
-    train.transform = val.transform = plain(args.img_size)  # -1..1: what a decoder recovers, whatever the backbone sees
+    # -1..1: what a decoder recovers, whatever the backbone sees
+    train.transform = val.transform = plain(args.img_size, backend=args.aug_backend)
     root = Path(args.data_dir)
     labels = {} if args.no_attributes else {split: attribute_labels(root, x) for split, x in (("t", train), ("v", val))}
     encoder, report = backbone(args)

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     set_threads(args.threads, args.workers, device)
     norm = normalisation(args)
     train, val = open_images(args)
-    train.transform = val.transform = plain(args.img_size, norm)
+    train.transform = val.transform = plain(args.img_size, norm, args.aug_backend)
     encoder, report = backbone(args)
     freeze(encoder)
     encoder = place(encoder, device)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from sage.data import linear_train, plain
 from sage.finegrained import open_images
 from sage.options import add_flags, backbone, normalisation
-from shared_utils import UserError, distributed
-from shared_utils.data import EpochSampler, Keyed
+from shared_utils import UserError, distributed, feed
+from shared_utils.data import EpochSampler
 from shared_utils.evaluation import check_cache, collect, freeze, topk, unchanged, write_result
 from shared_utils.flags import Parser, add_run_flags, ints, not_negative, positive
 from shared_utils.layout import follow, place
@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     check_flags(args, run.world)
     norm = normalisation(args)
     train, val = open_images(args)
-    train.transform, val.transform = linear_train(args.img_size, norm), plain(args.img_size, norm)
+    train.transform = linear_train(args.img_size, norm, args.aug_backend)
+    val.transform = plain(args.img_size, norm, args.aug_backend)
 
     # Frozen backbone, in eval mode throughout
     encoder, report = backbone(args)
@@ -115,11 +116,11 @@ def main(argv: list[str] | None = None) -> int:
     validation = Validation(embed, val, run)
     batches: Any = None
     if args.cached_train and run.epoch < args.total_epochs:
-        train.transform = plain(args.img_size, norm)
+        train.transform = plain(args.img_size, norm, args.aug_backend)
         feats, labels = collect(embed, train, run.device, args.batch_size, args.workers, everything=True)
         batches = FeatureBatches(feats, labels, sampler)
     elif not args.cached_train:
-        batches = run.loader(Keyed(train, args.seed), sampler)
+        batches = run.loader(feed.keyed(train, args.seed, args.aug_backend, run.device), sampler)
 
     for epoch, batch in run.batches(batches, sampler, args.total_epochs):
         lr = learning_rate(args, epoch)

@@ -7,6 +7,7 @@ from sage.arch import DEPTHS, STEMS, build
 from sage.finegrained import READERS
 from sage.weights import DROP, NORMS, resolve_norm
 from shared_utils.evaluation import add_data_flags, add_network_flags, load_backbone
+from shared_utils.flags import add_aug_flag
 
 
 def add_flags(p: argparse.ArgumentParser) -> None:
@@ -20,6 +21,7 @@ def add_flags(p: argparse.ArgumentParser) -> None:
         "ours, MoCo, DINO, SwAV, a classifier)",
     )
     add_data_flags(p, list(READERS))
+    add_aug_flag(p)
 
 
 def normalisation(args: argparse.Namespace) -> str:

@@ -47,9 +47,13 @@ case "$tier" in
 esac
 mkdir -p "$out"
 
+# The recorded rows of the small tier were trained and measured with the releases' loader; new seeds stand beside them.
+pil=()
+if [ "$tier" = small ]; then pil=(--aug_backend pil); fi
+
 run_one() { # arm seed [flags]
   local arm=$1 seed=$2 folder=$out/$1/seed$2
-  local evaluator=$out/byol/seed$2/checkpoint.pth common=(--seed "$2" --output-dir "$folder")
+  local evaluator=$out/byol/seed$2/checkpoint.pth common=("${pil[@]}" --seed "$2" --output-dir "$folder")
   shift 2
   case "$arm" in
     byol) bash sage/run_evaluator.sh "$tier" "${common[@]}" "$@" ;;
@@ -58,7 +62,7 @@ run_one() { # arm seed [flags]
     pixel) EVALUATOR= bash sage/run_pretrain.sh "$tier" --mode pixel "${common[@]}" "$@" ;;
     sage) # its evaluator first, where arm byol of this seed is not finished
       if [ ! -f "$out/byol/seed$seed-$last/result.json" ]; then
-        bash sage/run_evaluator.sh "$tier" --seed "$seed" --output-dir "$out/byol/seed$seed" "$@"
+        bash sage/run_evaluator.sh "$tier" "${pil[@]}" --seed "$seed" --output-dir "$out/byol/seed$seed" "$@"
       fi
       EVALUATOR=$evaluator bash sage/run_pretrain.sh "$tier" "${common[@]}" "$@"
       ;;
@@ -72,12 +76,12 @@ run_one() { # arm seed [flags]
     CHECKPOINT=$folder/checkpoint.pth bash sage/run_knn.sh paper --output-dir "$folder-knn"
     CHECKPOINT=$folder/checkpoint.pth bash sage/run_lincls.sh paper --output-dir "$folder-linear"
   elif [ "$set_name" = mini_attributes ]; then
-    "$PYTHON" -m sage.main_attributes --pretrained "$folder/checkpoint.pth" "${data[@]}" "${loading[@]}" \
+    "$PYTHON" -m sage.main_attributes --pretrained "$folder/checkpoint.pth" "${pil[@]}" "${data[@]}" "${loading[@]}" \
       --decoder_width 64 --recon_updates 400 --output-dir "$folder-attributes"
   else
-    "$PYTHON" -m sage.main_knn --pretrained "$folder/checkpoint.pth" "${data[@]}" "${loading[@]}" \
+    "$PYTHON" -m sage.main_knn --pretrained "$folder/checkpoint.pth" "${pil[@]}" "${data[@]}" "${loading[@]}" \
       --output-dir "$folder-knn"
-    "$PYTHON" -m sage.main_lincls --pretrained "$folder/checkpoint.pth" "${data[@]}" --cached_train --lr 0.3 \
+    "$PYTHON" -m sage.main_lincls --pretrained "$folder/checkpoint.pth" "${pil[@]}" "${data[@]}" --cached_train --lr 0.3 \
       --batch_size 256 --total_epochs 80 "${loading[@]}" --log-every 100 --overwrite --output-dir "$folder-linear"
   fi
 }

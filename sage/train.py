@@ -16,20 +16,21 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from sage import arch
 from sage.builder import Evaluator, SaGe, calibrate, evaluator_weights, has_projector, load_evaluator
-from sage.data import Views, normalise, training_images
+from sage.data import Views, drawn, normalise, training_images
 from sage.gallery import Gallery
 from sage.lars import LARS, parameter_groups
 from sage.losses import WEIGHTS
 from sage.schedule import learning_rate, target_momentum
 from sage.weights import NORMS, guess_network, resolve_norm
-from shared_utils import UserError, checkpoint, distributed
-from shared_utils.data import EpochSampler, Keyed
-from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils import UserError, checkpoint, distributed, feed
+from shared_utils.data import EpochSampler
+from shared_utils.flags import Parser, add_aug_flag, add_run_flags, natural, not_negative, positive
 from shared_utils.layout import follow, place
 from shared_utils.pictures import make_grid
 from shared_utils.run import Run, cli
@@ -40,7 +41,8 @@ MODES = {"sage": list(WEIGHTS), "pixel": ["w_pix"], "byol": []}  # terms that ha
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="sage.train", description=(__doc__ or "").splitlines()[0])
     a = p.add_argument
-    a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="holds train/CLASS/*.jpg")
+    a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="holds train/CLASS/*.jpg, "
+      "or images of your own: class folders, or files without labels")  # fmt: skip
     a("--list_file", type=Path, help="train on these images: CLASS/image.jpg a line, below --data_dir/train")
     a("--img_size", type=positive, default=224, help="pixels of a crop")
     a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
@@ -100,6 +102,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="images whose views are shown beside what is recovered from them; 0: none",
     )
     a("--stages", type=positive, default=5, help="how often, evenly over the run")
+    add_aug_flag(p)
     add_run_flags(p, "sage/pretrain/default")
     p.set_defaults(evaluator_sha256="")
     return p
@@ -186,9 +189,8 @@ def make_model(args: argparse.Namespace, views: Views) -> tuple[SaGe, str]:
     else:
         evaluator, report = make_evaluator(args)
         if args.evaluator == "random":
-            keyed = Keyed(views, args.seed)
-            images = [keyed[(0, i)]["x1"] for i in range(min(512, len(views)))]
-            calibrate(evaluator, (normalise(torch.stack(images[i : i + 64])) for i in range(0, len(images) - 1, 64)))
+            images = drawn(views, range(min(512, len(views))), args.seed, args.aug_backend)["x1"]
+            calibrate(evaluator, (normalise(images[i : i + 64]) for i in range(0, len(images) - 1, 64)))
     model.add_generation(decoder, evaluator, weights, args.evaluator_bn)
     if model.decoder is not None and args.stem_bn == "local":
         stem = model.decoder.stem
@@ -211,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     images = training_images(Path(args.data_dir), args.list_file, args.per_class, args.cache)
     views = Views(images, args.img_size, args.gen_target == "clean", args.blur_max)
     sampler = EpochSampler(len(views), b * interval, args.seed, run.rank, run.world)
-    loader = run.loader(Keyed(views, args.seed), sampler)
+    loader = run.loader(feed.keyed(views, args.seed, args.aug_backend, run.device), sampler)
     per_epoch = sampler.steps_per_epoch * interval  # iterations
     total = per_epoch * args.total_epochs
 
@@ -229,7 +231,8 @@ def main(argv: list[str] | None = None) -> int:
         run.track(optimizer_decoder=optimizer_decoder)
     gallery = None
     if model.decoder is not None and args.gallery:
-        gallery = Gallery(Keyed(views, args.seed), min(args.gallery, len(views)), total // interval, args.stages)
+        chosen = np.linspace(0, len(views) - 1, min(args.gallery, len(views))).astype(int)
+        gallery = Gallery(drawn(views, chosen, args.seed, args.aug_backend), total // interval, args.stages)
         run.track(gallery=gallery)
     run.reads(images)
     run.preflight(facts(run, len(images), model, sampler.steps_per_epoch, evaluator_report))
@@ -282,7 +285,8 @@ def main(argv: list[str] | None = None) -> int:
             watched.pop("loss")
         run.log(mean[0], lr=lr, **watched)
         if run.step == 0 and run.rank == 0:
-            run.image("views/x1_x2", make_grid(torch.cat([batch["x1"][:8], batch["x2"][:8]]).float() / 255, nrow=8))
+            shown = torch.cat([batch["x1"][:8], batch["x2"][:8]]).cpu().float() / 255
+            run.image("views/x1_x2", make_grid(shown, nrow=8))
         if gallery is not None and gallery.due(run.step + 1):
             gallery.add(model, run.device, run.step + 1)
             if run.rank == 0:
@@ -303,10 +307,14 @@ def learning_rates(args: argparse.Namespace, k: int, per_epoch: int) -> tuple[fl
 
 def next_command(args: argparse.Namespace, run: Run) -> str:
     """What to do with the checkpoint."""
-    data = f"--data_dir {quote(str(args.data_dir))}"
-    out = f"evaluate: python -m sage.main_knn --pretrained {run.dir}/checkpoint.pth {data} --img_size {args.img_size}"
+    weights = quote(f"{run.dir}/checkpoint.pth")
+    if (Path(args.data_dir) / "train").is_dir():
+        data = f"--data_dir {quote(str(args.data_dir))}"
+        out = f"evaluate: python -m sage.main_knn --pretrained {weights} {data} --img_size {args.img_size}"
+    else:
+        out = f"backbone: python -m sage.lab.export --pretrained {weights} --out {quote(f'{run.dir}/backbone.pth')}"
     if args.mode == "byol":
-        out += f"; or train SaGe with it: --evaluator {run.dir}/checkpoint.pth"
+        out += f"; or train SaGe with it: --evaluator {weights}"
     return out
 
 
@@ -316,7 +324,7 @@ def facts(run: Run, count: int, model: SaGe, steps: int, evaluator: str) -> dict
     batch = args.imgs_per_gpu * run.world * args.update_interval
     trained = sum(p.numel() for p in [*model.online_net.parameters(), *model.head.parameters()])
     out = {
-        "data": f"{args.data_dir}/train: {count} images",
+        "data": f"{args.data_dir}: {count} images",
         "batch": f"{batch} = {run.world} processes x {args.imgs_per_gpu} x {args.update_interval} accumulated, {steps} "
         "updates an epoch",
         "learning rate": f"LARS {args.lr}, 0.3 x batch / 256 would be {0.3 * batch / 256:.3g}",

@@ -48,6 +48,8 @@ Pair = tuple[float, float]
 class Recipe:
     """What is done to an image; a callable PIL image -> tensor [3, size, size] by backend `pil`.
 
+    Views are normalised float32, or bytes where `levels` is set.
+
     Args:
         size: pixels of a view.
         scale: random resized crop of this share of the area; None: the shorter side to `resize`, then the centre.
@@ -57,6 +59,8 @@ class Recipe:
         threshold: levels from which on solarisation inverts.
         order: of the steps after the crop.
         mean, std: normalisation.
+        levels: views stay uint8; a method that works on pixels, or normalises on the device, takes a quarter of the
+            memory.
         backend: which of the two those who read whole data sets use for this recipe.
     """
 
@@ -76,6 +80,7 @@ class Recipe:
     order: tuple[str, ...] = ("jitter", "grey", "blur", "solarise", "flip")
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
+    levels: bool = False
     backend: str = AUG_BACKEND
 
     def __post_init__(self) -> None:
@@ -107,7 +112,8 @@ class Recipe:
             "flip": T.RandomHorizontalFlip(self.flip_p),
         }
         steps += [made[name] for name in self.order if getattr(self, f"{name}_p")]
-        return T.Compose([*steps, T.ToTensor(), T.Normalize(self.mean, self.std)])
+        last = [T.PILToTensor()] if self.levels else [T.ToTensor(), T.Normalize(self.mean, self.std)]
+        return T.Compose([*steps, *last])
 
     @property
     def transforms(self) -> list[Any]:
@@ -455,7 +461,7 @@ def _affine(recipe: Recipe, width: int, device: torch.device) -> tuple[Tensor, T
 
 # ------------------------------------------------------------------------------------------------ applied on any device
 def apply_tensor(recipe: Recipe, array: Tensor, rows: np.ndarray, draws: Draws) -> Tensor:
-    """Views float32 [N, 3, S, S], normalised, of images `rows` [N] of `array` uint8 [M, H, W, 3], on its device.
+    """Views [N, 3, S, S], as the recipe says, of images `rows` [N] of `array` uint8 [M, H, W, 3], on its device.
 
     Nothing waits for the device; a step is computed for the views alone that have drawn it.
     """
@@ -484,6 +490,8 @@ def apply_tensor(recipe: Recipe, array: Tensor, rows: np.ndarray, draws: Draws) 
             _on(x, np.flatnonzero(draws.solarise), _solarised, recipe.threshold)
         else:
             _on(x, np.flatnonzero(draws.flip), torch.flip, (3,))
+    if recipe.levels:
+        return x.to(torch.uint8, memory_format=torch.channels_last)
     scale, shift = (v.view(3, 1, 1) for v in _affine(recipe, 1, device))
     return torch.addcmul(shift, x, scale).contiguous(memory_format=torch.channels_last)
 

@@ -97,7 +97,8 @@ class Batch:
         return uniforms(self.keys(-stream), count)
 
     def render(self, *asks: Ask) -> list[Tensor]:
-        """For each ask its views [V, B, 3, S, S], float32 in channels-last memory, every image decoded once."""
+        """For each ask its views [V, B, 3, S, S] in channels-last memory, float32 or bytes as the recipe says, every
+        image decoded once."""
         keys = [np.concatenate([self.keys(view) for view in ask.views]) for ask in asks]
         if self.source.on_device:
             return [self._on_device(ask, key) for ask, key in zip(asks, keys)]
@@ -133,10 +134,14 @@ class _Job:
         self.shrink = (draws.box[:, 2:] / draws.target[:, :2]).min(1).reshape(self.views, -1).min(0).tolist()
         self.painter = Painter(ask.recipe, draws)
         side = ask.recipe.size
-        self.floats = _empty(self.views * self.count, side, side, 3)
+        total = self.views * self.count
+        self.made = _empty(torch.uint8 if ask.recipe.levels else torch.float32, total, side, side, 3)
         # Small views are normalised together in the end, large ones while the cache still holds them.
-        self.late = side <= SMALL
-        self.bytes = np.empty((len(self.floats) if self.late else 1, side, side, 3), np.uint8)
+        self.late = side <= SMALL and not ask.recipe.levels
+        if ask.recipe.levels:
+            self.bytes = self.made.numpy()
+        else:
+            self.bytes = np.empty((total if self.late else 1, side, side, 3), np.uint8)
 
     def reduced(self, place: int) -> int:
         """By how much the image may be reduced in decoding for the views of this place."""
@@ -144,23 +149,23 @@ class _Job:
 
     def paint(self, pixels: np.ndarray, place: int, reduced: int) -> None:
         for i in range(place, self.views * self.count, self.count):
-            out = self.bytes[i if self.late else 0]
+            out = self.bytes[i if len(self.bytes) > 1 else 0]
             self.painter.paint(pixels, i, out, reduced)
-            if not self.late:
-                normalise(torch.from_numpy(out), self.recipe, self.floats[i])
+            if not self.late and not self.recipe.levels:
+                normalise(torch.from_numpy(out), self.recipe, self.made[i])
 
     def finish(self) -> Tensor:
         if self.late:
-            normalise(torch.from_numpy(self.bytes), self.recipe, self.floats)
-        return self.floats.unflatten(0, (self.views, self.count)).movedim(-1, -3)
+            normalise(torch.from_numpy(self.bytes), self.recipe, self.made)
+        return self.made.unflatten(0, (self.views, self.count)).movedim(-1, -3)
 
 
-def _empty(*shape: int) -> Tensor:
-    """float32; in a loader's worker it is in shared memory from the start, as what it hands over has to be."""
+def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
+    """In a loader's worker it is in shared memory from the start, as what it hands over has to be."""
     if get_worker_info() is None:
-        return torch.empty(shape)
-    count = math.prod(shape)
-    return torch.empty(0).set_(torch.UntypedStorage._new_shared(4 * count), 0, shape)  # type: ignore[call-overload]
+        return torch.empty(shape, dtype=dtype)
+    memory = torch.UntypedStorage._new_shared(dtype.itemsize * math.prod(shape))
+    return torch.empty(0, dtype=dtype).set_(memory, 0, shape)  # type: ignore[call-overload]
 
 
 class Batched(Dataset):

@@ -13,14 +13,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms as T
 
 from sage import arch
 from sage.builder import SaGe
+from sage.data import Views, drawn, training_images
 from sage.gallery import Gallery
 from sage.lars import LARS
 from sage.schedule import learning_rate, target_momentum
 from sage.train import get_parser, main
-from shared_utils import UserError, checkpoint
+from shared_utils import UserError, checkpoint, feed
 from shared_utils.lab import mini
 from shared_utils.run import Diverged, Run
 from tests.checkpoints import differing
@@ -233,19 +236,13 @@ def test_pictures_of_what_was_recovered(data, tmp_path, monkeypatch):
 
 
 def test_the_gallery_s_error_is_that_of_the_picture_shown():
-    class Fixed(torch.utils.data.Dataset):
-        def __len__(self):
-            return 3
-
-        def __getitem__(self, key):
-            draw = torch.Generator().manual_seed(key[1])
-            return {n: torch.randint(256, (3, 16, 16), generator=draw, dtype=torch.uint8) for n in ("x1", "x2")}
-
     torch.manual_seed(0)
+    views = {name: torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8) for name in ("x1", "x2")}
     model = SaGe(arch.build("resnet10", 4, "cifar_pool"), 16, 8)
     model.add_generation(arch.decoder_for("resnet10", 4, "cifar_pool", 16), None, {"w_pix": 0.1}).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    gallery = Gallery(Fixed(), 2, 10, 5)
+    gallery = Gallery(views, 10, 5)
+    assert gallery.inputs[2].equal(views["x1"][1]) and gallery.inputs[3].equal(views["x2"][1])
     assert sorted(gallery.when) == [1, 2, 5, 8, 10]
     gallery.add(model, torch.device("cpu"), 1)
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -347,6 +344,63 @@ def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(data, tmp_path,
     assert checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["step"] == 3
 
 
+# --- backends of the loader ------------------------------------------------------------------------------------------
+
+
+def test_batches_do_not_depend_on_workers(data):
+    images = training_images(data)
+    for backend in ("pil", "batch"):
+        made = []
+        for workers in (0, 2):
+            loader = DataLoader(
+                feed.keyed(Views(images, 16, True), 3, backend),
+                batch_sampler=[[(1, i) for i in rows] for rows in ((5, 2, 9), (0, 23, 7))],
+                num_workers=workers,
+                collate_fn=feed.Batched.collate_fn if backend == "batch" else None,
+            )
+            made.append(list(loader))
+        for one, two in zip(*made, strict=True):
+            assert list(one) == ["x1", "x2", "clean"]
+            for name, views in one.items():
+                assert views.dtype == torch.uint8 and views.shape == (3, 3, 16, 16) and views.equal(two[name])
+            assert not one["x1"].equal(one["x2"])
+        again = drawn(Views(images, 16, True), [2, 5], 3, backend)
+        assert again["x1"].shape == (2, 3, 16, 16) and not again["x1"].equal(made[0][0]["x1"][[1, 0]])  # epoch 0
+        clean = made[0][0]["clean"].float()
+        expected = torch.stack([as_bytes(images, i, 16) for i in (5, 2, 9)]).float()
+        assert (clean - expected).abs().max() <= (0 if backend == "pil" else 1)
+
+
+def as_bytes(images, index, size):
+    steps = T.Compose([T.Resize(size), T.CenterCrop(size), T.PILToTensor()])
+    return steps(images.image(index))
+
+
+def test_the_batch_of_the_device_is_that_of_the_cpu(data):
+    """Images in one array, augmented there: equal but for the arithmetic of the resize and of hue."""
+    views = Views(training_images(data, cache=True), 16)
+    keys = [(2, i) for i in range(24)]
+    images, source = views.images, feed.Source(views.images)
+    there = feed.Source(images, torch.device("cpu"))
+    assert there.on_device and not source.on_device
+    one, two = (views.batch(feed.Batch(0, keys, s)) for s in (source, there))
+    for name in one:
+        assert two[name].dtype == torch.uint8
+        off = (one[name].float() - two[name].float()).abs()
+        assert off.mean() < 2 and (one[name].float().std() > 10)
+
+
+def test_an_older_checkpoint_goes_on_with_pil(whole, data, tmp_path):
+    out = tmp_path / "old"
+    shutil.copytree(whole, out)
+    saved = checkpoint.load(out / "checkpoint.pth")
+    assert saved["args"].pop("aug_backend") == "batch"
+    checkpoint.save(out / "checkpoint.pth", saved)
+    with pytest.raises(UserError, match="--aug-backend was pil, is batch"):
+        train(data, out, *FULL)
+    train(data, out, *FULL, "--aug_backend", "pil")
+
+
 # --- processes and bad input -----------------------------------------------------------------------------------------
 
 
@@ -417,6 +471,20 @@ def test_a_list_of_images(data, tmp_path):
     (tmp_path / "list.txt").write_text("class0/99.png\n")
     with pytest.raises(UserError, match="99.png does not exist"):
         train(data, tmp_path / "bad", "--mode", "byol", "--list_file", str(tmp_path / "list.txt"))
+
+
+def test_own_images_need_no_classes(data, tmp_path, capsys):
+    (own := tmp_path / "my photos").mkdir()
+    for i, path in enumerate(sorted(data.rglob("*.png"))):
+        size = (20 + i % 3, 24)
+        Image.open(path).resize(size).save(own / f"no {i:02d}{'.PNG' if i % 2 else '.jpg'}")
+    log = train(own, tmp_path / "flat", "--mode", "byol")  # images of several sizes
+    assert len(log) == 3
+    told = capsys.readouterr().out
+    assert f"{own}: 24 images" in told and "python -m sage.lab.export --pretrained" in told
+    with pytest.raises(UserError, match="--per_class 2: the images of .* lie in no class folders"):
+        train(own, tmp_path / "b", "--mode", "byol", "--per_class", "2")
+    assert len(train(data / "train", tmp_path / "classes", "--mode", "byol")) == 3  # class folders without train/
 
 
 def test_the_command_line_on_mini_data_and_without_an_evaluator(tmp_path):

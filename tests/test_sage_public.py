@@ -230,7 +230,17 @@ def test_neighbours_of_a_public_network_are_those_of_torchvision(resnet: ResNet,
     checkpoint.save(tmp_path / "tv.pth", resnet.state_dict())
     for flags, norm in (([], "imagenet"), (["--normalise", "half"], "half")):
         stored = tmp_path / norm
-        found = run(main_knn, data, tmp_path / "tv.pth", tmp_path / f"{norm}-out", "--feature_dir", str(stored), *flags)
+        found = run(
+            main_knn,
+            data,
+            tmp_path / "tv.pth",
+            tmp_path / f"{norm}-out",
+            "--feature_dir",
+            str(stored),
+            "--aug_backend",
+            "pil",
+            *flags,
+        )
         assert found["normalise"] == norm
         import numpy as np
 

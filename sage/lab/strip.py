@@ -7,16 +7,16 @@ The recovered images are those that the run's checkpoint keeps (`sage.gallery`),
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sage import arch
 from sage.builder import Evaluator
-from sage.data import Views, denormalise, normalise, training_images
+from sage.data import Views, denormalise, drawn, normalise, training_images
 from sage.gallery import Gallery
 from sage.train import get_parser as training_parser
 from sage.weights import guess_network
 from shared_utils import UserError, checkpoint
-from shared_utils.data import Keyed
 from shared_utils.flags import Parser, positive
 from shared_utils.lab import tiles
 from shared_utils.run import cli, set_threads
@@ -42,8 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     set_threads(0, 0, torch.device("cpu"))
     data_dir = Path(flags.data_dir)
     images = training_images(data_dir, flags.list_file, flags.per_class)
-    views = Keyed(Views(images, flags.img_size, False, flags.blur_max), flags.seed)
-    gallery = Gallery(views, min(flags.gallery, len(images)), 1, 1)
+    shown = np.linspace(0, len(images) - 1, min(flags.gallery, len(images))).astype(int)
+    views = Views(images, flags.img_size, False, flags.blur_max)
+    gallery = Gallery(drawn(views, shown, flags.seed, flags.aug_backend), 1, 1)
     gallery.load_state_dict(saved["gallery"])
     count = max(1, min(args.views, len(gallery.inputs)))
     state = {k.removeprefix("r_function."): v for k, v in saved["state_dict"].items() if k.startswith("r_function.")}
@@ -67,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     runs = {flags.mode: gallery.stages}
     if args.against:
         other, theirs = tiles.open_run(args.against, training_parser(), COMMAND, ["gallery"])
-        same = ("seed", "img_size", "gallery", "blur_max", "per_class", "data_dir", "list_file", "total_epochs")
+        same = ("seed", "img_size", "gallery", "blur_max", "per_class", "data_dir", "list_file", "total_epochs",
+                "aug_backend")  # fmt: skip
         if differing := [name for name in same if getattr(theirs, name) != getattr(flags, name)]:
             raise UserError(f"{args.against}: its --{differing[0]} is not that of {args.pretrained}")
         runs[theirs.mode] = other["gallery"]["stages"]
