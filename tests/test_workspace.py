@@ -330,10 +330,7 @@ PENDING: dict[str, dict[str, int]] = {
     },
     "length_problems": {
         "flat/README.md": 17,
-        "mra/README.md": 35,
         "sage/README.md": 16,
-        "sscl/README.md": 32,
-        "uvos_dino/README.md": 13,
     },
     "line_problems": {
         "sscl": 136,
