@@ -329,9 +329,7 @@ PENDING: dict[str, dict[str, int]] = {
         "uvos_dino/visualize.py": 2,
     },
     "length_problems": {
-        "flat/README.md": 17,
         "mra/README.md": 35,
-        "sage/README.md": 16,
         "sscl/README.md": 32,
         "uvos_dino/README.md": 13,
     },
