@@ -3,14 +3,14 @@
 import csv
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
-from torchvision import transforms as T
-from torchvision.transforms import InterpolationMode
 
 from shared_utils import UserError, augment, feed
 from shared_utils.data import ImageList, Keyed, list_file, per_class, read_text, training_folder
@@ -44,15 +44,17 @@ class Solarize:
         return ImageOps.solarize(image, 128)
 
 
-def pipeline(size: int, blur: float, solarize: float, blur_max: float = 2.0) -> T.Compose:
+def pipeline(size: int, blur: float, solarize: float, blur_max: float = 2.0) -> Any:
     """One view as bytes [3, size, size] by PIL: the release's `pipeline1` (blur 1, solarize 0), `pipeline2` (.1, .2).
 
     Args:
         blur, solarize: probabilities. blur_max: largest standard deviation of the blur in pixels.
     """
+    from torchvision import transforms as T  # its import costs seconds, and the batched loader needs none of it
+
     return T.Compose(
         [
-            T.RandomResizedCrop(size, (0.08, 1.0), interpolation=InterpolationMode.BICUBIC),
+            T.RandomResizedCrop(size, (0.08, 1.0), interpolation=T.InterpolationMode.BICUBIC),
             T.RandomHorizontalFlip(),
             T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
             T.RandomGrayscale(0.2),
@@ -88,11 +90,16 @@ class Views(Dataset):
     """Item i: {"x1", "x2"} of image i, and {"clean"}, the image without augmentation, where it is asked for; bytes."""
 
     def __init__(self, images: ImageList, size: int, clean: bool = False, blur_max: float = 2.0):
-        self.images = images
+        self.images, self.size, self.blur_max = images, size, blur_max
         self.recipes = recipes(size, blur_max)  # in the order of their views' numbers
-        self.pipelines = {"x1": pipeline(size, 1.0, 0.0, blur_max), "x2": pipeline(size, 0.1, 0.2, blur_max)}
-        if clean:
-            self.pipelines["clean"] = self.recipes["clean"].pil
+        if not clean:
+            del self.recipes["clean"]
+
+    @cached_property
+    def pipelines(self) -> dict[str, Any]:
+        """The same by PIL."""
+        both = {f"x{i + 1}": pipeline(self.size, *p, self.blur_max) for i, p in enumerate(((1.0, 0.0), (0.1, 0.2)))}
+        return both | {name: recipe.pil for name, recipe in self.recipes.items() if name not in both}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -103,9 +110,8 @@ class Views(Dataset):
 
     def batch(self, batch: feed.Batch) -> dict[str, Tensor]:
         """The same of a whole batch, [B, 3, S, S] each, draws keyed (see `shared_utils.feed`)."""
-        names = list(self.pipelines)
-        asks = [feed.Ask(batch.indices, self.recipes[name], (view,)) for view, name in enumerate(names)]
-        return {name: views[0] for name, views in zip(names, batch.render(*asks))}
+        asks = [feed.Ask(batch.indices, recipe, (view,)) for view, recipe in enumerate(self.recipes.values())]
+        return {name: views[0] for name, views in zip(self.recipes, batch.render(*asks))}
 
 
 def drawn(views: Views, indices: Iterable[int], seed: int, backend: str) -> dict[str, Tensor]:

@@ -222,7 +222,7 @@ def test_attribute_evaluation(data, weights, tmp_path):
         assert found[f"{kind}_mean"] == pytest.approx(sum(parts) / 4)
     train, val = (image_folder(data / split, plain(16)) for split in ("train", "val"))
     x, y = stacked(train), stacked(val)
-    assert found["recon_mean_image"] == pytest.approx(float((y - x.mean(0)).square().mean()), rel=1e-5)
+    assert found["recon_mean_image"] == pytest.approx(float((y - x.mean(0)).square().mean()), rel=1e-3)
     assert 0 < found["recon"] < 2 * found["recon_mean_image"]
     again = call(main_attributes, data, weights, tmp_path / "b", "--recon_updates", "40", "--recon_lr", "0.003")
     assert again["recon"] == found["recon"]

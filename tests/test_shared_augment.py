@@ -419,6 +419,24 @@ def test_workers_processes_and_memory_change_nothing(folder, monkeypatch):
     assert sorted(opened) == sorted(map(str, images.paths()))  # each once for three views
 
 
+@pytest.mark.parametrize("size", [24, 80])
+@pytest.mark.parametrize("one_array", [False, True])
+def test_bytes_are_the_views_before_normalisation(size, one_array, folder):
+    images: ImageList = image_folder(folder)
+    if one_array:
+        images = ArrayImages(np.stack([natural(36, 36, i) for i in range(12)]), [0] * 12, ["a"])
+    source = feed.Source(images, torch.device("cpu") if one_array else None)
+    batch = feed.Batch(0, [(1, i) for i in (3, 0, 5)], source)
+    recipe = augment.byol(size, 1)
+    floats, levels = batch.render(*(
+        feed.Ask(batch.indices, augment.replace(recipe, levels=levels), (0, 1)) for levels in (False, True)
+    ))  # fmt: skip
+    assert levels.dtype == torch.uint8 and levels.shape == floats.shape == (2, 3, 3, size, size)
+    assert levels[0].is_contiguous(memory_format=torch.channels_last)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (recipe.mean, recipe.std))
+    assert torch.allclose(levels / 255, floats * std + mean, atol=1e-5) and levels.float().std() > 30
+
+
 def test_images_in_one_array_on_a_device_give_the_same_views(folder):
     array = np.stack([natural(36, 36, i) for i in range(8)])
     images = ArrayImages(array, [i % 2 for i in range(8)], ["a", "b"])

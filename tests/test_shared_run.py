@@ -273,6 +273,7 @@ def test_entry_points_are_imported_without_torchvision_and_the_compiler() -> Non
     code = (
         "import sys; import hsa.main_moco, bingo.main_moco, bingo.main_teacher, kscl.main_kscl, hsa.main_knn\n"
         "import hsa.main_lincls, kscl.main_lincls, bingo.main_lincls\n"
+        "import sage.train, sage.main_knn, sage.main_lincls, sage.main_semi, sage.main_attributes\n"
         "print(sorted({'torchvision', 'torch._dynamo', 'sympy', 'tensorboard', 'timm', 'sklearn'} & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -328,12 +328,8 @@ PENDING: dict[str, dict[str, int]] = {
         "uvos_dino/train_RGB_cluster.py": 1,
         "uvos_dino/visualize.py": 2,
     },
-    "length_problems": {
-        "flat/README.md": 17,
-        "sage/README.md": 16,
-    },
     "line_problems": {
-        "sscl": 136,
+        "sscl": 104,
     },
 }
 
