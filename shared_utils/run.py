@@ -15,25 +15,15 @@ A training script reads top to bottom:
 
 import argparse
 import contextlib
-import errno
-import io
 import json
 import math
-import multiprocessing
 import os
-import platform
 import random
-import select
-import shlex
 import signal
-import subprocess
 import sys
-import threading
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from importlib import metadata
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,6 +34,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, fingerprint, mix_key, tell
+from shared_utils.entry import Diverged, open_runs
+from shared_utils.entry import cli as cli  # for the scripts' one line of imports
+from shared_utils.provenance import card, plain, provenance
 
 # Flags that say where and how fast a run goes, not what it computes: they may change on a resume.
 RUNTIME_FLAGS = {"output_dir", "data_root", "device", "workers", "threads", "log_every", "save_every", "resume"}
@@ -54,109 +47,6 @@ RUNTIME_FLAGS |= {"synthetic"}  # of older runs: mini data that the script made 
 # bingo by a flag of their own). Without anything to compare they are method flags.
 DATA_FLAGS = {"data", "data_dir", "data_path", "data_root", "basepath", "val_dir", "val_basepath", "corr_npy"}
 DATA_FLAGS |= {"list_file", "train_list", "val_list", "split_file", "labels"}
-
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-_open_runs: list["Run"] = []  # whose tensorboard files are still being written
-
-
-class Diverged(UserError):
-    """A non-finite loss."""
-
-
-def _thread_died(what: threading.ExceptHookArgs) -> None:
-    """tensorboard's thread hands a full disk on to the next call, whose one line is enough."""
-    if not (isinstance(what.exc_value, OSError) and what.exc_value.errno in FULL):
-        threading.__excepthook__(what)
-
-
-def _say(error: Exception) -> tuple[int, bool]:
-    """What ended an entry point, on stderr; its exit code, and whether nothing more can be written."""
-    if isinstance(error, UserError):
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, Diverged) else 2, False
-    if isinstance(error, BrokenPipeError):
-        stdout = select.poll()
-        stdout.register(sys.stdout.fileno(), 0)
-        if stdout.poll(0):  # its reader has gone (`| head`)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE, True
-    if isinstance(error, OSError) and error.errno in FULL:  # logs and pictures are small: any may be what does not fit
-        where = error.filename or ", ".join(str(run.dir) for run in _open_runs) or "the output folder"
-        print(f"error: {where}: {error.strerror}; free space, then the same command goes on", file=sys.stderr)
-        return 2, True
-    traceback.print_exception(error)
-    return 1, False
-
-
-def cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
-    """Run an entry point; a UserError becomes one line on stderr and exit code 2 (diverged: 1); a full disk too."""
-    at_once, threading.excepthook = False, _thread_died
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text that it can write
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        code: Any = main(None) or 0
-    except SystemExit as stop:
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except Exception as error:
-        code, at_once = _say(error)
-    if (code == 0 or code > 128) and not at_once:  # all processes are here; after an error others may wait for this one
-        distributed.leave()
-    for run in list(_open_runs):
-        with contextlib.suppress(OSError):  # what is left of tensorboard's file, on a full disk
-            run.close()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # An orderly exit would wait for data workers that a traceback still holds, and for other processes that wait for
-    # this one, and would try once more to write what did not fit. At once, then: workers go when their parent has gone.
-    # So torchrun also learns soon that a process has failed because another one has gone.
-    if at_once or distributed.world() > 1 or multiprocessing.active_children():
-        os._exit(code)
-    sys.exit(code)
-
-
-def plain(args: argparse.Namespace) -> dict[str, Any]:
-    """The resolved flags as JSON-able values."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items())}
-
-
-def provenance() -> dict[str, Any]:
-    """Command, git commit and dirty flag, library versions, hardware and date: what a claim has to name."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-
-    def ask(*words: str) -> str | None:
-        try:
-            return subprocess.run([*git, *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
-
-    status = ask("status", "--porcelain", "--untracked-files=no")
-    versions = {}
-    for name in ("torch", "torchvision", "timm", "numpy", "pillow", "mmsegmentation", "onedl-mmsegmentation"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    hardware = f"{os.cpu_count()} CPU cores"
-    if torch.cuda.is_available():
-        hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, {hardware}"
-    return {
-        "command": shlex.join(getattr(sys, "orig_argv", sys.argv)),
-        "git_commit": ask("rev-parse", "--short=12", "HEAD"),
-        "git_dirty": None if status is None else bool(status),
-        "versions": {"python": platform.python_version(), **versions},
-        "hardware": hardware,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """Markdown of a run for tensorboard's text page: the command, what the preflight says, versions, flags."""
-    rows = {**facts, **{key: value for key, value in config.items() if key not in ("command", "flags", "versions")}}
-    rows["versions"] = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
-    rows |= {f"`--{key}`": value for key, value in config["flags"].items() if value is not None}
-    table = "".join(f"| {key} | {str(value).replace('|', chr(92) + '|')} |\n" for key, value in rows.items())
-    return f"    {config['command']}\n\n| | |\n|---|---|\n{table}"
 
 
 def seed_everything(seed: int) -> None:
@@ -204,7 +94,7 @@ def stop_between() -> None:
 
     Only where the run's checkpoint holds all of its steps; otherwise the pass goes on and the run stops after its step.
     """
-    for run in list(_open_runs):
+    for run in list(open_runs):
         if run.signalled and run.saved_step == run.step:
             run.leave(run.signalled)
 
@@ -372,7 +262,7 @@ class Run:
             (self.dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"{self.dir}: cannot write here ({error.strerror}); give another --output-dir") from None
-        _open_runs.append(self)
+        open_runs.append(self)
         self._writer = SummaryWriter(str(self.dir), purge_step=self.step + 1)
         self._writer.add_text("run/command_and_flags", card(config, facts), self.step)
 
@@ -514,8 +404,8 @@ class Run:
             self._bar.close()
         if self._writer is not None:
             self._writer.close()
-        if self in _open_runs:  # last: what fails above is of this run
-            _open_runs.remove(self)
+        if self in open_runs:  # last: what fails above is of this run
+            open_runs.remove(self)
 
     def finish(self, *lines: str) -> None:
         """Close the logs and print where things are and what to do next."""
