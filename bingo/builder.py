@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from shared_utils import UserError, distributed
 from shared_utils.checkpoint import ReleaseKeys as ReleaseKeys
+from shared_utils.ring import Pointer
 
 
 class Queue(nn.Module):
@@ -22,6 +23,7 @@ class Queue(nn.Module):
         self.encoder_q, self.encoder_k = encoder_q, encoder_k.requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(dim, size), dim=0))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+        self._place = Pointer()
 
     def check_batch(self, batch_size: int) -> None:
         """UserError unless whole batches fill the queue."""
@@ -38,9 +40,9 @@ class Queue(nn.Module):
         To be called after the backward pass: until then the queue belongs to the graph.
         """
         keys = distributed.gather(keys)
-        start = int(self.queue_ptr)
+        start = self._place.read(self.queue_ptr)
         self.queue[:, start : start + len(keys)] = keys.T.to(self.queue.dtype)
-        self.queue_ptr[0] = (start + len(keys)) % self.queue.shape[1]
+        self._place.write(self.queue_ptr, (start + len(keys)) % self.queue.shape[1])
 
     @torch.no_grad()
     def embed_keys(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:

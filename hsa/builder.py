@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hsa.arch import Encoder, mlp_head
 from shared_utils import UserError, distributed
 from shared_utils.checkpoint import ReleaseKeys as ReleaseKeys
+from shared_utils.ring import Pointer
 
 
 class CsMl(nn.Module):
@@ -30,6 +31,7 @@ class CsMl(nn.Module):
         encoder.fc = mlp_head(encoder.num_features, dim)
         self.register_buffer("queue", F.normalize(torch.randn(dim, k), dim=0))  # [D, K]
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+        self._place = Pointer()
         if inter_head:  # last, so that everything above starts from the same numbers with and without it
             encoder.add_level3(inter_head, dim)
             self.register_buffer("queue_l3", F.normalize(torch.randn(dim, k), dim=0))
@@ -87,11 +89,11 @@ class CsMl(nn.Module):
 
         Call after the backward pass. Only keys of the anchors (k_q) belong here.
         """
-        start = int(self.queue_ptr)
+        start = self._place.read(self.queue_ptr)
         for queue, own in zip(self.queues, keys, strict=True):
             everyone = distributed.gather(own)  # [world * B, D]
             queue[:, start : start + len(everyone)] = everyone.T
-        self.queue_ptr[0] = (start + len(everyone)) % self.k
+        self._place.write(self.queue_ptr, (start + len(everyone)) % self.k)
 
     @torch.no_grad()
     def share_norms(self) -> None:

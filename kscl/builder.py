@@ -11,6 +11,7 @@ from kscl.arch import Encoder, mlp_head
 from kscl.subspace import RankRule, Subspaces, configure
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.layout import follow
+from shared_utils.ring import Pointer
 
 Deals = Sequence[torch.Generator]
 
@@ -36,6 +37,7 @@ class KSCL(nn.Module):
         self.register_buffer("queue", F.pad(first[None], (0, 0, 0, 0, 0, rule.max_rank - 1)))  # [P, D, M]
         self.register_buffer("queue_rank", torch.ones(k, dtype=torch.int32))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+        self._place = Pointer()
         self.encoder_q = encoder
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
 
@@ -90,10 +92,10 @@ class KSCL(nn.Module):
     def enqueue(self, own: Subspaces) -> None:
         """Replace the oldest subspaces by this step's, of all processes in rank order. Call after the backward pass."""
         U, rank = distributed.gather(own.U), distributed.gather(own.rank)  # [world * N, D, P]
-        start = int(self.queue_ptr)
+        start = self._place.read(self.queue_ptr)
         self.queue[:, :, start : start + len(U)] = U.permute(2, 1, 0)
         self.queue_rank[start : start + len(U)] = rank.to(self.queue_rank.dtype)
-        self.queue_ptr[0] = (start + len(U)) % self.k
+        self._place.write(self.queue_ptr, (start + len(U)) % self.k)
 
     def check_batch(self, global_batch: int) -> None:
         """UserError unless the queue takes a whole number of batches."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shared_utils import UserError, distributed
 from shared_utils.checkpoint import ReleaseKeys as ReleaseKeys
+from shared_utils.ring import Pointer
 
 QUEUE_ORDERS = ("release", "clean")
 
@@ -28,6 +29,7 @@ class MoCo(nn.Module):
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(dim, k), dim=0))  # [D, K]
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+        self._place = Pointer()
 
     def forward(self, views: list[Tensor]) -> list[Tensor]:
         """One forward pass of the query encoder for each view [B, 3, T, H, W] -> unit embeddings [B, D], float32."""
@@ -64,7 +66,7 @@ class MoCo(nn.Module):
 
     def columns(self, count: int, batch: int = 0) -> Tensor:
         """Indices of the columns that batch number `batch` of this step's keys, `count` of them, is going to fill."""
-        first = int(self.queue_ptr) + batch * count
+        first = self._place.read(self.queue_ptr) + batch * count
         return torch.arange(first, first + count, device=self.queue.device) % self.k
 
     @torch.no_grad()
@@ -74,7 +76,7 @@ class MoCo(nn.Module):
             everything = distributed.gather(keys)
             at = self.columns(len(everything))
             self.queue[:, at] = everything.T.to(self.queue.dtype)
-            self.queue_ptr[0] = (int(self.queue_ptr) + len(everything)) % self.k
+            self._place.write(self.queue_ptr, (self._place.read(self.queue_ptr) + len(everything)) % self.k)
 
 
 def negative_logits(q: Tensor, model: MoCo, fresh: Tensor | None = None) -> Tensor:
