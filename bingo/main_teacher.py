@@ -107,6 +107,7 @@ def main(argv: list[str] | None = None) -> int:
             **caution,
         }
     )
+    run.compile(model.encoder_q, model.encoder_k)
 
     for epoch, batch in run.batches(loader, sampler, args.end_epoch):
         for group in optimizer.param_groups:

@@ -226,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         loader = Refreshing(loader, run, model, images, nearby)
     run.reads(images)
     run.preflight(facts(run, images, model, sampler.steps_per_epoch))
+    run.compile(model.encoder_q, model.encoder_k, method="levels")
 
     for epoch, batch in run.batches(loader, sampler, args.end_epoch):
         lr = learning_rate(args, epoch)

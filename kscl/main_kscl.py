@@ -173,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     run.track(state_dict=ReleaseKeys(model), optimizer=optimizer)
     run.reads(images)
     run.preflight(facts(run, images, model, sampler.steps_per_epoch))
+    run.compile(model.encoder_q, model.encoder_k)
 
     for epoch, (im_q, im_k) in run.batches(loader, sampler, args.end_epoch):
         lr = learning_rate(args, epoch)

@@ -30,6 +30,19 @@ def _thread_died(what: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(what)
 
 
+def _cause(error: Exception) -> Exception:
+    """A loss that was not finite and that its run has not looked at yet, where a later line failed by it."""
+    if not isinstance(error, UserError | OSError):
+        for run in open_runs:
+            try:
+                run.look()
+            except Diverged as first:
+                return first
+            except Exception:  # the device itself has failed
+                return error
+    return error
+
+
 def _say(error: Exception) -> tuple[int, bool]:
     """What ended an entry point, on stderr; its exit code, and whether nothing more can be written."""
     if isinstance(error, UserError):
@@ -61,7 +74,7 @@ def cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
             print(stop.code, file=sys.stderr)
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
-        code, at_once = _say(error)
+        code, at_once = _say(_cause(error))
     if (code == 0 or code > 128) and not at_once:  # all processes are here; after an error others may wait for this one
         distributed.leave()
     for run in list(open_runs):

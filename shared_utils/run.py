@@ -15,21 +15,24 @@ A training script reads top to bottom:
 
 import argparse
 import contextlib
+import errno
+import fcntl
 import json
 import math
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from shared_utils import UserError, checkpoint, distributed
@@ -40,7 +43,7 @@ from shared_utils.provenance import card, plain, provenance
 
 # Flags that say where and how fast a run goes, not what it computes: they may change on a resume.
 RUNTIME_FLAGS = {"output_dir", "data_root", "device", "workers", "threads", "log_every", "save_every", "resume"}
-RUNTIME_FLAGS |= {"overwrite", "cache", "index_cache", "feature_dir", "image_every"}
+RUNTIME_FLAGS |= {"overwrite", "cache", "index_cache", "feature_dir", "image_every", "compile"}
 RUNTIME_FLAGS |= {"synthetic"}  # of older runs: mini data that the script made itself
 
 # Flags that say where data lies: what counts is what is there, which a run compares by `fingerprint` (for the bags of
@@ -81,12 +84,52 @@ def worker_init(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
+def numbers(values: Sequence[Tensor | float]) -> list[float]:
+    """The values as Python numbers, those of a device all at once: a reading waits for what a GPU still has to do."""
+    found = [float(value) if not isinstance(value, Tensor) else math.nan for value in values]
+    by_device: dict[torch.device, list[int]] = {}
+    for place, value in enumerate(values):
+        if isinstance(value, Tensor):
+            by_device.setdefault(value.device, []).append(place)
+    for places in by_device.values():
+        read = torch.stack([values[place].detach().reshape(()).double() for place in places]).tolist()  # type: ignore[union-attr]
+        for place, number in zip(places, read):
+            found[place] = number
+    return found
+
+
 def plain_errors(loader: DataLoader) -> Iterator[Any]:
     """The batches of a loader; a worker's UserError arrives wrapped in a traceback and leaves as its one line."""
     try:
         yield from loader
     except UserError as error:
         raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
+
+
+def lock(folder: Path) -> IO[str]:
+    """Hold `folder`/.lock for this process, until the file is closed or the process ends, however it ends.
+
+    A record lock, which data workers do not inherit: a killed run's folder is free at once. Where the file system has
+    no locks, nothing is held.
+
+    Raises: UserError, another process that is alive holds it.
+    """
+    handle = open(folder / ".lock", "a+")
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return handle
+        handle.seek(0)
+        owner = handle.read().strip()
+        handle.close()
+        raise UserError(
+            f"{folder}: another run writes here ({owner}); wait for it or stop it, or give another --output-dir"
+        ) from None
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    handle.flush()
+    return handle
 
 
 def stop_between() -> None:
@@ -118,6 +161,11 @@ class Run:
         self._data: list[list[Any]] = []  # number of files and hash of each list
         self._unread: Counter[str] = Counter()
         self.signalled = self.saved_step = 0
+        self._compiled = False  # whether the script has said what --compile compiles
+        self._total = -1  # steps of the whole run
+        self._unseen: list[tuple[int, Tensor | float]] = []  # step and loss since the last look at them
+        self._sum, self._count = 0.0, 0  # of the epoch's losses
+        self._lock: IO[str] | None = None
         self._handlers: dict[int, Any] = {}  # what the signals did before
         self._writer: Any = None
         self._started = time.time()
@@ -135,6 +183,16 @@ class Run:
     def track(self, **stateful: Any) -> None:
         """Objects with state_dict / load_state_dict that the checkpoint holds beside the RNG and the position."""
         self._tracked.update(stateful)
+
+    def compile(self, *networks: nn.Module, method: str = "forward") -> None:
+        """With --compile, compile a method of each network (its backward pass too); keys of checkpoints stay.
+
+        Call after `preflight`, which times a step of the network as it is. Each size of input is compiled by itself.
+        """
+        self._compiled = True
+        if self.args.compile:
+            for network in networks:
+                setattr(network, method, torch.compile(getattr(network, method), dynamic=False))
 
     def loader(self, dataset: Dataset, sampler: EpochSampler) -> DataLoader:
         """Workers are persistent and pinned memory is used on GPUs; iterating leaves the global RNG untouched."""
@@ -217,14 +275,21 @@ class Run:
                 f"{path}: saved with other flags ({'; '.join(changed)}); "
                 "repeat them, or give --overwrite, or another --output-dir"
             )
+        was, now = (bool(flags.get("compile")) for flags in (theirs, mine))
+        if was != now:
+            self.say(f"  --compile was {was}, is {now}: from here on the same up to rounding, not to the bit")
         other = [k for k in sorted(DATA_FLAGS & set(theirs)) if mine.get(k) != theirs[k]]
         moved = [f"--{k.replace('_', '-')} {theirs[k]}" for k in other]
         if "data" not in saved:
             if moved and self._data:
                 self.say(f"  data: was {', '.join(moved)}; this older checkpoint does not tell whether it is the same")
         elif self._data and saved["data"] != self._data:
-            was, now = (" and ".join(str(count) for count, _ in x) for x in (saved["data"], self._data))
-            what = f"{was} files then, {now} now" if was != now else "as many files, of other names, sizes or order"
+            before, found = (" and ".join(str(count) for count, _ in x) for x in (saved["data"], self._data))
+            what = (
+                f"{before} files then, {found} now"
+                if before != found
+                else "as many files, of other names, sizes or order"
+            )
             raise UserError(
                 f"{path}: saved on other data ({what}{'; it was ' if moved else ''}{', '.join(moved)}); give the data "
                 "of that run, or --overwrite, or another --output-dir"
@@ -238,6 +303,7 @@ class Run:
         progress = saved["progress"]
         self.step, self.epoch, self.step_in_epoch = progress["step"], progress["epoch"], progress["step_in_epoch"]
         self._seconds_before, self.saved_step = progress["seconds"], self.step
+        self._sum, self._count = progress.get("losses", (0.0, 0))
         checkpoint.set_rng_state(saved["rng"][self.rank])
         self.say(f"  resumed: {path} at step {self.step} (epoch {self.epoch}, step {self.step_in_epoch} inside it)")
 
@@ -246,6 +312,7 @@ class Run:
 
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(self.dir)
             for half in self.dir.glob(".*.tmp"):  # what a killed run was writing
                 half.unlink()
             log = self.dir / "log.jsonl"
@@ -271,7 +338,9 @@ class Run:
         """Yield (epoch, batch) from the current position to the end; between batches: signals, saving, progress."""
         from tqdm import tqdm
 
-        total = epochs * sampler.steps_per_epoch
+        if self.args.compile and not self._compiled:
+            raise UserError("--compile: this script has nothing to compile yet; leave it away")
+        total = self._total = epochs * sampler.steps_per_epoch
         if self.epoch >= epochs > 0:
             self.say(f"  complete: {self.step} steps were done before; --overwrite starts anew")
         elif self.rank == 0:
@@ -292,30 +361,53 @@ class Run:
                 if self.args.save_every and self.step % self.args.save_every == 0:
                     self.save()
                 waiting = time.perf_counter()
+            self.look()
+            mean = self._sum / self._count if self._count else math.nan
+            if self._writer is not None and self._count:
+                self._writer.add_scalar("loss/epoch", mean, self.step)
+            self._sum, self._count = 0.0, 0
             self.epoch, self.step_in_epoch = self.epoch + 1, 0
             self.save()
             if not sys.stderr.isatty() and (self.epoch == epochs or self.epoch % max(1, epochs // 20) == 0):
-                self.say(f"  epoch {self.epoch}/{epochs}, step {self.step}, {self.minutes():.1f} min: {self._last}")
+                done = f"epoch {self.epoch}/{epochs}, step {self.step}, {self.minutes():.1f} min"
+                self.say(f"  {done}: mean loss {mean:.6g}; last line: {self._last}")
 
     _last = ""
 
+    def look(self, *values: Tensor | float) -> list[float]:
+        """Read the losses that are still on the device, and `values` with them: one wait.
+
+        Raises: Diverged, a loss is not finite.
+        """
+        read = numbers([*(loss for _, loss in self._unseen), *values])
+        for (step, _), loss in zip(self._unseen, read):
+            if not math.isfinite(loss):
+                raise Diverged(
+                    f"step {step}: the loss is {loss}; try a lower learning rate, --amp none, or another --seed "
+                    f"(the last good checkpoint in {self.dir} is unharmed)"
+                )
+            self._sum, self._count = self._sum + loss, self._count + 1
+        seen, self._unseen = len(self._unseen), []
+        return read[seen:]
+
     def log(self, loss: Tensor | float, *, evaluated: Any = None, **values: Tensor | float) -> None:
-        """Call once a step, after the update. Stops the run if the loss is not finite; writes every --log-every steps.
+        """Call once a step, after the update; writes every --log-every steps, the first and the last.
+
+        Losses are read from the device when a line is due and before anything is saved; one that is not finite stops
+        the run there and names its step.
 
         `evaluated`: {name: number} of what is not of every step (a test after an epoch); a step that has some is
         written in any case. Names with a slash go to tensorboard as they are; the others below `train/`.
         """
-        number = float(loss.detach() if isinstance(loss, Tensor) else loss)
-        if not math.isfinite(number):
-            raise Diverged(
-                f"step {self.step}: the loss is {number}; try a lower learning rate, --amp none, or another --seed "
-                f"(the last good checkpoint in {self.dir} is unharmed)"
-            )
-        if self.rank != 0 or not (self.log_due() or evaluated):
+        self._unseen.append((self.step, loss.detach() if isinstance(loss, Tensor) else loss))
+        if not (self.log_due() or evaluated):
             return
         values |= evaluated or {}
+        number, *read = self.look(loss, *values.values())
+        if self.rank != 0:
+            return
         row: dict[str, Any] = {"step": self.step + 1, "epoch": self.epoch, "loss": round(number, 6)}
-        row |= {k: float(f"{float(v):.6g}") for k, v in values.items()} | {"data_wait": round(self.data_wait, 5)}
+        row |= {k: float(f"{v:.6g}") for k, v in zip(values, read)} | {"data_wait": round(self.data_wait, 5)}
         with open(self.dir / "log.jsonl", "a") as handle:
             handle.write(json.dumps(row) + "\n")
         for key, value in row.items():
@@ -329,8 +421,8 @@ class Run:
             self._bar.set_postfix_str(self._last)
 
     def log_due(self) -> bool:
-        """Whether this step is written to the log (the first, then every --log-every): telemetry is due."""
-        return self.step == 0 or (self.step + 1) % self.args.log_every == 0
+        """Whether this step is written to the log (the first, every --log-every, the last): telemetry is due."""
+        return self.step == 0 or (self.step + 1) % self.args.log_every == 0 or self.step + 1 == self._total
 
     def due(self, every: int) -> bool:
         """Whether something that happens every `every` steps (pictures) is due now, on rank 0."""
@@ -370,7 +462,11 @@ class Run:
         raise SystemExit(128 + number)
 
     def save(self) -> None:
-        """Everything that the run needs to go on exactly, to checkpoint.pth, atomically."""
+        """Everything that the run needs to go on exactly, to checkpoint.pth, atomically.
+
+        Raises: Diverged, a loss since the last look is not finite; the older file stays.
+        """
+        self.look()
         rng: list[Any] = [checkpoint.rng_state()]
         local: list[Any] = []
         if self.world > 1:
@@ -382,6 +478,7 @@ class Run:
             progress = {
                 "step": self.step, "epoch": self.epoch, "step_in_epoch": self.step_in_epoch,
                 "world": self.world, "seconds": self._seconds_before + time.time() - self._started,
+                "losses": [self._sum, self._count],
             }  # fmt: skip
             state = {name: thing.state_dict() for name, thing in self._tracked.items()}
             meta: dict[str, Any] = {"epoch": self.epoch, "args": plain(self.args), "progress": progress, "rng": rng}
@@ -404,6 +501,8 @@ class Run:
             self._bar.close()
         if self._writer is not None:
             self._writer.close()
+        if self._lock is not None:
+            self._lock.close()
         if self in open_runs:  # last: what fails above is of this run
             open_runs.remove(self)
 

@@ -1,20 +1,27 @@
 """Checkpoints of several processes: what differs between them comes back to each. What is logged, and when."""
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from shared_utils import UserError, checkpoint
 from shared_utils.data import EpochSampler, Keyed, image_folder
 from shared_utils.flags import Parser, add_run_flags
-from shared_utils.run import Run
+from shared_utils.run import Diverged, Run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -278,3 +285,206 @@ def test_entry_points_are_imported_without_torchvision_and_the_compiler() -> Non
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+# --- waits for the device, true losses, one run a folder, --compile ---------------------------------------------------
+
+
+class Reads(TorchFunctionMode):
+    """Counts what waits for a GPU: tensors that become Python numbers."""
+
+    names = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(function, "__name__", "") in self.names
+        return function(*args, **(kwargs or {}))
+
+
+def short_run(folder: Path, *more: str) -> Run:
+    p = Parser()
+    add_run_flags(p, "x")
+    flags = ["--output-dir", str(folder), "--device", "cpu", "--workers", "0", "--threads", "1", *more]
+    run = Run(p.parse_args(flags), "shared", "test")
+    run.preflight({})
+    return run
+
+
+def steps(run: Run, epochs: int = 1, images: int = 24) -> Iterator[int]:
+    """The steps of epochs of 12."""
+    sampler = EpochSampler(images, 2, 0)
+    data = torch.utils.data.TensorDataset(torch.zeros(images))
+    for _ in run.batches(run.loader(Keyed(data, 0), sampler), sampler, epochs):
+        yield run.step
+
+
+def test_a_step_waits_for_the_device_once_in_log_every_steps(tmp_path: Path) -> None:
+    run, found = short_run(tmp_path, "--log-every", "5"), []
+    for step in steps(run):
+        loss, lr, acc = torch.tensor(float(step)), torch.tensor(0.5), torch.tensor(3, dtype=torch.int64)
+        with Reads() as reads:
+            run.log(loss, lr=lr, acc=acc)
+        found.append(reads.count)
+    run.finish()
+    assert found == [1, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 1]  # steps 1, 5, 10 and the last
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"], row["lr"], row["acc"]) for row in rows] == [
+        (step, step - 1.0, 0.5, 3) for step in (1, 5, 10, 12)
+    ]  # fmt: skip
+
+
+def test_queues_know_their_place_without_the_device() -> None:
+    from bingo.builder import MoCo
+    from fame.moco.builder import MoCo as Fame
+    from hsa import arch
+    from hsa.builder import CsMl
+    from kscl import arch as kscl_arch
+    from kscl.builder import KSCL
+    from kscl.subspace import RankRule
+
+    def net() -> Any:
+        return nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
+
+    kscl = KSCL(kscl_arch.build("resnet10", 4, "cifar_pool"), RankRule(max_rank=1), 4, 6)
+    hsa = CsMl(arch.build("resnet10", 4, "cifar_pool"), 4, 6)
+    drawn = iter([kscl.subspaces(nn.functional.normalize(torch.randn(2, 4, 1), dim=1))[0] for _ in range(8)])
+    moves = {
+        "bingo": (MoCo(net(), net(), 4, 6), lambda m: m.enqueue(torch.randn(2, 4))),
+        "fame": (Fame(net(), 4, 6), lambda m: m.enqueue([torch.randn(1, 4), torch.randn(1, 4)])),
+        "hsa": (hsa, lambda m: m.enqueue([torch.randn(2, 4)])),
+        "kscl": (kscl, lambda m: m.enqueue(next(drawn))),
+    }
+    for name, (model, move) in moves.items():
+        move(model)
+        with Reads() as reads:
+            for _ in range(4):
+                move(model)
+        assert (reads.count, model.queue_ptr.tolist()) == (0, [4]), name  # 5 x 2 modulo 6
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        move(model)
+        assert model.queue_ptr.tolist() == [0], name
+        before = model.queue.clone()
+        checkpoint.load_strict(model, state)  # in place, by none of the model's methods
+        move(model)
+        assert model.queue_ptr.tolist() == [0], name
+        assert not torch.equal(before[..., 4:], model.queue[..., 4:]), name
+        model.load_state_dict(state)
+        model.double()  # new buffers
+        model.float()
+        move(model)
+        assert model.queue_ptr.tolist() == [0], name
+
+
+@pytest.mark.parametrize("end", ["due", "save", "epoch"])
+def test_a_loss_that_is_not_finite_stops_before_a_checkpoint_is_overwritten(tmp_path: Path, end: str) -> None:
+    run = short_run(tmp_path, "--log-every", "5" if end == "due" else "100")
+    seen = 0
+    with pytest.raises(Diverged, match="step 7: the loss is inf; "):
+        for step in steps(run):
+            seen = step
+            if step == 3:
+                run.save()
+            if step == 8 and end == "save":
+                run.save()
+            run.log(torch.tensor(math.inf if step == 7 else 1.0))
+    assert seen == {"due": 9, "save": 8, "epoch": 11}[end]
+    with pytest.raises(Diverged):  # whatever is tried afterwards
+        run.save()
+    run.close()
+    assert checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["step"] == 3
+
+
+def test_a_failure_that_follows_from_the_loss_is_told_as_such() -> None:
+    script = (
+        "import sys, torch\nfrom shared_utils.flags import Parser, add_run_flags\n"
+        "from shared_utils.run import Run, cli\n"
+        "def main(_):\n p = Parser()\n add_run_flags(p, 'x')\n run = Run(p.parse_args(), 'shared', 'test')\n"
+        " run.preflight({})\n run.step = 3\n run.log(torch.tensor(float('nan')))\n"
+        " torch.multinomial(torch.tensor([float('nan')]), 1)\n"
+        "cli(main)"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", script, "--output-dir", folder, "--device", "cpu"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: step 3: the loss is nan"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_printed_loss_is_the_epochs_mean_also_after_a_resume(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def go(run: Run, stop: int = -1) -> None:
+        for step in steps(run, 2):
+            if step == stop:
+                break
+            run.log(torch.tensor(float(step)), lr=0.1)
+        run.close()
+
+    go(short_run(tmp_path / "whole"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  epoch")]
+    assert [line.split("min: ")[1] for line in lines] == [
+        "mean loss 5.5; last line: loss 9.0 lr 0.1", "mean loss 17.5; last line: loss 23.0 lr 0.1"
+    ]  # fmt: skip
+    go(short_run(tmp_path / "cut", "--save-every", "4"), 6)
+    go(short_run(tmp_path / "cut", "--save-every", "4"))
+    means = EventAccumulator(str(tmp_path / "cut")).Reload().Scalars("loss/epoch")
+    assert [(event.step, event.value) for event in means] == [(12, 5.5), (24, 17.5)]
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_alive(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom shared_utils.run import lock\n"
+        "held = lock(Path(sys.argv[1]))\nprint('held', flush=True)\ntime.sleep(60)"
+    )
+    (tmp_path / ".x.tmp").write_bytes(b"being written")
+    first = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+    assert first.stdout is not None
+    assert first.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match=f"another run writes here .process {first.pid} on .*another --output-dir"):
+        short_run(tmp_path)
+    assert (tmp_path / ".x.tmp").exists() and not (tmp_path / "log.jsonl").exists()
+    first.kill()
+    first.wait()
+    first.stdout.close()
+    short_run(tmp_path).close()  # its lock ended with it
+    assert str(os.getpid()) in (tmp_path / ".lock").read_text()
+
+
+def test_compile_keeps_names_and_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hsa import arch
+    from hsa.builder import CsMl
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # without a C++ compiler
+    x, found = torch.rand(4, 3, 16, 16), []
+    for more in ([], ["--compile"]):
+        torch.manual_seed(0)
+        model = CsMl(arch.build("resnet10", 4, "cifar_pool"), 8, 8)
+        before = list(model.state_dict())
+        run = short_run(tmp_path / str(len(more)), *more)
+        run.track(model=model)
+        run.compile(model.encoder_q, model.encoder_k, method="levels")
+        (z,) = model([x])
+        z.square().mean().sub(z.mean()).backward()
+        gradient = model.encoder_q.conv1.weight.grad
+        assert gradient is not None and list(model.state_dict()) == before
+        found.append((z.detach(), gradient, model.embed_keys(x, torch.Generator())[0]))
+        run.save()
+        run.close()
+    for plain, compiled in zip(*found):
+        torch.testing.assert_close(plain, compiled)
+
+
+def test_compile_is_refused_where_nothing_is_compiled_and_told_in_a_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = short_run(tmp_path, "--compile")
+    with pytest.raises(UserError, match="--compile: this script has nothing to compile yet"):
+        next(steps(run))
+    run.save()
+    run.close()
+    capsys.readouterr()
+    short_run(tmp_path).close()
+    assert "--compile was True, is False: from here on the same up to rounding" in capsys.readouterr().out
