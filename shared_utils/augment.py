@@ -35,7 +35,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from shared_utils import UserError
-from shared_utils.flags import AUG_BACKEND, AUG_BACKENDS
+from shared_utils.flags import AUG_BACKENDS
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbers of ColorJitter's steps
@@ -81,7 +81,7 @@ class Recipe:
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
     levels: bool = False
-    backend: str = AUG_BACKEND
+    backend: str = "pil"
 
     def __post_init__(self) -> None:
         if self.backend not in AUG_BACKENDS or self.interpolation not in ("bilinear", "bicubic"):
@@ -220,12 +220,12 @@ def swav(size: int = 224, scale: Pair = (0.14, 1.0)) -> Recipe:
     return replace(simclr(size), scale=scale)
 
 
-def plain(size: int = 224, backend: str = AUG_BACKEND) -> Recipe:
+def plain(size: int = 224, backend: str = "pil") -> Recipe:
     """Evaluation: shorter side to size * 256 / 224, centre crop."""
     return Recipe(size, resize=round(size * 256 / 224), backend=backend)
 
 
-def linear_train(size: int = 224, backend: str = AUG_BACKEND) -> Recipe:
+def linear_train(size: int = 224, backend: str = "pil") -> Recipe:
     """Training of a linear probe, and fine-tuning: random resized crop (8 to 100% of the area) and flip."""
     return Recipe(size, (0.08, 1.0), flip_p=0.5, backend=backend)
 

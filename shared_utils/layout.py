@@ -40,5 +40,6 @@ def place(network: N, device: torch.device, dims: int = 2) -> N:
 
 def follow(x: Tensor, network: nn.Module, dims: int = 2) -> Tensor:
     """Images (`dims` 3: clips) on the device and in the memory format of `network`."""
-    device = next(network.parameters()).device
+    weight = next(network.parameters(), x)  # a network without weights works where its images are
+    device = weight.device
     return x.to(device, memory_format=memory_format(network, device, dims), non_blocking=True)
