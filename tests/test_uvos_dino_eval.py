@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageSequence
 
 from shared_utils import UserError, checkpoint
-from shared_utils.lab.mini import davis_palette
+from shared_utils.pictures import davis_palette
 from uvos_dino import data, eval_oneshot, evaluate, metrics, visualize
 from uvos_dino.inference import load_model
 from uvos_dino.model_cluster import AttEncoder

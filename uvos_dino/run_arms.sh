@@ -18,9 +18,10 @@ runs=${RUNS:-runs}
 out=$runs/uvos_dino/arms/$tier
 case "$tier" in
   mini)
+    "$PYTHON" -m shared_utils.lab.mini davis >/dev/null
     # Every arm once on the generated sequences, half a minute each.
     where=mini
-    eval=(--synthetic --resolution 96 160 --ratio 4 --drop_last_frame false)
+    eval=(--basepath data/mini/davis --dataset DAVIS2017 --resolution 96 160 --ratio 4 --drop_last_frame false)
     claimed=0.3
     ;;
   small)

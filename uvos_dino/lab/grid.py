@@ -12,7 +12,6 @@ import torch
 
 from shared_utils import checkpoint
 from shared_utils.flags import Parser, positive, runs_root
-from shared_utils.lab import mini
 from shared_utils.run import cli
 from uvos_dino import evaluate
 from uvos_dino.data import open_videos, said
@@ -29,8 +28,6 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    if args.synthetic:
-        args.dataset, args.basepath = "DAVIS2017", mini.ensure("davis")
     videos = open_videos(args.dataset, args.basepath, args.split, args.sequences)
     print(f"  data: {said(args.dataset, args.basepath, args.split, videos)}")
     cells = torch.arange(args.rows * args.cols, dtype=torch.int16).view(args.rows, args.cols)
