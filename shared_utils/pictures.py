@@ -1,5 +1,6 @@
-"""Pictures for tensorboard, without torchvision's import."""
+"""Pictures for tensorboard, without torchvision's import, and the palettes of label maps."""
 
+import numpy as np
 from torch import Tensor
 
 
@@ -14,3 +15,16 @@ def make_grid(images: Tensor, nrow: int = 8, padding: int = 2) -> Tensor:
         top, left = (i // columns) * height + padding, (i % columns) * width + padding
         grid[:, top : top + height - padding, left : left + width - padding] = image
     return grid
+
+
+def voc_palette() -> list[int]:
+    """PASCAL VOC's 256 colours, flat: the bits of the index spread over the channels, highest bit first."""
+    colours = np.zeros((256, 3), np.uint8)
+    for bit in range(8):
+        colours[:, bit % 3] |= ((np.arange(256) >> bit & 1) << (7 - bit // 3)).astype(np.uint8)
+    return colours.ravel().tolist()
+
+
+def davis_palette() -> list[int]:
+    """DAVIS 2017's 256 colours, flat: VOC's first 22 with 191 for 192, then greys."""
+    return [min(level, 191) for level in voc_palette()[: 22 * 3]] + [grey for grey in range(22, 256) for _ in range(3)]

@@ -21,6 +21,7 @@ from PIL import Image
 
 from shared_utils import UserError
 from shared_utils.lab import mini, mini_draw
+from shared_utils.pictures import voc_palette
 
 REPO = Path(__file__).resolve().parent.parent
 SEGMENTATION = {
@@ -195,7 +196,7 @@ def test_segmentation_tree(root, name):
 
 def test_voc_palette_and_lists(root):
     base = root / "segmentation/VOCdevkit/VOC2012"
-    palette = mini.voc_palette()
+    palette = voc_palette()
     known = {0: [0, 0, 0], 1: [128, 0, 0], 2: [0, 128, 0], 15: [192, 128, 128], 20: [0, 64, 128], 255: [224, 224, 192]}
     assert {index: palette[3 * index : 3 * index + 3] for index in known} == known
     with Image.open(next((base / "SegmentationClassAug").iterdir())) as label:

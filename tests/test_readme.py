@@ -23,7 +23,7 @@ FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/results.csv"))
 
 
 def on_mini_data(words: list[str]) -> bool:
-    return "--synthetic" in words or any(word.startswith("data/mini/") for word in words)
+    return any(word.startswith("data/mini/") for word in words)
 
 
 def mini_commands(readme: str, folder: str) -> list[list[str]]:
@@ -90,7 +90,6 @@ bash mdp/run_a.sh paper --lr 1
 bash mdp/run_b.sh mini --name \\
   "two words"
 bash fame/run_c.sh
-python -m mdp.knn --pretrained runs/mdp/a.pth --synthetic
 python -m mdp.knn data/mini/images --pretrained runs/mdp/a.pth
 python -m mdp.knn --pretrained runs/mdp/a.pth --data_dir /data
 python -m fame.knn data/mini/video
@@ -110,7 +109,6 @@ bash mdp/run_after.sh
     assert mini_commands(readme, "mdp") == [
         ["bash", "mdp/run_a.sh"],
         ["bash", "mdp/run_b.sh", "mini", "--name", "two words"],
-        ["python", "-m", "mdp.knn", "--pretrained", "runs/mdp/a.pth", "--synthetic"],
         ["python", "-m", "mdp.knn", "data/mini/images", "--pretrained", "runs/mdp/a.pth"],
         ["bash", "mdp/run_d.sh", "--flag"],
     ]

@@ -20,9 +20,10 @@ import torch
 from PIL import Image, ImageSequence
 
 from shared_utils import UserError, checkpoint
-from shared_utils.lab.mini import davis_palette
+from shared_utils.pictures import davis_palette
 from uvos_dino import data, eval_oneshot, evaluate, metrics, visualize
 from uvos_dino.inference import load_model
+from uvos_dino.lab import grid, kmeans
 from uvos_dino.model_cluster import AttEncoder
 from uvos_dino.vision_transformer import VisionTransformer
 
@@ -738,6 +739,56 @@ def test_pictures(davis: Path, weights: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="--point 2.0 0.0"):
         visualize.main([*argv, "--point", "2", "0"])
+
+
+# --- controls --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "height", "width"), [(1, 30, 40), (5, 240, 428), (9, 240, 428), (10, 40, 400),
+                                                        (37, 480, 854), (144, 854, 480)])  # fmt: skip
+def test_cells_are_as_many_as_asked_and_alike(count: int, height: int, width: int) -> None:
+    shown = metrics.upsample(grid.cells(count, height, width), height, width)
+    sizes = np.bincount(shown.ravel(), minlength=count) / shown.size * count
+    assert len(sizes) == count and 0.5 < sizes.min() and sizes.max() < 1.6
+    for label in range(count):  # each is a rectangle, and none is a sliver
+        y, x = np.nonzero(shown == label)
+        tall, wide = np.ptp(y) + 1, np.ptp(x) + 1
+        assert tall * wide == len(y) and 0.4 < tall / wide < 2.5
+
+
+def test_controls_are_scored_with_as_many_clusters_as_asked(davis: Path, weights: Path, tmp_path: Path) -> None:
+    """Cells and k-means by number and like an evaluation; the same again with the same seed."""
+    base = f"--basepath {davis} --dataset DAVIS2017".split()
+    encoder = checkpoint.load(weights)["model_state_dict"]
+    checkpoint.save(tmp_path / "dino.pth", {k[8:]: v for k, v in encoder.items() if k.startswith("encoder.")})
+    keys = f"--dino_path {tmp_path}/dino.pth --resolution 32 48 --threads 1".split()
+
+    def result(folder: Path) -> dict:
+        return json.loads((folder / "result.json").read_text())
+
+    run = ["--run_dir", f"{tmp_path}/run/seed0", "--save_path", f"{tmp_path}/run/seed0-test"]
+    assert kmeans.main([*keys, *base, "--clusters", "3", *run]) == 0
+    found = result(tmp_path / "run/seed0-test")
+    assert found["clusters"] == 3 and found["minutes"] >= 0 and (tmp_path / "run/seed0/log.jsonl").read_text() == ""
+    assert json.loads((tmp_path / "run/seed0/config.json").read_text())["flags"]["clusters"] == 3
+    labels = [checkpoint.load(tmp_path / "run/seed0-test" / f"{name}.pth")["labels"] for name in ("aa", "bb")]
+    assert all(x.shape == (5, 4, 6) and set(x.unique().tolist()) == {0, 1, 2} for x in labels)
+    assert kmeans.main([*keys, *base, "--clusters", "3", "--save_path", f"{tmp_path}/again"]) == 0
+    assert torch.equal(checkpoint.load(tmp_path / "again/aa.pth")["labels"], labels[0])
+
+    found["sequences"]["bb"]["clusters"] = 5
+    (tmp_path / "like.json").write_text(json.dumps(found))
+    for module, more in ((grid, []), (kmeans, keys)):
+        where = tmp_path / module.__name__
+        assert module.main([*more, *base, "--like", f"{tmp_path}/like.json", "--save_path", str(where)]) == 0
+        assert [row["clusters"] for row in result(where)["sequences"].values()] == [3, 5]
+    assert grid.main([*base, "--rows", "2", "--cols", "2", "--save_path", f"{tmp_path}/four"]) == 0
+    assert result(tmp_path / "four")["clusters"] == 4
+    wrong = {"": "give --clusters K, or --like", "--like nosuch.json": "nosuch.json: No such file"}
+    wrong |= {"--rows 2": "give --rows R --cols C", f"--like {weights}": "no result.json"}
+    for flags, said in wrong.items():
+        with pytest.raises(UserError, match=said):
+            grid.main([*base, *flags.split(), "--save_path", f"{tmp_path}/no"])
 
 
 def test_an_error_ends_the_command_with_code_2(weights: Path) -> None:

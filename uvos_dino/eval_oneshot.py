@@ -15,8 +15,7 @@ from PIL import Image
 
 from shared_utils import UserError, checkpoint
 from shared_utils.flags import Parser, add_machine_flags, at_least, boolean, not_negative, positive, runs_root
-from shared_utils.lab import mini
-from shared_utils.lab.mini import davis_palette
+from shared_utils.pictures import davis_palette
 from shared_utils.run import cli, plain, provenance, set_threads
 from uvos_dino import evaluate, metrics
 from uvos_dino.data import LAYOUTS, NORMS, Video, open_videos, read_mask, read_video, said
@@ -81,8 +80,6 @@ def write_pngs(folder: Path, video: Video, labels: np.ndarray, binary: bool) -> 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     check_flags(args)
-    if args.synthetic:
-        args.dataset, args.basepath = "DAVIS2017", mini.ensure("davis")
     device = chosen_device(args.device)
     set_threads(args.threads, 0, device)
     videos = open_videos(args.dataset, args.basepath, args.split, args.sequences)

@@ -17,7 +17,6 @@ import torch
 
 from shared_utils import UserError, checkpoint
 from shared_utils.flags import Parser, natural
-from shared_utils.lab import mini
 from shared_utils.run import cli
 from uvos_dino import metrics
 from uvos_dino.data import (
@@ -46,7 +45,6 @@ def add_flags(p: argparse.ArgumentParser) -> None:
     a("--dataset", choices=list(LAYOUTS), default="DAVIS2017")
     a("--split", default="val", help=f"a list of the publisher's, or {ALL}: every folder of frames")
     a("--sequences", type=lambda text: text.split(","), default=[], help="only these, comma-separated")
-    a("--synthetic", action="store_true", help="the mini data, generated, instead of --basepath")
     a("--match", choices=MATCHES, default="frame", help="which matching is printed first (both are computed): a "
       "new one in each frame, as released, or one a sequence, as in the official package")  # fmt: skip
     a("--max_proposals", type=natural, default=metrics.MAX_PROPOSALS, help="clusters that are accepted; 0: any number "
@@ -210,8 +208,6 @@ def score(args: argparse.Namespace, videos: list[Video], folder: Path, meta: Map
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    if args.synthetic:
-        args.dataset, args.basepath = "DAVIS2017", mini.ensure("davis")
     videos = open_videos(args.dataset, args.basepath, args.split, args.sequences)
     print(f"  data: {said(args.dataset, args.basepath, args.split, videos)}")
     return score(args, videos, args.results, {})

@@ -17,7 +17,6 @@ from shared_utils import UserError, augment, distributed
 from shared_utils.data import EpochSampler, mix_key
 from shared_utils.evaluation import available_memory
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
-from shared_utils.lab import mini
 from shared_utils.pictures import make_grid
 from shared_utils.run import Run, cli
 from uvos_dino import vision_transformer
@@ -29,7 +28,6 @@ def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="uvos_dino.main_dino", description=__doc__.splitlines()[0])
     a = p.add_argument
     a("--data_dir", type=Path, default=Path("data/frames"), help="folders of *.jpg anywhere below it")
-    a("--synthetic", action="store_true", help="generate the mini data and train on its frames, no download")
     a(
         "--image_size",
         type=positive,
@@ -114,11 +112,6 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     run = Run(args, "uvos_dino", "dino")
     check_flags(args, run.world)
-    if args.synthetic:
-        if run.rank == 0:
-            mini.ensure("davis")
-        distributed.barrier()
-        args.data_dir = mini.ensure("davis") / "JPEGImages" / "480p"
     frames = Frames(training_videos(args.data_dir), tuple(args.image_size), args.every)
     sampler = EpochSampler(len(frames), args.batch_size // run.world, args.seed, run.rank, run.world)
     loader = run.loader(frames, sampler)

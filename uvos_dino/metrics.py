@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from shared_utils import UserError
-from shared_utils.lab.mini import davis_palette
+from shared_utils.pictures import davis_palette
 
 VOID = 255
 MAX_PROPOSALS = 300  # of the release; the official package allows 20

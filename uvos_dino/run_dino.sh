@@ -15,9 +15,10 @@ source shared_utils/env.sh
 out=${RUNS:-runs}/uvos_dino/dino/$tier
 case "$tier" in
   mini)
+    "$PYTHON" -m shared_utils.lab.mini davis >/dev/null
     # 144 generated frames of moving shapes, four layers of 128 channels, patches of 8; half a minute on one core.
     flags=(
-      --synthetic --image_size 96 160 --arch vit_mini --global_size 64 --local_size 32 --local_crops 2 --out_dim 256
+      --data_dir data/mini/davis/JPEGImages/480p --image_size 96 160 --arch vit_mini --global_size 64 --local_size 32 --local_crops 2 --out_dim 256
       --teacher_temp 0.02 --batch_size 16 --lr 1e-3 --epochs 10 --workers 0 --threads 1 --amp none --log-every 5
     )
     ;;

@@ -17,10 +17,11 @@ runs=${RUNS:-runs}
 where=$tier
 case "$tier" in
   mini)
+    "$PYTHON" -m shared_utils.lab.mini davis >/dev/null
     # The four validation sequences of moving shapes, twelve frames each; seconds on one core. tau .3 and not the paper's
     # 1: after so few iterations the attention is not sharp.
     flags=(
-      --synthetic --resolution 96 160 --eval_norm imagenet --drop_last_frame false --ratio 4 --tau 0.3 --threads 1
+      --basepath data/mini/davis --dataset DAVIS2017 --resolution 96 160 --eval_norm imagenet --drop_last_frame false --ratio 4 --tau 0.3 --threads 1
     )
     ;;
   small)

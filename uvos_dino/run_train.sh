@@ -17,12 +17,15 @@ runs=${RUNS:-runs}
 out=$runs/uvos_dino/train/$tier
 case "$tier" in
   mini)
+    "$PYTHON" -m shared_utils.lab.mini davis >/dev/null
     # Moving shapes at 12 x 20 patches on the DINO of run_dino.sh mini, 60 iterations: half a minute on one core. The loss
     # falls from 1.6, where the attention is diffuse, to about 0.5.
     dino=${DINO:-$runs/uvos_dino/dino/mini/checkpoint.pth}
     flags=(
-      --synthetic --cache --resolution 96 160 --num_heads 4 --batch_size 2 --num_train_steps 60 --lr 1e-3
-      --keep_every 0 --probe_every 30 --probe_videos 2 --ratio 4 --tau 0.3 --workers 0 --threads 1 --amp none --log-every 5
+      --basepath data/mini/davis/JPEGImages/480p --train_list data/mini/davis/ImageSets/2017/train.txt --cache
+      --resolution 96 160 --num_heads 4 --batch_size 2 --num_train_steps 60 --lr 1e-3 --keep_every 0
+      --probe_every 30 --probe_videos 2 --dataset DAVIS2017 --val_basepath data/mini/davis --ratio 4
+      --tau 0.3 --workers 0 --threads 1 --amp none --log-every 5
     )
     ;;
   small)

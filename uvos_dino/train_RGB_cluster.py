@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, Keyed, mix_key
 from shared_utils.flags import Parser, add_run_flags, boolean, natural, not_negative, positive
-from shared_utils.lab import mini
 from shared_utils.run import Run, cli
 from uvos_dino import losses, metrics, vision_transformer
 from uvos_dino.data import (
@@ -42,7 +41,6 @@ def get_parser() -> argparse.ArgumentParser:
     a = p.add_argument
     a("--basepath", "--data_dir", type=Path, default=Path("data/ytvis/train/JPEGImages"), help="holds VIDEO/*.jpg")
     a("--train_list", type=Path, help="file of the videos (folder names) to take; default: all")
-    a("--synthetic", action="store_true", help="generate the mini data and train on it, no download")
     a("--cache", action="store_true", help="decode all frames once and keep them in memory, 8 bits")
     a(
         "--resolution",
@@ -77,7 +75,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--probe_every", type=natural, default=0, help="iterations between evaluations of a few sequences (clusters, J); "
       "0: none")  # fmt: skip
     a("--dataset", choices=list(LAYOUTS), default="DAVIS", help="layout of --val_basepath")
-    a("--val_basepath", type=Path, help="benchmark that is probed; default: the mini data with --synthetic")
+    a("--val_basepath", type=Path, help="benchmark that is probed")
     a("--split", default="val", help=f"a list of the publisher's, or {ALL}: every folder of frames")
     a("--probe_videos", type=positive, default=4, help="the first so many sequences")
     a("--ratio", type=positive, default=10, help="r: every r-th frame gives keys, when probing")
@@ -195,16 +193,7 @@ class Probe:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    if args.synthetic:
-        args.dataset = "DAVIS2017"
     run = Run(args, "uvos_dino", "train")
-    if args.synthetic:
-        if run.rank == 0:
-            mini.ensure("davis")
-        distributed.barrier()
-        root = mini.ensure("davis")
-        args.basepath, args.train_list = root / "JPEGImages" / "480p", root / "ImageSets" / "2017" / "train.txt"
-        args.val_basepath = args.val_basepath or root
     check_flags(args)
     T, steps = args.num_frames, args.num_train_steps
 

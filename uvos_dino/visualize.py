@@ -14,8 +14,7 @@ from torch import Tensor
 
 from shared_utils import UserError
 from shared_utils.flags import Parser, positive, runs_root
-from shared_utils.lab import mini
-from shared_utils.lab.mini import davis_palette
+from shared_utils.pictures import davis_palette
 from shared_utils.run import cli
 from uvos_dino import clustering, metrics
 from uvos_dino.data import ALL, LAYOUTS, NORMS, normalise, open_videos, read_video
@@ -31,7 +30,6 @@ def get_parser() -> argparse.ArgumentParser:
     a("--dataset", choices=list(LAYOUTS), default="DAVIS2017")
     a("--split", default="val", help=f"a list of the publisher's, or {ALL}: every folder of frames")
     a("--sequences", type=lambda text: text.split(","), default=[], help="the first of them is drawn")
-    a("--synthetic", action="store_true", help="the mini data, generated, instead of --basepath")
     a("--resolution", type=positive, nargs=2, default=[320, 480], metavar=("H", "W"))
     a("--eval_norm", choices=list(NORMS), default="release")
     a("--ratio", type=positive, default=10)
@@ -63,8 +61,6 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--tau {args.tau}: must be above 0")
     if args.point and not all(0 <= x < 1 for x in args.point):
         raise UserError(f"--point {args.point[0]} {args.point[1]}: shares of height and width, at least 0 and below 1")
-    if args.synthetic:
-        args.dataset, args.basepath = "DAVIS2017", mini.ensure("davis")
     device = chosen_device(args.device)
     video = open_videos(args.dataset, args.basepath, args.split, args.sequences)[0]
     model = load_model(args.resume_path)[0].to(device)

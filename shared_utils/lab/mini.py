@@ -30,6 +30,7 @@ from PIL import Image
 from shared_utils import UserError
 from shared_utils.flags import Parser
 from shared_utils.lab import mini_draw
+from shared_utils.pictures import davis_palette, voc_palette
 from shared_utils.run import cli
 
 ROOT = Path("data/mini")
@@ -63,19 +64,6 @@ def _table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def voc_palette() -> list[int]:
-    """PASCAL VOC's 256 colours, flat: the bits of the index spread over the channels, highest bit first."""
-    colours = np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        colours[:, bit % 3] |= ((np.arange(256) >> bit & 1) << (7 - bit // 3)).astype(np.uint8)
-    return colours.ravel().tolist()
-
-
-def davis_palette() -> list[int]:
-    """DAVIS 2017's 256 colours, flat: VOC's first 22 with 191 for 192, then greys."""
-    return [min(level, 191) for level in voc_palette()[: 22 * 3]] + [grey for grey in range(22, 256) for _ in range(3)]
 
 
 def _write_images(folder: Path) -> None:

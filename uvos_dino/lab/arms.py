@@ -14,7 +14,10 @@ from shared_utils.lab.arms import Arms
 from shared_utils.run import cli
 
 OTHER_TAU = "0.3"
-COLOURS = ["#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#d68910", "#444444", "#17a2a2"]  # of the arms
+COLOURS = [  # of the arms
+    "#1b6ca8", "#c0392b", "#2e8b57", "#8e44ad", "#d68910", "#444444", "#17a2a2", "#7f6000", "#e377c2", "#98df8a",
+    "#c5b0d5", "#ff9896", "#9edae5",
+]  # fmt: skip
 
 
 def read(folder: Path) -> dict[str, float] | None:
@@ -47,6 +50,12 @@ ARMS = Arms(
         "both": "both losses",
         "both_long": "both losses, 600 iterations",
         "both_noaug": "both losses, no augmentation",
+        "kmeans": "k-means on frozen keys, as many clusters as the block",
+        "kmeans5": "k-means on frozen keys, K = 5",
+        "kmeans10": "k-means on frozen keys, K = 10",
+        "cells": "blind cells, as many as the block has clusters",
+        "cells5": "blind cells, 5",
+        "cells10": "blind cells, 10",
     },
     metrics={"J": "J (matched by frame)", "JF": "J&F (matched by frame)", "J_sequence": "J (matched by sequence)"},
     shown={
@@ -59,10 +68,14 @@ ARMS = Arms(
     baseline="random",
     pairs=[
         ("both", "random"), ("both", "semantic"), ("motion", "random"), ("semantic", "random"), ("both", "motion"),
-        ("both", "uniform"), ("both_long", "both"), ("both_noaug", "both"),
+        ("both", "kmeans"), ("both", "cells"), ("both", "uniform"), ("both_long", "both"), ("both_noaug", "both"),
+        ("kmeans", "cells"), ("kmeans5", "cells5"), ("kmeans10", "cells10"), ("random", "cells"),
     ],
-    claims=[("both", "random", "J")],
-    floor=28.4,  # J of a blind 3 x 3 grid of cells on the same frames (uvos_dino.lab.grid)
+    claims=[("both", "random", "J"), ("both", "kmeans", "J")],
+    # Keys of a useful encoder tell an object from what is around it: else no method on them can be judged.
+    controls={("kmeans10", "cells10"): "above", ("random", "cells"): "above"},
+    positive=("kmeans10", "cells10"),
+    floor="cells",
     curve=(
         "step", "loss", "slot_loss", "motion_loss", "train/attn_entropy", "train/attn_frame_share", "probe/clusters",
         "probe/J",
