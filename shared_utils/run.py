@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import IO, Any, NoReturn
 
 import numpy as np
@@ -271,9 +272,10 @@ class Run:
             was = f"not there yet, {defaults.get(k)} by default" if newer else theirs.get(k)
             changed.append(f"{name} was {was}, is {mine.get(k)}")
         if changed:
+            longer = f"; to train longer, start a new run from its weights: --init {quote(str(path))}"
             raise UserError(
-                f"{path}: saved with other flags ({'; '.join(changed)}); "
-                "repeat them, or give --overwrite, or another --output-dir"
+                f"{path}: saved with other flags ({'; '.join(changed)}); repeat them, or give --overwrite, or another "
+                f"--output-dir{longer if hasattr(self.args, 'init') and 'epochs' in ' '.join(changed) else ''}"
             )
         was, now = (bool(flags.get("compile")) for flags in (theirs, mine))
         if was != now:

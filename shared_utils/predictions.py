@@ -1,0 +1,33 @@
+"""Predictions for a user's own files, as CSV: file, class, confidence."""
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from shared_utils import checkpoint
+
+
+def write_csv(
+    path: str | os.PathLike, files: Sequence[str | os.PathLike], classes: Sequence[str], probabilities: Tensor
+) -> str:
+    """Write one line a file, in the order given: its most probable class and that probability; atomically.
+
+    Args:
+        files: N names; probabilities: [N, C], rows sum to 1; classes: C names.
+
+    Returns: a line that says how many went to which class, for the user to look at.
+    """
+    confidence, chosen = probabilities.float().cpu().max(1)
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["file", "class", "confidence"])
+    rows.writerows([str(f), classes[y], f"{c:.4f}"] for f, y, c in zip(files, chosen.tolist(), confidence.tolist()))
+    checkpoint.write(path, lambda handle: handle.write(text.getvalue().encode("utf-8", "surrogateescape")))
+    counts = chosen.bincount(minlength=len(classes)).tolist()
+    most = sorted(zip(counts, classes), key=lambda pair: -pair[0])[:8]
+    shown = ", ".join(f"{name} {count}" for count, name in most if count)
+    return f"{len(files)} files -> {Path(path)} ({shown}{', ...' if sum(c > 0 for c in counts) > 8 else ''})"
