@@ -688,7 +688,7 @@ def test_two_processes_resume_to_the_bit(images: Path, mae: Path, tmp_path: Path
         ("pretrain", "--mask_ratio 1", r"--mask_ratio must lie between 0 and 1"),
         ("pretrain", "--mask_ratio 0.99", r"--mask_ratio 0.99 keeps all or none of 16 patches"),
         ("pretrain", "--input_size 18", r"18 pixels do not divide into patches of 4"),
-        ("pretrain", "--batch_size 64", r"a global batch of 64 needs as many samples, the data has 24"),
+        ("pretrain", "--batch_size 64", r"--batch_size 64 x --accum_iter 1 x 1 processes: a step takes 64"),
         ("supervised", "--data_path {tmp}/nowhere", r"nowhere/train: no such folder"),
         ("supervised", "--mae_ckpt {tmp}/nothing.pth", r"nothing.pth: no such checkpoint file"),
         ("supervised", "--per_class 9", r"--per_class 9: class a has 8 images"),
