@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision import transforms as T
 
 from mra import data, engine, nets
 from mra.mra import add_mra_flags, build
+from mra.strong import Draws, augmented, draw
 from shared_utils import UserError, augment, checkpoint, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key, sample_rng
 from shared_utils.evaluation import write_result
@@ -28,6 +30,8 @@ from shared_utils.flags import Parser, add_run_flags, natural, not_negative, pos
 from shared_utils.layout import follow, place
 from shared_utils.pictures import make_grid
 from shared_utils.run import Run, cli
+
+STRONG = 3  # the stream of randomness of --strong_batch, beside those of `engine`
 
 
 def get_parser() -> Parser:
@@ -45,6 +49,8 @@ def get_parser() -> Parser:
     a("--strong", choices=list(data.POLICIES), default="fixmatch", help="policy of the strong branch, before "
       "MRA: RandAugment as FixMatch draws it (magnitude drawn, each with p = 0.5), or torchvision's")  # fmt: skip
     a("--strong_cutout", action=argparse.BooleanOptionalAction, default=True, help="FixMatch's, after MRA")
+    a("--strong_batch", action="store_true", help="make the strong branch's RandAugment in batches on the device: the "
+      "same operations to the bit, other draws; for a GPU whose loader is slow")  # fmt: skip
     a("--iterations", type=positive, default=2**20, help="steps, a whole number of epochs")
     a("--epoch_steps", type=positive, default=1024, help="steps of an epoch: between tests and checkpoints")
     a("--batch_size", type=positive, default=64, help="labelled images a step, all processes together")
@@ -70,6 +76,8 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags out of range, before anything is loaded."""
     if (args.labelled is None) != (args.unlabelled is None):
         raise UserError("--labelled and --unlabelled go together: two folders of images of your own")
+    if args.strong_batch and args.strong != "fixmatch":
+        raise UserError(f"--strong_batch has FixMatch's operations alone; leave it away for --strong {args.strong}")
     if args.labelled and (args.dataset != "folder" or args.train_list):
         raise UserError("--labelled is a folder of its own; leave --dataset and --train_list away")
     if not 0 < args.momentum < 1:
@@ -187,6 +195,15 @@ def fixmatch_loss(
     return F.cross_entropy(labelled, y), unlabelled, mask
 
 
+def strengthened(run: Run, crops: Tensor) -> Tensor:
+    """The strong views, normalised, of this process's crops uint8 [mu B, 3, H, H]; drawn for all processes together."""
+    first, count = run.rank * len(crops), len(crops)
+    generator = torch.Generator().manual_seed(mix_key(run.args.seed, run.step, STRONG) >> 1)
+    drawn = [part[first : first + count] for part in draw(run.world * count, generator)]
+    mean, std = (torch.tensor(v, device=crops.device).view(3, 1, 1) for v in data.STATS[run.args.mean_std])
+    return (augmented(crops, Draws(*drawn)) / 255 - mean) / std
+
+
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     args.init = args.init or args.pretrained
@@ -207,7 +224,9 @@ def main(argv: list[str] | None = None) -> int:
         crowd.unread = {}
     weak = data.train_transform(size, "padded", "none", stats)
     train.transform = weak
-    views = TwoViews(crowd, weak, data.train_transform(size, "padded", args.strong, stats))
+    bytes_of = T.Compose([data.geometry(size, "padded"), T.PILToTensor()])
+    shape = bytes_of if args.strong_batch else data.train_transform(size, "padded", args.strong, stats)
+    views = TwoViews(crowd, weak, shape)
     test_name, test = next(iter(tests.items()), (None, None))
     if test is not None:
         test.transform = data.test_transform(size, stats)
@@ -254,6 +273,9 @@ def main(argv: list[str] | None = None) -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr
         x, y, u_weak, u_strong = (v.to(run.device, non_blocking=True) for v in (x, y, u_weak, u_strong))
+
+        if args.strong_batch:
+            u_strong = strengthened(run, u_strong)
 
         # MRA and then Cutout on the strong views alone; one forward pass of all views
         u_hat = u_strong

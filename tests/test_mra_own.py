@@ -339,9 +339,11 @@ def test_a_classifier_starts_from_given_weights(
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, num_classes: timms)
     network = nets.build("resnet18", 3)
     new = network.fc.weight.clone()
-    for spec, source in ((str(tmp_path / "resnet18.pth"), public), ("timm:resnet18", timms)):
-        assert nets.start(network, spec).startswith(f"{spec}: loaded 120 tensors")
-        assert torch.equal(network.conv1.weight, source.conv1.weight) and torch.equal(network.fc.weight, new)
+    for weights, source in ((str(tmp_path / "resnet18.pth"), public), ("timm:resnet18", timms)):
+        assert nets.start(network, weights).startswith(f"{weights}: loaded 120 tensors")
+        assert torch.equal(network.conv1.weight, source.state_dict()["conv1.weight"]) and torch.equal(
+            network.fc.weight, new
+        )
     supervised(own, tmp_path / "a", "--input_size", "16", "--epochs", "1")
     body = checkpoint.load(tmp_path / "a/checkpoint.pth")["state_dict"]
     capsys.readouterr()

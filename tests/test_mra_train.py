@@ -586,7 +586,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 LONG = {"pretrain": ["--resident"], "supervised": ["--mask_strategy", "random", "--mra_prob", "0.7", "--mix", "cutmix",
         "--color_jitter", "0.4", "--lighting", "0.1", "--nesterov", "--no-decay_bias_norm", "--warmup_epochs", "1"],
-        "fixmatch": ["--mask_strategy", "random"], "fewshot": ["--epochs", "2"]}  # fmt: skip
+        "fixmatch": ["--mask_strategy", "random", "--strong_batch"], "fewshot": ["--epochs", "2"]}  # fmt: skip
 
 
 @pytest.mark.parametrize("job", list(SCRIPTS))
@@ -709,6 +709,7 @@ def test_two_processes_resume_to_the_bit(images: Path, mae: Path, tmp_path: Path
         ("fixmatch", "--arch resnet12 --input_size 8", r"--input_size 8: resnet12 halves an image four times"),
         ("fixmatch", "--iterations 7", r"--iterations 7 is no multiple of --epoch_steps 3"),
         ("fixmatch", "--ema 1", r"--ema in 0..1"),
+        ("fixmatch", "--strong_batch --strong randaugment", r"--strong_batch has FixMatch's operations alone"),
         ("fixmatch", "--momentum 0", r"--momentum 0.0: Nesterov's must lie"),
         ("fixmatch", "--wd -1", r"--wd -1: must not be negative"),
         ("fixmatch", "--bn_momentum 0", r"--bn_momentum 0.0: must lie above 0"),
