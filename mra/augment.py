@@ -4,6 +4,7 @@ Every image is cropped and flipped as for a classifier's training, then its back
 (classes) and names stay; from two versions on a number follows the name. The autoencoder tells the size.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def get_parser() -> Parser:
     a("folder", type=Path, help="images anywhere below it, of any sizes")
     a("--out", type=Path, default=Path("augmented"), help="folder of the files")
     a("--count", type=positive, default=1, help="versions of each image")
+    data.add_holdout_flag(p)
     a("--input_size", "--img_size", type=positive, help="pixels of a side; default: the autoencoder's")
     a("--crop", choices=["resized", "padded", "none"], default="resized", help="before MRA: random resized crop and "
       "flip; flip and shift by up to an eighth; or the middle of the image as it is")  # fmt: skip
@@ -81,7 +83,11 @@ def main(argv: list[str] | None = None) -> int:
     same = args.crop == "none" and args.policy == "none" and args.mra_prob == 1 and args.mask_strategy != "random"
     if args.count > 1 and same:
         raise UserError(f"--count {args.count}: without crop and random mask all are equal; give --crop resized")
-    images = flat_folder(args.folder)
+    if args.holdout:
+        values = {"data_path": args.folder, "dataset": "folder", "holdout": args.holdout, "cache": False}
+        images = data.open_unlabelled(argparse.Namespace(**values))
+    else:
+        images = flat_folder(args.folder)
     operator, about = build(args, args.input_size, device)
     assert operator is not None  # --mae_ckpt is given
     size = operator.mae.img_size

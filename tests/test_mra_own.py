@@ -312,6 +312,10 @@ def test_what_an_augmented_file_holds(own: Path, mae: Path, tmp_path: Path) -> N
     assert kept.sum() == 9 * 64  # int(16 * 0.6) patches, to the bit
     assert np.array_equal(got[kept], np.asarray(crop).astype(int)[kept])
     assert np.abs(got[~kept] - np.asarray(crop)[~kept]).mean() > 3
+    augment.main([str(own), *flags[1:], "--holdout", "0.2", "--out", str(tmp_path / "held")])
+    args = main_supervised.get_parser().parse_args(["--data_dir", str(own), "--holdout", "0.2"])
+    left = [p.relative_to(own) for p in data.open_sets(args).train.paths()]
+    assert [p.relative_to(tmp_path / "held") for p in flat_folder(tmp_path / "held").paths()] == left
     augment.main([*flags, "--out", str(tmp_path / "b"), "--input_size", "64"])
     assert Image.open(tmp_path / "b" / file.name).size == (64, 64)
     for words, message in (
