@@ -27,8 +27,6 @@ from shared_utils.pictures import make_grid
 from shared_utils.preflight import ONE_NORM, about, seconds
 from shared_utils.run import Run, cli
 
-COLLAPSED = 0.05  # feat/std: 1 spread over the sphere, 0 all alike
-
 
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="fame.train", description=__doc__.splitlines()[0])
@@ -183,7 +181,6 @@ def main(argv: list[str] | None = None) -> int:
     run.preflight(facts(run, videos, clips, model, sampler.steps_per_epoch) | start)
 
     wait, since = 0.0, time.perf_counter()
-    watched: dict[str, Any] = {}
     for epoch, batch in run.batches(loader, sampler, args.epochs):
         wait += run.data_wait
         lr = learning_rate(args, epoch)
@@ -211,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         loss.backward()
         optimizer.step()
 
-        watched = {}
+        watched: dict[str, Any] = {}
         if run.log_due():
             watched = dict(telemetry([q0.detach(), q1.detach()], [k0, k1], logits, model))
             watched["data_share"] = wait / max(1e-9, time.perf_counter() - since)  # of the time, spent on waiting
@@ -221,14 +218,8 @@ def main(argv: list[str] | None = None) -> int:
         run.log(mean, lr=lr, **watched)
 
     write_result(run.dir, {"minutes": round(run.minutes(), 2)})
-    run.finish(*collapsed(float(watched.get("feat/std", 1.0))), *hints(args, videos, f"{run.dir}/checkpoint.pth"))
+    run.finish(*hints(args, videos, f"{run.dir}/checkpoint.pth"))
     return 0
-
-
-def collapsed(spread: float) -> list[str]:
-    """What a run says at its end if its last feat/std is next to nothing."""
-    lower = f"caution: feat/std {spread:.2g}: the embeddings are all but equal (collapsed); try a lower --lr, "
-    return [lower + "--bn_splits 2 or more, or longer training"] if spread < COLLAPSED else []
 
 
 def hints(args: argparse.Namespace, videos: VideoSet, weights: str) -> list[str]:

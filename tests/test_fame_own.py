@@ -13,7 +13,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from fame import augment, main_probe, main_retrieve, train
+from fame import augment, main_probe, main_retrieve
 from fame import eval as fame_eval
 from fame.backbone import build
 from fame.data import DATASETS, Layout
@@ -77,7 +77,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs"
 
 
-def test_a_folder_of_own_videos(own: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_own_videos(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Pretrained on; its next commands run as they are printed."""
     out = tmp_path / "a run"
     common = [*NET, *SMALL, "--dataset", "folder", "--output-dir", str(out)]
@@ -94,10 +94,11 @@ def test_a_folder_of_own_videos(own: Path, runs: Path, tmp_path: Path, capsys: p
     assert len(hints) == 2 and all(f"'{own}' --dataset folder" in hint for hint in hints)
     for hint in hints:
         module, *words = shlex.split(hint)
-        run(module, *words, *(["--clip_per_video", "2", "--workers", "0"] if module == "fame.main_retrieve" else []))
+        retrieve = ["--clip_per_video", "2", "--workers", "0", "--output-dir", str(tmp_path / "found")]
+        run(module, *words, *(retrieve if module == "fame.main_retrieve" else []))
     said = capsys.readouterr().out
     assert "10 videos of 2 classes, each a query among the others" in said and "% of the activation lies" in said
-    found = json.loads((runs / "fame/retrieve/default/result.json").read_text())
+    found = json.loads((tmp_path / "found/result.json").read_text())
     assert found["r1"] == 100 and found["r50"] == 100  # colours are easy
     with pytest.raises(UserError, match="no training and test part, .* for --dataset k400"):
         fame_eval.main(
@@ -178,26 +179,14 @@ def test_the_linear_probe_never_sees_what_it_is_tested_on(own: Path, tmp_path: P
     assert json.loads((tmp_path / "result.json").read_text())["linear/class/1"] == pytest.approx(20)
 
 
-def test_small_sets_are_told_what_to_give(
-    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_small_sets_are_told_what_to_give(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(own), *NET, *SMALL, "--dataset", "folder", "--bad_videos", "skip"]
     with pytest.raises(UserError, match="--batch_size 32: the data has 10 videos; give --batch_size 10"):
         run("fame.train", *words, "--output-dir", str(tmp_path / "a"), "-b", "32")
-
-    def flat(*given: object, **more: object) -> torch.nn.Module:
-        network = build(*given, **more)  # type: ignore[arg-type]
-        torch.nn.init.zeros_(network.fc[2].weight)  # type: ignore[index]
-        return network
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "build", flat)  # every embedding is its bias
-        run("fame.train", *words, "--output-dir", str(tmp_path / "b"), "--moco_k", "64", "--lr", "1e-9")
+    run("fame.train", *words, "--output-dir", str(tmp_path / "b"), "--moco_k", "64", "--epochs", "0")
     said = capsys.readouterr().out
     assert "caution, queue: --moco_k 64 holds more than the 20 keys of an epoch of 10 videos" in said
-    assert "give --moco_k 16" in said and "(collapsed)" in said.split("done:")[1]
-    run("fame.train", *words, "--output-dir", str(tmp_path / "c"))
-    assert "collapsed" not in capsys.readouterr().out
+    assert "give --moco_k 16" in said
 
 
 def test_a_run_starts_from_other_weights(

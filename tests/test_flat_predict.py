@@ -111,7 +111,12 @@ def test_its_logits_are_those_of_the_evaluation_on_the_same_episode(
     evaluated = test.accuracies(saved["features"], drawer, head or "finetune_cosine", 1, torch.device("cpu"))
     classified: list[Tensor] = []
     classify = predict.classify
-    monkeypatch.setattr(predict, "classify", lambda *given: classified.append(classify(*given)) or classified[-1])
+
+    def kept(*given: object) -> Tensor:
+        classified.append(classify(*given))  # type: ignore[arg-type]
+        return classified[-1]
+
+    monkeypatch.setattr(predict, "classify", kept)
     extra = ["--eval_head", head] if head else []
     rows = label(run, tmp_path / "support", tmp_path / "query", tmp_path / "out.csv", *extra)
     names = [Path(row["file"]).name for row in rows]
