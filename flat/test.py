@@ -56,6 +56,11 @@ def accuracies(
     return torch.cat(out)
 
 
+def default_head(method: str, recipe: str | None) -> str:
+    """The head that a network is tested with, by its training method."""
+    return "lr" if recipe == "rfs" else DEFAULT_HEAD.get(method, "proto")
+
+
 def interval(values: Tensor) -> tuple[float, float]:
     """Mean and half of the 95 % interval, 1.96 std / sqrt(n) with the population's std."""
     return float(values.mean()), 1.96 * float(values.std(correction=0)) / math.sqrt(len(values))
@@ -106,8 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         shots = [int(x) for x in args.n_shot.split(",")]
     except ValueError:
         raise UserError(f"--n_shot {args.n_shot}: must be whole numbers such as 1,5") from None
-    default = "lr" if saved.get("recipe") == "rfs" else DEFAULT_HEAD.get(saved["method"], "proto")
-    chosen = args.eval_head or f"{default},proto"
+    chosen = args.eval_head or f"{default_head(saved['method'], saved.get('recipe'))},proto"
     heads = list(dict.fromkeys(chosen.split(",")))
     if unknown := [head for head in heads if head not in HEADS]:
         raise UserError(f"--eval_head {unknown[0]}: unknown; choose from {', '.join(HEADS)}")

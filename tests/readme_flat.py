@@ -1,5 +1,6 @@
 """What the mini runs of flat's README must have shown; called by test_readme.py on the folder that they wrote."""
 
+import csv
 import json
 from pathlib import Path
 from statistics import fmean
@@ -18,3 +19,7 @@ def check(runs: Path) -> None:
         key = f"{shots}shot-proto_l2"
         assert result[key] - result[f"{key}_ci"] > 45, f"{key}: {result[key]:.1f}, chance is 20"
     assert result["5shot-proto_l2"] > result["1shot-proto_l2"] and result["held_base_accuracy"] > 15
+    with open(runs / "flat/predictions.csv", newline="") as handle:
+        labelled = list(csv.DictReader(handle))
+    right = fmean(Path(row["file"]).parent.name == row["class"] for row in labelled)
+    assert len(labelled) == 8 * 20 and right > 0.3, f"{100 * right:.0f} % of {len(labelled)}, chance is 12.5"

@@ -233,7 +233,7 @@ def test_retrieval_and_probes_of_a_checkpoint(data, pretrained, tmp_path, capsys
         ("--finetune --val_resize 20", "at least the crop's 32 pixels"),
         ("--finetune --clip_per_video 0", "must be at least 1"),
         ("--finetune --fold 2", "trainlist02.txt: no such file"),
-        ("--finetune -b 9", "a global batch of 9 needs as many samples"),
+        ("--finetune -b 9", "--batch_size 9: the data has 8 training videos; give --batch_size 8"),
     ],
 )
 def test_bad_flags_are_named(extra, expected, data, tmp_path):

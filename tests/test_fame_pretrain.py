@@ -72,10 +72,10 @@ def test_every_arm_trains(arm, data, tmp_path):
 
 
 def test_a_folder_without_labels_trains(data, tmp_path, capsys):
-    """The same videos found below the folder: no word of classes, and pictures of them afterwards."""
-    log = pretrain(data / "data", tmp_path, "--dataset", "folder")
+    """Videos in no class folders: no word of classes, and pictures of them afterwards."""
+    log = pretrain(data / "data/class0", tmp_path, "--dataset", "folder", "-b", "4")
     said = capsys.readouterr().out
-    assert len(log) == 2 and "(folder): 16 videos, 6 to 6 frames" in said
+    assert len(log) == 2 and "(folder): 8 videos, 6 to 6 frames" in said
     assert "look at: python -m fame.main_cam" in said and "main_retrieve" not in said
 
 
@@ -231,8 +231,9 @@ def test_two_processes_that_are_stopped_resume_to_the_bit(data, tmp_path):
         ("--lr_decay 0", "--lr_decay 0.0: must be above 0"),
         ("--bins 0", "--bins 0: must be at least 1"),
         ("--warmup --schedule", "--warmup climbs up to the first entry"),
-        ("-b 32", "a global batch of 32 needs as many samples, the data has 16"),
-        ("-fpc 40", "16 of 16 videos cannot be used"),
+        ("-b 32", "--batch_size 32: the data has 16 videos; give --batch_size 16"),
+        ("-b 34 --bn_splits 17", "--batch_size 34: the data has 16 videos; give a lower --bn_splits too"),
+        ("-fpc 40", "16 of 16 videos cannot be used.*a lower --stride or --frame_per_clip takes shorter ones"),
     ],
 )
 def test_bad_flags_are_named_before_training(extra, expected, data, tmp_path):

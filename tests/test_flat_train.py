@@ -363,7 +363,7 @@ def test_two_processes_equal_one(images: Path, tmp_path: Path) -> None:
         ("--num_classes 3", r"--num_classes 3: the data has 4 base classes"),
         ("--base_classes 5", r"--base_classes 5: the data has 4 base classes"),
         ("--holdout 7", r"class train0 has no image left of 7"),
-        ("--batch_size 64", r"a global batch of 64 needs as many samples, the data has 24"),
+        ("--batch_size 64", r"--batch_size 64: the data has 24 training images; give --batch_size 24"),
         ("--batch_size 1", r"--batch_size 1: 1 processes need equal shares of 2 images or more"),
         ("--shrink 1.3", r"--shrink 1.3 --enlarge 1.2: must be above 0 and in this order"),
         ("--aet_shift 4", r"--aet_shift 4: must be below a quarter of --image_size 16"),
