@@ -22,7 +22,6 @@ from shared_utils.evaluation import (
     collect,
     freeze,
     gather_rows,
-    open_splits,
     stored_flags,
     topk,
     write_result,
@@ -30,9 +29,9 @@ from shared_utils.evaluation import (
 from shared_utils.flags import Parser, add_machine_flags, positive
 from shared_utils.layout import place
 from shared_utils.run import cli, set_threads
-from sscl.calibration import Alignment, calibrate, equal_coverage, log_similarity
-from sscl.data import training_images
-from sscl.main import labelled_images
+from sscl.calibration import Alignment, calibrate, log_similarity
+from sscl.data import labelled_images, open_evaluation, training_images
+from sscl.watch import equal_coverage
 from sscl.weights import add_network_flags, load_encoder
 
 COVERAGES = (0.2, 0.5, 1.0)
@@ -107,6 +106,8 @@ def unlabelled_images(args: argparse.Namespace, flags: Mapping[str, Any]) -> tup
 
     UserError: its flags choose other labelled images here than in training; all images are labelled.
     """
+    if flags.get("labelled"):
+        raise UserError("--pseudo: nobody has labelled the run's unlabelled images; leave it out")
     own = argparse.Namespace(**{**flags, "data": Path(args.data_dir)})
     if args.split_file and not own.split_file:
         raise UserError("--split_file: the run had no list of labelled images; leave it out")
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     device = distributed.init(args.device)
     set_threads(args.threads, args.workers, device)
     flags = stored_flags(args.pretrained)
-    train, val = open_splits(args)
+    train, val = open_evaluation(args, flags)
     classes = len(train.classes)
     networks = Predictor(args, classes, device)
     state = run_state(args.pretrained)

@@ -48,7 +48,7 @@ checkpoint=${CHECKPOINT:-$runs/sscl/moco/$where/checkpoint.pth}
 if [ -z "${CHECKPOINT:-}" ]; then
   # MoCo v2's key view is a second strong one, whatever the tier of the method has.
   bash sscl/run_train.sh "$tier" --no_labels --lambda_u 0 --calib none --key_view strong \
-    --output-dir "$runs/sscl/moco/$where" | sed '/^next: /d' # which would evaluate the method's own run
+    --output-dir "$runs/sscl/moco/$where" | sed '/^ *next: /d' # which would evaluate the method's own run
 fi
 
 "${launch[@]}" -m sscl.finetune --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"
