@@ -586,7 +586,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 LONG = {"pretrain": ["--resident"], "supervised": ["--mask_strategy", "random", "--mra_prob", "0.7", "--mix", "cutmix",
         "--color_jitter", "0.4", "--lighting", "0.1", "--nesterov", "--no-decay_bias_norm", "--warmup_epochs", "1"],
-        "fixmatch": ["--mask_strategy", "random"], "fewshot": ["--epochs", "2"]}  # fmt: skip
+        "fixmatch": ["--mask_strategy", "random", "--strong_batch"], "fewshot": ["--epochs", "2"]}  # fmt: skip
 
 
 @pytest.mark.parametrize("job", list(SCRIPTS))
@@ -688,7 +688,7 @@ def test_two_processes_resume_to_the_bit(images: Path, mae: Path, tmp_path: Path
         ("pretrain", "--mask_ratio 1", r"--mask_ratio must lie between 0 and 1"),
         ("pretrain", "--mask_ratio 0.99", r"--mask_ratio 0.99 keeps all or none of 16 patches"),
         ("pretrain", "--input_size 18", r"18 pixels do not divide into patches of 4"),
-        ("pretrain", "--batch_size 64", r"a global batch of 64 needs as many samples, the data has 24"),
+        ("pretrain", "--batch_size 64", r"--batch_size 64 x --accum_iter 1 x 1 processes: a step takes 64"),
         ("supervised", "--data_path {tmp}/nowhere", r"nowhere/train: no such folder"),
         ("supervised", "--mae_ckpt {tmp}/nothing.pth", r"nothing.pth: no such checkpoint file"),
         ("supervised", "--per_class 9", r"--per_class 9: class a has 8 images"),
@@ -709,6 +709,7 @@ def test_two_processes_resume_to_the_bit(images: Path, mae: Path, tmp_path: Path
         ("fixmatch", "--arch resnet12 --input_size 8", r"--input_size 8: resnet12 halves an image four times"),
         ("fixmatch", "--iterations 7", r"--iterations 7 is no multiple of --epoch_steps 3"),
         ("fixmatch", "--ema 1", r"--ema in 0..1"),
+        ("fixmatch", "--strong_batch --strong randaugment", r"--strong_batch has FixMatch's operations alone"),
         ("fixmatch", "--momentum 0", r"--momentum 0.0: Nesterov's must lie"),
         ("fixmatch", "--wd -1", r"--wd -1: must not be negative"),
         ("fixmatch", "--bn_momentum 0", r"--bn_momentum 0.0: must lie above 0"),
