@@ -275,7 +275,7 @@ class Run:
             longer = f"; to train longer, start a new run from its weights: --init {quote(str(path))}"
             raise UserError(
                 f"{path}: saved with other flags ({'; '.join(changed)}); repeat them, or give --overwrite, or another "
-                f"--output-dir{longer if hasattr(self.args, 'init') and 'epochs' in ' '.join(changed) else ''}"
+                f"--output-dir{longer if hasattr(self.args, 'init') and 'epoch' in ' '.join(changed) else ''}"
             )
         was, now = (bool(flags.get("compile")) for flags in (theirs, mine))
         if was != now:

@@ -428,7 +428,10 @@ def test_two_processes_of_two_splits_equal_one_with_four(data, tmp_path):
         ("--moco_k 100", r"--moco_k 100 does not divide by the global batch of 8; take --moco_k 96"),
         ("--batch_size 9", r"--batch_size 9 does not divide over 1 processes x 2 --bn_splits"),
         ("--batch_size 8 --bn_splits 8", r"at least 2 images a share"),
-        ("--batch_size 4096 --moco_k 4096", r"a global batch of 4096 needs as many samples, the data has 24"),
+        (
+            "--batch_size 4096 --moco_k 4096",
+            r"^--batch_size 4096: a step takes 4096 images, the data has 24; give --batch_size 16 or",
+        ),
         ("--clus_pos_num 24", r"--clus_pos_num 24 needs more than 24 images, the data has 24"),
         ("--per_class 1", r"needs more than 3 images, the data has 3"),
         ("--lam 0.5,0.6", r"--lam \[0.5, 0.6\]: must be two weights that sum to 1"),
