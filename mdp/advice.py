@@ -10,9 +10,6 @@ from mdp.own import own_folders
 from shared_utils import UserError
 
 COLLAPSED = 0.05  # feat/std below it: 1 is spread over the sphere, 0 one point
-# Sets that mdp/mmseg_configs has a schedule for.
-CONFIGS = {"voc": "voc12aug", "ade": "ade20k", "coco": "coco_stuff164k"}
-CONFIGS |= {name: name for name in ("cityscapes", "camvid", "labelmefacade")}
 
 
 def check_size(args: argparse.Namespace, images: int, world: int) -> None:
@@ -40,17 +37,14 @@ def collapse(last: dict[str, Tensor | float]) -> list[str]:
     return [f"COLLAPSED: all pixels have one embedding (feat/std {std:.3f}); try a lower --lr, or another --init"]
 
 
-def hints(args: argparse.Namespace, names: list[str], out: Path) -> list[str]:
+def hints(args: argparse.Namespace, out: Path) -> list[str]:
     """What can come next, as commands for this run's checkpoint and data."""
     file, data = quote(str(out / "checkpoint.pth")), f"--data-root {quote(str(args.data_root))}"
-    own = own_folders(args.data)
-    tunable = [name for name in names if name in own or name in CONFIGS]
     lines = [
-        f"python -m mdp.finetune --datasets {quote(f'{name}={own[name]}')} --checkpoint {file}"
-        if name in own
-        else f"python -m mdp.finetune --config {CONFIGS[name]} --checkpoint {file} {data}"
-        for name in tunable[:1]
-    ]
+        f"python -m mdp.finetune --datasets {quote(f'{name}={folder}')} --checkpoint {file}"
+        for name, folder in own_folders(args.data).items()
+        if name in args.datasets.split(",")
+    ][:1]
     if args.objective == "contrast":
         lines.append(f"python -m mdp.eval_seg --protocol prototype --checkpoint {file} {data}")
     lines.append(f"python -m mdp.predict PHOTO_OR_FOLDER --pretrained {quote(str(out))} --out maps")

@@ -542,8 +542,11 @@ def open_set(name: str, data_root: str | Path, split: str = "train", voc_backgro
 # Their union -------------------------------------------------------------------------------------------------------
 
 
-def to_union(local: Tensor, offset: int) -> Tensor:
-    """Local uint8 ids (255 = ignore) of any shape -> int64 union ids, `offset + local`, -1 = ignore."""
+def to_union(local: Tensor, offset: int | Tensor) -> Tensor:
+    """Local uint8 ids (255 = ignore) of any shape -> int64 union ids, `offset + local`, -1 = ignore.
+
+    Offsets of several sets broadcast.
+    """
     ignored = local == IGNORE  # before the offset is added: afterwards 255 may be a class
     return (local.long() + offset).masked_fill_(ignored, -1)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdp import advice, losses
+from mdp.batches import BatchedUnion
 from mdp.builder import MDP, downsample_labels
 from mdp.datasets import NAMES, SegSet, UnionDataset
 from mdp.mixing import apply_plan, draw_plan
@@ -26,7 +27,7 @@ from mdp.transforms import TwoViews
 from mdp.visualize import batch_picture
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, Keyed, mix_key
-from shared_utils.flags import Parser, add_run_flags, ints, natural, not_negative, positive
+from shared_utils.flags import AUG_BACKENDS, Parser, add_run_flags, ints, natural, not_negative, positive
 from shared_utils.layout import follow, place
 from shared_utils.preflight import about, seconds
 from shared_utils.run import Run, cli
@@ -58,6 +59,8 @@ def get_parser() -> argparse.ArgumentParser:
       "timm:NAME, a checkpoint of a backbone, or a finished run of this job, with its decode head")  # fmt: skip
     a("--crop-size", type=positive, default=224)
     a("--aug", choices=["moco", "mmseg"], default="moco", help="augmentation of the two views")
+    a("--aug_backend", choices=AUG_BACKENDS, default="pil", help="of --aug moco: pil, view by view, or batch, decoded "
+      "once and in batches: other draws of the same distribution, faster")  # fmt: skip
     a("--batch-size", type=positive, default=64, help="images a step, all processes together; must divide --bank-size")
     a("--epochs", type=positive, default=100)
     a("--lr", type=float, default=0.03, help="peak learning rate, cosine to 0")
@@ -100,6 +103,8 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
         raise UserError("--tau, --lr and --mix-beta must be above 0")
     if not 0 <= args.moco_m <= 1 or not 0 <= args.mix_prob <= 1:
         raise UserError("--moco-m and --mix-prob must lie in 0..1")
+    if args.aug_backend == "batch" and args.aug != "moco":
+        raise UserError(f"--aug_backend batch: has --aug moco only; --aug {args.aug} needs --aug_backend pil")
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} does not divide over {world} processes")
     if args.batch_size // world < 2:
@@ -213,7 +218,10 @@ def main(argv: list[str] | None = None) -> int:
     c = union.num_classes
     groups = union.dataset_of_class.to(run.device)
     sampler = EpochSampler(len(union), args.batch_size // run.world, args.seed, run.rank, run.world)
-    loader = run.loader(Keyed(union, args.seed), sampler)
+    batched = args.aug_backend == "batch"
+    loader = run.loader(
+        BatchedUnion(union, args.crop_size, args.seed) if batched else Keyed(union, args.seed), sampler
+    )  # fmt: skip
 
     # Model
     bank = PrototypeBank(c, args.dim, args.bank_size, args.regions, args.proto_update, args.proto_m)
@@ -294,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         if ready and run.due(args.image_every):
             run.image("views/query_label_nearest_prototype", batch_picture(mixed.x, mixed.y_a, v.detach(), bank, union))
 
-    run.finish(*advice.collapse(last), *advice.hints(args, names, run.dir))
+    run.finish(*advice.collapse(last), *advice.hints(args, run.dir))
     return 0
 
 

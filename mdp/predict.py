@@ -40,7 +40,6 @@ from shared_utils.flags import Parser, add_machine_flags, natural
 from shared_utils.pictures import voc_palette
 from shared_utils.run import cli, set_threads
 
-PIXELS = 2**20  # of a photo whose classes are decided at a time: scores of all classes at full size need gigabytes
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -106,23 +105,20 @@ class Labeller:
 
 
 def largest(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """argmax over C of scores [C, h, w] resized to (H, W) as F.interpolate does, bilinear: uint8 [H, W], in strips."""
+    """argmax over C of scores [C, h, w] resized to (H, W), bilinear: uint8 [H, W].
 
-    def between(count: int, out: int) -> tuple[Tensor, Tensor, Tensor]:
-        at = ((torch.arange(out, device=scores.device) + 0.5) * (count / out) - 0.5).clamp(0, count - 1)
-        low = at.floor().long()
-        return low, (low + 1).clamp(max=count - 1), at - low
+    Class by class: all of them at the size of a photo would take gigabytes, and longer.
+    """
 
-    (h, w), (height, width) = scores.shape[1:], size
-    top, bottom, down = between(h, height)
-    left, right, along = between(w, width)
-    rows = max(1, PIXELS // width)
-    strips = []
-    for start in range(0, height, rows):
-        part = slice(start, start + rows)
-        lines = torch.lerp(scores[:, top[part]], scores[:, bottom[part]], down[part, None])  # [C, rows, w]
-        strips.append(torch.lerp(lines[..., left], lines[..., right], along).argmax(0).to(torch.uint8))
-    return torch.cat(strips)
+    def resized(c: int) -> Tensor:
+        return F.interpolate(scores[None, c : c + 1], size=size, mode="bilinear", align_corners=False)[0, 0]
+
+    best, ids = resized(0), torch.zeros(size, dtype=torch.uint8, device=scores.device)
+    for c in range(1, len(scores)):
+        mine = resized(c)
+        ids.masked_fill_(mine > best, c)
+        torch.maximum(best, mine, out=best)
+    return ids
 
 
 def numbered(count: int) -> Taxonomy:
