@@ -228,7 +228,7 @@ def training_videos(root: Path, unread: list[Path] | None = None) -> list[list[P
         raise UserError(
             f"{root}: no folder of frames and no video here; expected VIDEO/00000.jpg, ... or VIDEO.mp4 (--data_dir)"
         )
-    return sorted(videos, key=lambda files: files[0] if video.is_video(files[0]) else files[0].parent)
+    return sorted(videos, key=source_of)
 
 
 def _is_map(path: Path) -> bool:
@@ -240,8 +240,13 @@ def _is_map(path: Path) -> bool:
         return False
 
 
+def source_of(files: Sequence[Path]) -> Path:
+    """The folder of a training video, or the file."""
+    return files[0] if video.is_video(files[0]) else files[0].parent
+
+
 def name_of(files: Sequence[Path]) -> str:
-    """Of a training video: its folder's, or the file's."""
+    """Of a training video, without a file's ending."""
     return files[0].stem if video.is_video(files[0]) else files[0].parent.name
 
 

@@ -4,10 +4,11 @@ A source is a video file, a folder of frames, or a folder with several of either
 --save_path, palette PNGs of numbered clusters under the frames' names (of a video: 00000.png, ...) in CLIP/, an overlay
 CLIP.mp4, and CLIP.csv: of every number its first and last frame, in how many it is and its share of these.
 
-A clip is clustered in windows of --window frames, each as `uvos_dino.eval_oneshot` clusters a whole video: --window 0
-is one window, hence the same masks. Windows are joined as the paper joins the three-frame windows inside a video
-(`uvos_dino.inference.Numbers`): an older cluster leads, and what lies within --tau of it has its number. Memory grows
-with --window and --memory_gb, not with the clip.
+A clip is clustered in windows of --window frames, each as `uvos_dino.eval_oneshot` clusters a whole video, but that
+clusters are looked for only where key frames are; every patch of every frame is assigned to the nearest of them, as
+there. `--window 0 --centroids all` gives the masks of the evaluation. Windows are joined as the paper joins the
+three-frame windows inside a video (`uvos_dino.inference.Numbers`): an older cluster leads, and what lies within --tau
+of it has its number. Memory grows with --window and --memory_gb, not with the clip.
 """
 
 import argparse
@@ -48,8 +49,10 @@ def get_parser() -> argparse.ArgumentParser:
     a("--resolution", type=at_least(-1), nargs=2, metavar=("H", "W"), help="frames are stretched to this; -1 -1: their "
       "own size, cut to patches; default: as many pixels as in training, in the frames' proportions")  # fmt: skip
     a("--eval_norm", choices=list(NORMS), default="imagenet", help="statistics of the colours: those of training")
-    a("--window", type=natural, default=20, help="frames that are clustered together; 0: the whole clip")
-    a("--ratio", type=positive, default=10, help="r: every r-th frame of a window gives keys")
+    a("--window", type=natural, default=16, help="frames that are clustered together; 0: the whole clip")
+    a("--centroids", choices=["keys", "all"], default="keys", help="clusters are looked for in "
+      "three frames around each key frame (stage A), or in all, as in the evaluation: several times as slow")  # fmt: skip
+    a("--ratio", type=positive, default=10, help="r: every r-th frame of a window gives keys, one at least")
     a("--tau", type=float, default=1.0, help="threshold on the symmetric divergence, in windows and between them")
     a("--memory_gb", type=not_negative, default=1.0, help="attention rows to keep; what is beyond is computed twice")
     a("--frame_batch", type=positive, default=16, help="frames that go through the encoder at once")
@@ -217,7 +220,10 @@ def segment_clip(args: argparse.Namespace, clip: Clip, model: AttEncoder, device
                 x = torch.stack([frame.x for frame in some])  # [T, 3, H, W]
                 heads = project(model, x, device, args.eval_norm, args.ratio, args.frame_batch, args.bf16)
                 rows = clustering.Rows(*heads, 1e9 * args.memory_gb, device)
-                found = clustering.cluster(rows, len(some), args.tau)
+                keys = clustering.key_frames(len(some), args.ratio) // clustering.WINDOW
+                found = clustering.cluster(
+                    rows, len(some), args.tau, None if args.centroids == "all" else set(keys.tolist())
+                )
                 del rows
                 shown = numbers(found, heads).view(len(some), *model.encoder.grid(*x.shape[-2:]))
                 for frame, labels in zip(some, shown.numpy().astype(np.uint8)):
