@@ -51,7 +51,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """UserError for flags that make no sense, before anything is loaded."""
     if not args.tau > 0:
         raise UserError(f"--tau {args.tau}: must be above 0")
-    if min(args.resolution) < 1 and args.resolution != [-1, -1]:
+    if args.resolution and min(args.resolution) < 1 and args.resolution != [-1, -1]:
         raise UserError(f"--resolution {args.resolution[0]} {args.resolution[1]}: two sizes, or -1 -1")
 
 
