@@ -19,7 +19,7 @@ def check(runs: Path) -> None:
     }
     assert early["mini-seed0"] > early["mini-seed0-scratch"] + 3, f"pretraining does not help: {early}"
 
-    (evaluation,) = runs.glob("mdp/eval/prototype/*/eval.json")
+    (evaluation,) = runs.glob("mdp/pretrain/mini/eval/prototype/eval.json")
     scores = json.loads(evaluation.read_text())["results"]
     # One guess for every pixel of 15 classes scores below 7; the nearest prototype must know far more.
     assert set(scores) == {"voc val", "ade val"} and all(score["mIoU"] > 10 for score in scores.values()), scores
