@@ -10,10 +10,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flat import save_features
+from flat import data, save_features
 from flat.backbone import WIDTHS, Encoder
 from shared_utils.flags import Parser, natural
-from shared_utils.lab.export import add_export_flags, check, write_backbone
+from shared_utils.lab.export import LOADED, Input, Made, add_export_flags, check, write_backbone
 from shared_utils.run import cli
 
 BLOCKS = {"ResNet10": 1, "ResNet18": 2}  # of each of the four stages
@@ -29,7 +29,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--model", help="this and the following default to the checkpoint's own flags")
     a("--width", type=natural)
     a("--image_size", "--img_size", type=natural)
-    add_export_flags(p, ["safetensors"], "safetensors")
+    add_export_flags(p, ["safetensors", "hub"], "safetensors")
     return p
 
 
@@ -44,15 +44,16 @@ def torchvision_name(key: str, blocks: int) -> str:
     return f"layer{stage + 1}.{block}.{INNER[inner]}.{last}"
 
 
-def names_and_lines(encoder: Encoder, model: str, size: int, width: int) -> tuple[dict[str, Tensor], list[str]]:
+def names_and_lines(encoder: Encoder, model: str, size: int, width: int) -> tuple[dict[str, Tensor], Made]:
     """The encoder's tensors under the names they are exported with, and how they are loaded."""
     state = {key: value for key, value in encoder.state_dict().items() if not key.startswith("noise.")}
-    made = f"flat.backbone.build({model!r}, {size}, {width})"
+    made, timm = f"flat.backbone.build({model!r}, {size}, {width})", None
     if model in BLOCKS and width in (0, WIDTHS[model]):
         state = {torchvision_name(key, BLOCKS[model]): value for key, value in state.items()}
         block = "timm.models.resnet.BasicBlock"
         made = f"timm.models.resnet.ResNet({block}, {(BLOCKS[model],) * 4}, num_classes=0)"
-    return state, [f"model = {made}", "model.load_state_dict(load_file(FILE))"]
+        timm = {"architecture": "resnet18", "num_classes": 0, "model_args": {"layers": [BLOCKS[model]] * 4}}
+    return state, Made([f"model = {made}", LOADED], timm)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,9 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     given = save_features.get_parser().parse_args(["--checkpoint", args.pretrained])
     given.model, given.width, given.image_size = args.model, args.width, args.image_size
     encoder, _, flags, _ = save_features.load(Path(args.pretrained), given)
-    state, lines = names_and_lines(encoder, flags.model, flags.image_size, flags.width)
+    state, made = names_and_lines(encoder, flags.model, flags.image_size, flags.width)
     name = f"{flags.model}, input of {flags.image_size} pixels, normalised by {flags.mean_std}"
-    print(write_backbone(args, state, "flat", name, lines))
+    x = Input(flags.image_size, *data.MEAN_STD[flags.mean_std])
+    print(write_backbone(args, state, "flat", name, made, x))
     return 0
 
 
