@@ -98,6 +98,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
+    if "output_dir" not in args.given and not (args.features.parent / "log.jsonl").is_file():  # of no run of ours
+        args.output_dir, args.given = args.features.parent, args.given | {"output_dir"}
     device = distributed.init(args.device)
     set_threads(args.threads, 0, device)
     saved = checkpoint.load(args.features)

@@ -77,8 +77,7 @@ def cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
         error = _cause(error)
         code, at_once = _say(error)
         for run in open_runs:
-            with contextlib.suppress(OSError):  # a full disk
-                run.note(f"failed: {str(error) or type(error).__name__}".splitlines()[0])
+            run.note(f"failed: {str(error) or type(error).__name__}".splitlines()[0])
     if (code == 0 or code > 128) and not at_once:  # all processes are here; after an error others may wait for this one
         distributed.leave()
     for run in list(open_runs):

@@ -164,6 +164,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=text)
             first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             first.add_argument("--config")
+            first.error = self.error  # type: ignore[method-assign]
             args = sys.argv[1:] if args is None else args
             if (file := first.parse_known_args(args)[0].config) and not {"-h", "--help"} & set(args):
                 self._start_from(Path(file))

@@ -103,6 +103,8 @@ def result_folder(args: argparse.Namespace, dest: str = "output_dir") -> Path:
     UserError: it cannot be written.
     """
     folder: Path = getattr(args, dest)
+    if (folder / "log.jsonl").is_file():  # a run's own folder, whose config.json is another
+        folder = folder / "eval" / getattr(args, "job", "result").rpartition(".")[2]
     try:
         if dest in getattr(args, "given", {dest}):
             keep_results(folder, args)

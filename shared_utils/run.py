@@ -518,7 +518,8 @@ class Run:
         if self.rank == 0 and self._writer is not None:
             end: dict[str, Any] = {"state": state, "step": self.step, "steps": self._total, "epoch": self.epoch}
             end |= {"minutes": round(self.minutes(), 3), "loss": self._mean if math.isfinite(self._mean) else None}
-            checkpoint.write(self.dir / "end.json", lambda handle: handle.write(json.dumps(end).encode() + b"\n"))
+            with contextlib.suppress(OSError, UserError):  # a full disk
+                checkpoint.write(self.dir / "end.json", lambda handle: handle.write(json.dumps(end).encode() + b"\n"))
 
     def _hparams(self) -> None:
         """Flags, and the numbers of result.json, for tensorboard's HPARAMS page, which shows the run's scalars too.

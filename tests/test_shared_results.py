@@ -82,6 +82,10 @@ def test_an_evaluation_writes_beside_its_weights_and_overwrites_no_other(tmp_pat
     assert [config["flags"]["per_class"] for config in kept] == [0, 1, 2]
     assert len(list((tmp_path / "seed0-knn").glob("result*.json"))) == 3
 
+    config = (run / "config.json").read_bytes()
+    knn(run / "checkpoint.pth", "--output-dir", str(run))
+    assert told(run / "eval/main_knn") == 0 and (run / "config.json").read_bytes() == config
+
     shutil.copy(run / "checkpoint.pth", tmp_path / "public.pth")  # a file that is no run's
     knn(tmp_path / "public.pth")
     assert told(tmp_path / "runs/kscl/knn/public") == 0
@@ -291,6 +295,8 @@ def test_a_run_starts_from_the_flags_of_another(tmp_path, capsys):
             job_parser().parse_args(["--config", str(tmp_path / "bad.json")])
     with pytest.raises(UserError, match="--data_dir"):  # still required without the file
         job_parser().parse_args([])
+    with pytest.raises(UserError, match="--config: expected one argument"):
+        job_parser().parse_args(["--config"])
 
 
 def test_a_positional_flag_comes_from_the_file_too(tmp_path):
