@@ -10,10 +10,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flat import data, save_features
+from flat import save_features
 from flat.backbone import WIDTHS, Encoder
 from shared_utils.flags import Parser, natural
-from shared_utils.lab.export import LOADED, Input, Made, add_export_flags, check, write_backbone
+from shared_utils.lab.export import Input, Made, add_export_flags, check, write_backbone
 from shared_utils.run import cli
 
 BLOCKS = {"ResNet10": 1, "ResNet18": 2}  # of each of the four stages
@@ -44,16 +44,15 @@ def torchvision_name(key: str, blocks: int) -> str:
     return f"layer{stage + 1}.{block}.{INNER[inner]}.{last}"
 
 
-def names_and_lines(encoder: Encoder, model: str, size: int, width: int) -> tuple[dict[str, Tensor], Made]:
+def names_and_lines(encoder: Encoder, model: str, size: int, width: int) -> tuple[dict[str, Tensor], list[str]]:
     """The encoder's tensors under the names they are exported with, and how they are loaded."""
     state = {key: value for key, value in encoder.state_dict().items() if not key.startswith("noise.")}
-    made, timm = f"flat.backbone.build({model!r}, {size}, {width})", None
+    made = f"flat.backbone.build({model!r}, {size}, {width})"
     if model in BLOCKS and width in (0, WIDTHS[model]):
         state = {torchvision_name(key, BLOCKS[model]): value for key, value in state.items()}
         block = "timm.models.resnet.BasicBlock"
         made = f"timm.models.resnet.ResNet({block}, {(BLOCKS[model],) * 4}, num_classes=0)"
-        timm = {"architecture": "resnet18", "num_classes": 0, "model_args": {"layers": [BLOCKS[model]] * 4}}
-    return state, Made([f"model = {made}", LOADED], timm)
+    return state, [f"model = {made}", "model.load_state_dict(load_file(FILE))"]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,10 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     given = save_features.get_parser().parse_args(["--checkpoint", args.pretrained])
     given.model, given.width, given.image_size = args.model, args.width, args.image_size
     encoder, _, flags, _ = save_features.load(Path(args.pretrained), given)
-    state, made = names_and_lines(encoder, flags.model, flags.image_size, flags.width)
+    state, lines = names_and_lines(encoder, flags.model, flags.image_size, flags.width)
     name = f"{flags.model}, input of {flags.image_size} pixels, normalised by {flags.mean_std}"
-    x = Input(flags.image_size, *data.MEAN_STD[flags.mean_std])
-    print(write_backbone(args, state, "flat", name, made, x))
+    timm = {"architecture": "resnet18", "num_classes": 0, "model_args": {"layers": [BLOCKS.get(flags.model)] * 4}}
+    x = Input(flags.image_size, *save_features.data.MEAN_STD[flags.mean_std])
+    print(write_backbone(args, state, "flat", name, Made(lines, timm if " = timm." in lines[0] else None), x))
     return 0
 
 
