@@ -46,7 +46,7 @@ def get_parser() -> Parser:
     a("--clus_pos_num", type=positive, default=5, help="K, members of a bag that count")
     a("--feature_dir", type=Path, help="keep features in .npy files there (mapped, not in memory: for ImageNet)")
     a("--batch_size", type=positive, default=256, help="images a process")
-    add_machine_flags(p, amp="none", output_dir="bingo/knn/default")
+    add_machine_flags(p, amp="none", output_dir="bingo/knn")
     return p
 
 
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         result |= bag_scores(bank, torch.from_numpy(bags.array), nearest[:, : args.clus_pos_num])
     result |= {"pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256, "data_dir": str(args.data_dir)}
     result["protocol"] = protocol(train, val)
-    write_result(args.output_dir, result)
+    write_result(args, result)
     return 0
 
 

@@ -56,7 +56,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--momentum", type=not_negative, default=0.9)
     a("--wd", "--weight_decay", type=not_negative, default=0.0)
     a("--eval_every", type=positive, default=10, help="epochs between tests; the last epoch is tested in any case")
-    add_run_flags(p, "fame/eval/default")
+    add_run_flags(p, "fame/finetune", "pretrained")
     return p
 
 

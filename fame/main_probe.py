@@ -41,7 +41,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="LABEL/FOLD, where a label is class or a column of the set's table",
     )
     a("--C", type=float, default=0.1, help="inverse strength of the classifier's L2 penalty")
-    add_machine_flags(p, workers=0, output_dir="fame/probe/default")
+    add_machine_flags(p, workers=0, output_dir="fame/probe")
     return p
 
 
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.pretrained != "none":
         progress = checkpoint.load(args.pretrained).get("progress", {})
         result["minutes"] = round(progress.get("seconds", 0.0) / 60, 2)  # of the pretraining
-    write_result(args.output_dir, result | {"pretrained": args.pretrained})
+    write_result(args, result | {"pretrained": args.pretrained})
     return 0
 
 

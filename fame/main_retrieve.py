@@ -28,7 +28,7 @@ def get_parser() -> Parser:
     add_network_flags(p)
     a("--stats", choices=["kinetics", "imagenet"], default="kinetics", help="mean and deviation of the input; training "
       "used Kinetics', the release's script ImageNet's")  # fmt: skip
-    add_machine_flags(p, output_dir="fame/retrieve/default")
+    add_machine_flags(p, output_dir="fame/retrieve")
     return p
 
 
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         at = recall(*features(train), *queries)
     else:
         at = recall(*queries, *queries, leave_out=True)
-    write_result(args.output_dir, {f"r{k}": value for k, value in at.items()} | {"pretrained": args.pretrained})
+    write_result(args, {f"r{k}": value for k, value in at.items()} | {"pretrained": args.pretrained})
     return 0
 
 

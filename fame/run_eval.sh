@@ -55,6 +55,5 @@ case "$tier" in
     ;;
 esac
 checkpoint=${CHECKPOINT:-$runs/fame/pretrain/$where/checkpoint.pth}
-out=$runs/fame/eval/$where
 
-"${launch[@]}" -m fame.eval --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"
+"${launch[@]}" -m fame.eval --pretrained "$checkpoint" "${flags[@]}" "$@"

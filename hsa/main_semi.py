@@ -77,7 +77,7 @@ def get_parser() -> Parser:
     )
     a("--self_training", choices=["true", "false"], default="true", help="(ii) to (iv) after the fine-tuning")
     a("--threshold", type=float, default=1.0, help="bits of entropy up to which a prediction becomes a pseudo-label")
-    add_run_flags(p, "hsa/semi/default")
+    add_run_flags(p, "hsa/semi", "pretrained")
     p.set_defaults(pseudo_sha256="")
     return p
 

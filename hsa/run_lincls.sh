@@ -50,6 +50,5 @@ case "$tier" in
     ;;
 esac
 checkpoint=${CHECKPOINT:-$runs/hsa/pretrain/$where/checkpoint.pth}
-out=$runs/hsa/lincls/$where
 
-"${launch[@]}" -m hsa.main_lincls --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"
+"${launch[@]}" -m hsa.main_lincls --pretrained "$checkpoint" "${flags[@]}" "$@"

@@ -44,7 +44,7 @@ def get_parser() -> Parser:
     a("--tau", type=float, default=0.1, help="temperature of knn200's weights")
     a("--feature_dir", type=Path, help="keep features in .npy files there (mapped, not in memory: for ImageNet)")
     a("--batch_size", type=positive, default=256, help="images a process")
-    add_machine_flags(p, amp="none", output_dir="kscl/knn/default")
+    add_machine_flags(p, amp="none", output_dir="kscl/knn")
     return p
 
 
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         "purity": purity(nearest, labels),
     }
     result |= {"features": args.features, "pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256}
-    write_result(args.output_dir, result | {"data_dir": str(args.data_dir), "protocol": protocol(train, val)})
+    write_result(args, result | {"data_dir": str(args.data_dir), "protocol": protocol(train, val)})
     return 0
 
 

@@ -28,7 +28,7 @@ def get_parser() -> Parser:
     add_flags(p)
     a("--feature_dir", type=Path, help="keep features in .npy files there (mapped, not in memory: for ImageNet)")
     a("--batch_size", type=positive, default=256, help="images a process")
-    add_machine_flags(p, amp="none", output_dir="sage/knn/default")
+    add_machine_flags(p, amp="none", output_dir="sage/knn")
     return p
 
 
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     result |= {"pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256, "data_dir": str(args.data_dir)}
     result |= {"normalise": norm, "protocol": protocol(train, val)}
-    write_result(args.output_dir, result)
+    write_result(args, result)
     return 0
 
 

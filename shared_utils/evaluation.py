@@ -30,6 +30,7 @@ from shared_utils.data import (
 )
 from shared_utils.feed import in_order
 from shared_utils.flags import natural, positive
+from shared_utils.provenance import result_folder
 from shared_utils.run import plain_errors
 
 SETS = ("folder", "cifar10", "cifar100")
@@ -340,10 +341,11 @@ def topk(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
     return torch.stack([(place < k).sum() for k in ks]).double().cpu()
 
 
-def write_result(folder: Path, result: Mapping[str, Any]) -> None:
-    """Print the numbers, and write them as result.json."""
+def write_result(where: Path | argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Print the numbers, and write them as result.json: into the folder of a run, or where `result_folder` says."""
     if distributed.rank() != 0:
         return
+    folder = where if isinstance(where, Path) else result_folder(where)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")

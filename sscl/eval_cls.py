@@ -50,7 +50,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="also top-1 of the calibrated prediction (an extra)",
     )
     a("--batch_size", type=positive, default=256)
-    add_machine_flags(p, output_dir="sscl/cls/default")
+    add_machine_flags(p, output_dir="sscl/cls")
     return p
 
 
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         result |= pseudo_scores(kinds, truth) | {"unlabelled": int(rest.sum())}
     saved = checkpoint.load(args.pretrained)
     result["minutes"] = round(saved["progress"]["seconds"] / 60, 2)
-    write_result(args.output_dir, result | {"pretrained": args.pretrained, "data_dir": str(args.data_dir)})
+    write_result(args, result | {"pretrained": args.pretrained, "data_dir": str(args.data_dir)})
     return 0
 
 

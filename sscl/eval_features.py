@@ -40,7 +40,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--episodes", type=positive, default=600)
     a("--l2", type=not_negative, default=1e-4, help="weight decay of the linear probe's logistic regression")
     a("--batch_size", type=positive, default=256)
-    add_machine_flags(p, amp="none", output_dir="sscl/features/default")
+    add_machine_flags(p, amp="none", output_dir="sscl/features")
     a("--seed", type=natural, default=0, help="of the episodes")
     return p
 
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
             mean, half = episodes(feats, novel.labels, 5, k, count=args.episodes, seed=args.seed)
             result |= {f"5way_{k}shot": mean, f"5way_{k}shot_ci": half}
     result |= {"copy": args.copy, "pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256}
-    write_result(args.output_dir, result | {"data_dir": str(args.data_dir)})
+    write_result(args, result | {"data_dir": str(args.data_dir)})
     return 0
 
 

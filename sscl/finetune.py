@@ -48,7 +48,7 @@ def get_parser() -> argparse.ArgumentParser:
         default=256,
         help="images a step, all processes together; at most the labelled ones",
     )
-    add_run_flags(p, "sscl/finetune/default")
+    add_run_flags(p, "sscl/finetune", "pretrained")
     p.set_defaults(split_sha256="", no_labels=False, backbone_sha256="")
     return p
 

@@ -50,7 +50,5 @@ case "$tier" in
 esac
 checkpoint=${CHECKPOINT:-$runs/sscl/train/$where/checkpoint.pth}
 
-"$PYTHON" -m sscl.eval_cls --pretrained "$checkpoint" "${data[@]}" "${loading[@]}" "${pseudo[@]}" \
-  --output-dir "$runs/sscl/cls/$where"
-"$PYTHON" -m sscl.eval_features --pretrained "$checkpoint" "${data[@]}" "${loading[@]}" "${more[@]}" \
-  --output-dir "$runs/sscl/features/$where" "$@"
+"$PYTHON" -m sscl.eval_cls --pretrained "$checkpoint" "${data[@]}" "${loading[@]}" "${pseudo[@]}"
+"$PYTHON" -m sscl.eval_features --pretrained "$checkpoint" "${data[@]}" "${loading[@]}" "${more[@]}" "$@"

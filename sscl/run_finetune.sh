@@ -43,7 +43,6 @@ case "$tier" in
     )
     ;;
 esac
-out=$runs/sscl/finetune/$where
 checkpoint=${CHECKPOINT:-$runs/sscl/moco/$where/checkpoint.pth}
 if [ -z "${CHECKPOINT:-}" ]; then
   # MoCo v2's key view is a second strong one, whatever the tier of the method has.
@@ -51,5 +50,5 @@ if [ -z "${CHECKPOINT:-}" ]; then
     --output-dir "$runs/sscl/moco/$where" | sed '/^ *next: /d' # which would evaluate the method's own run
 fi
 
-"${launch[@]}" -m sscl.finetune --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"
+"${launch[@]}" -m sscl.finetune --pretrained "$checkpoint" "${flags[@]}" "$@"
 next_job sscl/run_train.sh "$tier" # the method itself

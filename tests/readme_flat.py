@@ -14,7 +14,7 @@ def check(runs: Path) -> None:
     # 225 steps teach the decoder the mean of the targets (0.50), from 0.7 or more of its first weights
     at = fmean(row["loss/at"] for row in rows[-5:])
     assert rows[0]["loss/at"] > 0.6 and at < 0.54, f"the decoder's loss goes from {rows[0]['loss/at']} to {at:.3f}"
-    result = json.loads((runs / "flat/eval/mini/result.json").read_text())
+    result = json.loads((runs / "flat/train/mini/eval/episodes/result.json").read_text())
     for shots in (1, 5):
         key = f"{shots}shot-proto_l2"
         assert result[key] - result[f"{key}_ci"] > 45, f"{key}: {result[key]:.1f}, chance is 20"

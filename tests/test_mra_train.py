@@ -781,7 +781,7 @@ def test_occlusion_and_diagnostics(images: Path, mae: Path, tmp_path: Path) -> N
     train("supervised", images, run, "--mean_std", "half")
     argv = ["--checkpoint", str(run / "checkpoint.pth"), "--cell", "4", "--threads", "1"]
     assert eval_occlusion.main([*argv, "--mae_ckpt", str(mae), "--batch_size", "5"]) == 0
-    found = result(tmp_path / "run-test")
+    found = result(run / "eval" / "occlusion")
     assert found["curves"]["random"][0] == pytest.approx(result(run)["top1"], abs=1e-3)
     assert {len(curve) for curve in found["curves"].values()} == {10} and len(found["curves"]) == 3
     for name, curve in found["curves"].items():

@@ -12,7 +12,7 @@ from torch import Tensor
 from flat import save_features
 from flat.backbone import WIDTHS, Encoder, torchvision_names
 from shared_utils.flags import Parser, natural
-from shared_utils.lab.export import add_export_flags, check, write_backbone
+from shared_utils.lab.export import Input, Made, add_export_flags, check, write_backbone
 from shared_utils.run import cli
 
 BLOCKS = {"ResNet10": 1, "ResNet18": 2}  # of each of the four stages
@@ -25,7 +25,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--model", help="this and the following default to the checkpoint's own flags")
     a("--width", type=natural)
     a("--image_size", "--img_size", type=natural)
-    add_export_flags(p, ["safetensors"], "safetensors")
+    add_export_flags(p, ["safetensors", "hub"], "safetensors")
     return p
 
 
@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     encoder, _, flags, _ = save_features.load(Path(args.pretrained), given)
     state, lines = names_and_lines(encoder, flags.model, flags.image_size, flags.width)
     name = f"{flags.model}, input of {flags.image_size} pixels, normalised by {flags.mean_std}"
-    print(write_backbone(args, state, "flat", name, lines))
+    timm = {"architecture": "resnet18", "num_classes": 0, "model_args": {"layers": [BLOCKS.get(flags.model)] * 4}}
+    x = Input(flags.image_size, *save_features.data.MEAN_STD[flags.mean_std])
+    print(write_backbone(args, state, "flat", name, Made(lines, timm if " = timm." in lines[0] else None), x))
     return 0
 
 
