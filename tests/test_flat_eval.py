@@ -3,7 +3,6 @@
 import json
 import math
 import subprocess
-import sys
 import time
 import warnings
 from functools import partial
@@ -332,7 +331,7 @@ def test_default_heads_follow_the_training_method(tmp_path: Path) -> None:
         }
 
 
-def test_a_closerlook_checkpoint_gives_features(tmp_path: Path) -> None:
+def test_a_closerlook_checkpoint_gives_features(tmp_path: Path, python: str) -> None:
     """Their Conv4 lists every layer twice (feature.trunk.0.C and feature.trunk.0.trunk.0) and brings a classifier."""
     torch.manual_seed(0)
     encoder = build("Conv4", 32).eval()
@@ -343,7 +342,7 @@ def test_a_closerlook_checkpoint_gives_features(tmp_path: Path) -> None:
     state |= twice | {"classifier.weight": torch.zeros(200, 256), "classifier.bias": torch.zeros(200)}
     torch.save({"epoch": 399, "state": state}, tmp_path / "399.tar")
     command = [
-        sys.executable,
+        python,
         "-m",
         "flat.save_features",
         "--checkpoint",

@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -346,12 +345,12 @@ def test_a_diverged_run_stops_and_keeps_the_last_good_checkpoint(data, tmp_path,
 # --- processes and bad input -----------------------------------------------------------------------------------------
 
 
-def test_two_processes_equal_one_with_two_splits(data, tmp_path):
+def test_two_processes_equal_one_with_two_splits(data, tmp_path, python):
     """With gradient through the keys: those of both encoders are dealt over the processes."""
     flags = [*SMALL, "--data_dir", str(data), "--init_lr", "0.002", "--subspace_grad", "pos", "--end_epoch", "2"]
     flags += ["--aug_backend", "batch"]
     assert main([*flags, "--output-dir", str(tmp_path / "one")]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "kscl.main_kscl", *flags, "--bn_splits", "1", "--output-dir", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -423,8 +422,8 @@ def test_images_of_ones_own_in_class_folders_and_without_labels(data, tmp_path, 
         train(plain, tmp_path / "none", "--per_class", "2")
 
 
-def test_the_command_line_on_mini_data(tmp_path):
-    command = [sys.executable, "-m", "kscl.main_kscl", *SMALL, "--output-dir", str(tmp_path / "out")]
+def test_the_command_line_on_mini_data(tmp_path, python):
+    command = [python, "-m", "kscl.main_kscl", *SMALL, "--output-dir", str(tmp_path / "out")]
     command += ["--data_dir", str(mini.ensure("images").resolve()), "--per-class", "4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -557,11 +556,11 @@ def test_a_diverged_run_stops(data, tmp_path):
 
 
 @pytest.mark.parametrize("arm", ["--labelled_anchors", PUBLISHED])
-def test_two_processes_equal_one_with_two_splits(arm, data, tmp_path):
+def test_two_processes_equal_one_with_two_splits(arm, data, tmp_path, python):
     flags = ["--epochs", "2", "--log-every", "1", *arm.split()]
     log = train(data, tmp_path / "one", *flags)
     flags += ["--bn_splits", "1"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "sscl.main", *SMALL, *flags, "--data", str(data), "--output-dir", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -673,8 +672,8 @@ def test_all_images_labelled(data, tmp_path):
         eval_cls.main([*words, "--pseudo", "--output-dir", str(tmp_path / "cls")])
 
 
-def test_the_command_line_on_mini_data_and_without_data(tmp_path):
-    command = [sys.executable, "-m", "sscl.main", *SMALL, "--output-dir", str(tmp_path / "out"), "--epochs", "1"]
+def test_the_command_line_on_mini_data_and_without_data(tmp_path, python):
+    command = [python, "-m", "sscl.main", *SMALL, "--output-dir", str(tmp_path / "out"), "--epochs", "1"]
     command += ["--data", str(mini.ensure("images")), "--per-class", "6"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -685,7 +684,7 @@ def test_the_command_line_on_mini_data_and_without_data(tmp_path):
     assert module == "sscl.eval_cls"
     assert eval_cls.main([*flags, "--output-dir", str(tmp_path / "cls"), "--workers", "0", "--threads", "1"]) == 0
     assert 0 <= json.loads((tmp_path / "cls/result.json").read_text())["top1"] <= 100
-    command = [sys.executable, "-m", "sscl.main", "--data", str(tmp_path / "nowhere")]
+    command = [python, "-m", "sscl.main", "--data", str(tmp_path / "nowhere")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (
         done.returncode == 2
