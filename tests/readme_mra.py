@@ -33,4 +33,6 @@ def check(runs: Path) -> None:
     with open(runs / "mra/predictions.csv", newline="") as handle:
         rows = list(csv.DictReader(handle))
     right = [row["file"].split("/")[0] == row["class"] for row in rows]
-    assert len(rows) == 1000 and abs(100 * fmean(right) - result("fixmatch")["top1"]) < 1e-6, "not what the run has measured"
+    assert len(rows) == 1000 and abs(100 * fmean(right) - result("fixmatch")["top1"]) < 1e-6, (
+        "not what the run has measured"
+    )
