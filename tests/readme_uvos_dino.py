@@ -3,6 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
+MASKS = Path(__file__).resolve().parents[1] / "data/mini/davis/Annotations/480p/shape-val-00"
+
 
 def check(runs: Path) -> None:
     rows = [json.loads(line) for line in (runs / "uvos_dino/train/mini/log.jsonl").read_text().splitlines()]
@@ -16,3 +21,13 @@ def check(runs: Path) -> None:
     assert 2 <= result["clusters"] <= 10, f"{result['clusters']} clusters a sequence"
     assert (masks / "frame/global_results-val.csv").is_file()
     assert (masks / "shape-val-00/00011.png").is_file()
+
+    # Masks of a clip in two windows, without its annotation: one number is the shape, from the first frame to the last.
+    own = runs / "uvos_dino/segment"
+    found, truth = (
+        np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+        for folder in (own / "shape-val-00", MASKS)
+    )
+    J = max(((found == n) & (truth > 0)).sum() / ((found == n) | (truth > 0)).sum() for n in np.unique(found))
+    assert found.shape == truth.shape and J > 0.6, f"J of the best number is {J:.2f}"
+    assert (own / "shape-val-00.mp4").stat().st_size > 1000 and (own / "shape-val-00.csv").is_file()

@@ -4,6 +4,7 @@ import csv
 import itertools
 import shlex
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -276,14 +277,15 @@ def test_the_block_trains_on_videos_and_frames_and_its_hint_runs(tmp_path: Path,
     write_frames(root / "c", [scene(t, 40, 30) for t in range(4)], "jpg")
     write_frames(root / "c maps", [scene(t, 40, 30)[..., 0] for t in range(4)])
     write_video(root / "a film.mp4", [scene(t) for t in range(7)])
-    unread: list[Path] = []
+    (root / "c/notes.heic").write_text("no image that is read")
+    unread = Counter[str]()
     videos = data.training_videos(root, unread)
     assert [(data.name_of(v), len(v)) for v in videos] == [("a film", 1), ("frames", 6), ("c", 4)]
-    assert unread == [root / "c maps"]
+    assert unread == {"label maps (.png)": 4, ".heic": 1}
     out = tmp_path / "out dir"
     assert script.main([*BLOCK, "--basepath", str(root), "--output-dir", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "3 videos, 17 frames" in said and "not read: 1 folders of label maps" in said
+    assert "3 videos, 17 frames" in said and "not read: 4 label maps (.png), 1 .heic" in said
     module, *argv = hint(said)
     assert module == "uvos_dino.segment" and argv[0] == str(root / "a film.mp4")
     assert segment.main([*argv, "--save_path", str(tmp_path / "masks"), "--threads", "1"]) == 0

@@ -28,7 +28,9 @@ NORMS = {
     "release": ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)),  # Kinetics: the release's inference alone
 }
 JPEG = {".jpg", ".jpeg"}
+LABEL_MAP = "label maps (.png)"  # as the preflight counts them
 IMAGES, FILMS = (rf".*({'|'.join(map(re.escape, sorted(kinds)))})" for kinds in (EXTENSIONS, video.ENDINGS))
+READ = f"{IMAGES}|{FILMS}"
 
 
 class Layout(NamedTuple):
@@ -201,28 +203,32 @@ def files_of(folder: Path, pattern: str) -> list[Path]:
     return sorted((path for path in found if not path.name.startswith(".")), key=natural_order)
 
 
-def training_videos(root: Path, unread: list[Path] | None = None) -> list[list[Path]]:
+def training_videos(root: Path, unread: Counter[str] | None = None) -> list[list[Path]]:
     """Frames of every folder of images below `root` (YouTube-VOS's and -VIS's train/JPEGImages, DAVIS's 480p, one's
     own), and every video file, as a list of that file alone.
 
     Label maps are left out: palette or grey PNGs in a folder of their own, where other folders hold JPEGs, and PNGs
-    under the name of a JPEG beside them. `unread` collects such folders.
+    under the name of a JPEG beside them. `unread` counts them, and other files by their endings.
 
     UserError when there is neither.
     """
     jpegs: list[list[Path]] = []  # folders with JPEGs in them
     others: list[list[Path]] = []
     films: list[list[Path]] = []
-    for folder, _ in sorted(walk(root)) if root.is_dir() else []:
+    left = Counter[str]()
+    for folder, there in sorted(walk(root)) if root.is_dir() else []:
         files = files_of(folder, IMAGES)
+        left.update(path.suffix.lower() for path in map(Path, there) if not re.fullmatch(READ, path.name, re.I))
         names = {path.stem for path in files if path.suffix.lower() in JPEG}
         frames = [path for path in files if path.suffix.lower() in JPEG or path.stem not in names]
+        left.update({LABEL_MAP: len(files) - len(frames)})
         if frames:
             (jpegs if names else others).append(frames)
         films += [[path] for path in files_of(folder, FILMS)]
     maps = [frames for frames in others if jpegs and _is_map(frames[0])]
+    left.update({LABEL_MAP: sum(map(len, maps))})
     if unread is not None:
-        unread += [frames[0].parent for frames in maps]
+        unread.update(+left)
     videos = jpegs + [frames for frames in others if frames not in maps] + films
     if not videos:
         raise UserError(
@@ -292,7 +298,7 @@ def fit(rgb: np.ndarray, size: tuple[int, int], patch: int, path: Path) -> Tenso
     height, width = size if size[0] > 0 else (rgb.shape[0] // patch * patch, rgb.shape[1] // patch * patch)
     if not height or not width:
         raise UserError(f"{path}: {rgb.shape[0]} x {rgb.shape[1]} pixels are less than a patch of {patch}")
-    x: Any = rgb.astype(np.float32) / 255
+    x: Any = np.divide(rgb, 255, dtype=np.float32)
     if x.shape[:2] != (height, width):
         x = cv2.resize(x, (width, height), interpolation=cv2.INTER_LINEAR)
     return torch.from_numpy(np.ascontiguousarray(x)).permute(2, 0, 1)

@@ -8,6 +8,7 @@ import argparse
 import copy
 import math
 from bisect import bisect_right
+from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 from shlex import quote
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from shared_utils import UserError, augment, distributed
-from shared_utils.data import EpochSampler, mix_key
+from shared_utils.data import EpochSampler, mix_key, tell
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
 from shared_utils.init import add_init_flag
 from shared_utils.pictures import make_grid
@@ -130,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     run = Run(args, "uvos_dino", "dino")
     check_flags(args, run.world)
-    unread: list[Path] = []
+    unread = Counter[str]()
     root = args.data_dir / "train" if (args.data_dir / "train").is_dir() else args.data_dir
     frames = Frames(training_videos(root, unread), tuple(args.image_size), args.every)
     sampler = EpochSampler(len(frames), args.batch_size // run.world, args.seed, run.rank, run.world)
@@ -152,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         {
             "data": f"{root}: {len(frames)} images at {args.image_size[0]} x {args.image_size[1]}, from "
             f"{len(frames.parts)} folders or videos",
-            **({"not read": f"{len(unread)} folders of label maps ({unread[0]}, ...)"} if unread else {}),
+            **({"not read": tell(unread)} if unread else {}),
             "encoder": weights,
             "batch": f"{args.batch_size}, {sampler.steps_per_epoch} steps an epoch, {steps} in all; "
             f"2 crops of {args.global_size} and {args.local_crops} of {args.local_size}",

@@ -49,9 +49,9 @@ def get_parser() -> argparse.ArgumentParser:
     a("--resolution", type=at_least(-1), nargs=2, metavar=("H", "W"), help="frames are stretched to this; -1 -1: their "
       "own size, cut to patches; default: as many pixels as in training, in the frames' proportions")  # fmt: skip
     a("--eval_norm", choices=list(NORMS), default="imagenet", help="statistics of the colours: those of training")
-    a("--window", type=natural, default=16, help="frames that are clustered together; 0: the whole clip")
+    a("--window", type=natural, default=18, help="frames that are clustered together; 0: the whole clip")
     a("--centroids", choices=["keys", "all"], default="keys", help="clusters are looked for in "
-      "three frames around each key frame (stage A), or in all, as in the evaluation: several times as slow")  # fmt: skip
+      "three frames around each key frame (stage A), or in all, as in the evaluation: slower")  # fmt: skip
     a("--ratio", type=positive, default=10, help="r: every r-th frame of a window gives keys, one at least")
     a("--tau", type=float, default=1.0, help="threshold on the symmetric divergence, in windows and between them")
     a("--memory_gb", type=not_negative, default=1.0, help="attention rows to keep; what is beyond is computed twice")
@@ -164,9 +164,9 @@ def windows(frames: Iterator[Frame], length: int) -> Iterator[list[Frame]]:
 
 def overlay(picture: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """A picture [H, W, 3] uint8 half covered by the colours of the numbers [h, w] uint8."""
-    palette = np.array(voc_palette(), np.uint8).reshape(256, 3)
-    rows, columns = (metrics.nearest_index(n, side) for n, side in zip(numbers.shape, picture.shape))
-    return cv2.addWeighted(picture, 0.5, palette[numbers][rows][:, columns], 0.5, 0)
+    colours = np.array(voc_palette(), np.uint8).reshape(256, 1, 3)
+    shown = cv2.applyColorMap(metrics.upsample(numbers, *picture.shape[:2]), colours)
+    return cv2.addWeighted(picture, 0.5, shown, 0.5, 0)
 
 
 class Results:

@@ -6,6 +6,7 @@ Also torchrun --nproc-per-node 8 -m uvos_dino.train_RGB_cluster ...; the arms of
 import argparse
 import math
 import time
+from collections import Counter
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from shared_utils import UserError, checkpoint, distributed
-from shared_utils.data import EpochSampler, Keyed, mix_key
+from shared_utils.data import EpochSampler, Keyed, mix_key, tell
 from shared_utils.flags import Parser, add_run_flags, boolean, natural, not_negative, positive
 from shared_utils.run import Run, cli
 from uvos_dino import losses, metrics, vision_transformer
@@ -214,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     # Data: virtual clips, drawn by (seed, index) alone
-    unread: list[Path] = []
+    unread = Counter[str]()
     videos = chosen_videos(args.basepath, args.train_list, unread)
     augment = ClipAugment(tuple(args.resolution), args.seed, args.augment)
     items = max(1, steps) * args.batch_size * run.world
@@ -227,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     run.reads([path for video in videos for path in video], *([probe.files] if probe else []))
     told = facts(run, videos, sum(clips.lengths), model, counts, grid, loaded)
     if unread:
-        told["not read"] = f"{len(unread)} folders of label maps ({unread[0]}, ...)"
+        told["not read"] = tell(unread)
     run.preflight({**told, "probed": f"the first {len(probe.videos)} of {probe.data}"} if probe else told)
     if not steps:  # the random block
         run.save()
@@ -273,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def chosen_videos(root: Path, file: Path | None, unread: list[Path] | None = None) -> list[list[Path]]:
+def chosen_videos(root: Path, file: Path | None, unread: Counter[str] | None = None) -> list[list[Path]]:
     """Frames of the training videos, of those that `file` names. UserError for a name without frames."""
     videos = training_videos(root, unread)
     if file is None:

@@ -99,9 +99,10 @@ class Writer:
         from av import VideoFrame
 
         height, width = picture.shape[:2]
-        picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
+        if height % 2 or width % 2:
+            picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
         if self.stream is None:
-            options = {"preset": "veryfast", "crf": "20"} if self.codec == "libx264" else {"qmax": "6"}
+            options = {"preset": "ultrafast", "crf": "23"} if self.codec == "libx264" else {"qmax": "6"}
             stream: Any = self.container.add_stream(self.codec, rate=self.rate, options=options)
             stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
             self.stream = stream
