@@ -22,4 +22,4 @@ def check(runs: Path) -> None:
     with open(runs / "flat/predictions.csv", newline="") as handle:
         labelled = list(csv.DictReader(handle))
     right = fmean(Path(row["file"]).parent.name == row["class"] for row in labelled)
-    assert len(labelled) == 8 * 20 and right > 0.3, f"{100 * right:.0f} % of {len(labelled)}, chance is 12.5"
+    assert len(labelled) == 8 * 25 and right > 0.3, f"{100 * right:.0f} % of {len(labelled)}, chance is 12.5"
