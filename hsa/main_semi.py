@@ -297,7 +297,8 @@ def main(argv: list[str] | None = None) -> int:
         finetune(again, network, both, facts)
         result["semi_self"], result["semi_self_top5"] = accuracy(again, network, val)
         again.finish()
-    write_result(out, result | {"pretrained": args.pretrained})
+    args.output_dir = out
+    write_result(args, result | {"pretrained": args.pretrained})
     return 0
 
 

@@ -201,11 +201,15 @@ def write_csv(path: Path, runs: Sequence[Found]) -> None:
     checkpoint.write(path, lambda handle: handle.write(text.getvalue().encode("utf-8", "surrogateescape")))
 
 
-def main(argv: list[str] | None = None) -> int:
+def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="shared_utils.compare_runs", description=(__doc__ or "").splitlines()[0])
     p.add_argument("runs", type=Path, help="folder with runs below it")
     p.add_argument("--csv", type=Path, help="write all rows there too")
-    args: argparse.Namespace = p.parse_args(argv)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = get_parser().parse_args(argv)
     found = collect(args.runs)
     width = shutil.get_terminal_size((120, 40)).columns
     for job in dict.fromkeys(run.job for run in found):

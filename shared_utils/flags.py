@@ -209,7 +209,7 @@ class Parser(argparse.ArgumentParser):
 
     def _take(self, action: argparse.Action, value: Any) -> None:
         """`value` of a config.json as the default of a flag, checked as argparse checks what is typed."""
-        if isinstance(value, list) and action.nargs:
+        if isinstance(value, list) and (action.nargs or not value):
             value = [self._get_value(action, str(part)) for part in value]
         elif value is not None and not isinstance(value, bool):
             value = self._get_value(action, ",".join(map(str, value)) if isinstance(value, list) else str(value))

@@ -275,13 +275,13 @@ def test_a_hub_folder_is_read_by_timm_and_tells_nothing_of_the_machine(folder, k
         ]
         more = ["--model", "ResNet10", "--image_size", "32", "--width", "64"] if folder == "flat" else []
     saved = checkpoint.load(file)
-    private = {"seed": 3, "data_dir": "/mnt/alice/birds", "val_dir": "birds", "weights_of": "/mnt/alice/w.pth"}
+    private = {"seed": 3, "data_dir": f"{tmp_path}/alice/birds", "val_dir": "birds", "weights_of": "~alice/w.pth"}
     if folder != "flat":  # CloserLookFewShot's files have no flags
         checkpoint.save(file, saved | {"args": {**saved.get("args", {}), **private}})
     (run / "config.json").write_text('{"flags": {}, "git_commit": "abc123"}')
     for place, top1 in (("knn", 31.25), ("knn-data_dir=alice", 29.5)):
         (run / "eval" / place).mkdir(parents=True)
-        (run / "eval" / place / "result.json").write_text(f'{{"top1": {top1}, "data_dir": "/mnt/alice/birds"}}')
+        (run / "eval" / place / "result.json").write_text(f'{{"top1": {top1}, "data_dir": "alice/birds"}}')
     assert main([*argv, *more, "--format", "hub", "--out", str(out)]) == 0
     assert main([*argv, *more, "--format", "hub", "--out", str(out)]) == 0  # the same folder again
 

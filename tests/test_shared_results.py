@@ -22,6 +22,7 @@ from shared_utils import UserError, checkpoint, compare_runs
 from shared_utils.data import EpochSampler, Keyed
 from shared_utils.evaluation import write_result
 from shared_utils.flags import Parser, add_output_flag, add_run_flags, floats, positive
+from shared_utils.provenance import config_of
 from shared_utils.run import Run, cli
 
 
@@ -113,10 +114,33 @@ def test_the_folder_of_every_evaluation(name, tmp_path, monkeypatch):
     args = parser.parse_args([weights, str(run / "checkpoint.pth"), *more])
     dest = "save_path" if name.startswith("uvos") else "output_dir"
     assert getattr(args, dest) == run / "eval" / EVALUATIONS[name] and dest not in args.given
+    again(name, args, tmp_path / "config.json")
     args = parser.parse_args([weights, str(tmp_path / "other.pth"), *more])
     assert getattr(args, dest) == tmp_path / "runs" / name.partition(".")[0] / EVALUATIONS[name] / "other"
     args = parser.parse_args([weights, str(run / "checkpoint.pth"), *more, f"--{dest}", "mine"])
     assert getattr(args, dest) == Path("mine") and dest in args.given
+
+
+def again(name: str, args: Any, file: Path) -> None:
+    """The flags of a run of `name` are those of one that starts from its config.json."""
+    file.write_text(json.dumps(config_of(args)))
+    found = importlib.import_module(name).get_parser().parse_args(["--config", str(file)])
+    other = {k for k, v in vars(args).items() if getattr(found, k) != v}
+    assert vars(found).keys() == vars(args).keys() and other <= {"output_dir", "save_path"}, other
+
+
+TRAININGS = {
+    "bingo.main_moco": "", "bingo.main_teacher": "", "fame.train": "DATA", "flat.train": "", "hsa.main_moco": "",
+    "kscl.main_kscl": "", "mdp.main_pretrain": "", "mra.main_pretrain": "", "mra.main_supervised": "",
+    "mra.main_fixmatch": "", "mra.main_fewshot": "", "sage.train": "--mode byol", "sscl.main": "",
+    "uvos_dino.main_dino": "", "uvos_dino.train_RGB_cluster": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_every_training_starts_from_its_own_flags(name, tmp_path):
+    args = importlib.import_module(name).get_parser().parse_args([*TRAININGS[name].split(), "--seed", "5"])
+    again(name, args, tmp_path / "config.json")
 
 
 def job_parser(prog: str = "x.train") -> Parser:
