@@ -105,7 +105,7 @@ def serve(address: str) -> None:
     listener.listen(64)
     os.write(1, b"ready\n")
     while True:
-        ready, _, _ = select.select([0, listener], [], [])
+        ready, _, _ = select.select([0, listener.fileno()], [], [])
         if 0 in ready:
             os._exit(0)
         caller, _ = listener.accept()
@@ -140,7 +140,7 @@ def attend(caller: socket.socket, own: dict[str, str]) -> NoReturn:
         os.close(file)
     caller.sendall(b"%d\n" % child)
     ended = os.pidfd_open(child)
-    ready, _, _ = select.select([ended, caller], [], [])
+    ready, _, _ = select.select([ended, caller.fileno()], [], [])
     if ended not in ready:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
@@ -158,7 +158,7 @@ def start(asked: dict, files: list[int]) -> NoReturn:
     os.chdir(asked["folder"])
     os.environ.clear()
     os.environ.update(asked["env"])
-    sys.stdout = sys.__stdout__ = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8")
+    assert isinstance(sys.stdout, io.TextIOWrapper)  # nothing was written to it before
     sys.stdout.reconfigure(write_through=asked["unbuffered"])
     sys.modules["__main__"] = types.ModuleType("__main__")
     code: object = 0

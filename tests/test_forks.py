@@ -20,8 +20,11 @@ def test_files_words_variables_and_folder_are_the_caller_s(how: str, python: str
     first = {"-c": ["-c", WORDS], "-m": ["-m", "mod"], "file": ["mod.py"], "-X": ["-X", "utf8", "mod.py"]}[how]
     answers = []
     for start in (sys.executable, python):
-        told = {"env": {**os.environ, "X": "a b"}, "cwd": tmp_path, "input": "typed", "text": True}
-        answers.append(subprocess.run([start, *first, "c d"], capture_output=True, check=True, **told).stdout)
+        command, told = [start, *first, "c d"], {**os.environ, "X": "a b"}
+        done = subprocess.run(
+            command, env=told, cwd=tmp_path, input="typed", capture_output=True, text=True, check=True
+        )
+        answers.append(done.stdout)
     known = {True: "True", False: "False"}[how != "-X"]  # words that the forks do not know start the real one
     assert answers[0].replace("False typed", f"{known} typed") == answers[1]
 
