@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from shared_utils import UserError
-from shared_utils.data import ImageList, fingerprint, is_helper, load_image, read_text
+from shared_utils.data import ImageList, fingerprint, is_helper, load_image, read_text, walk
 
 HERE = Path(__file__).resolve().parent
 IGNORE = 255  # in local maps; -1 in the union space
@@ -58,11 +58,13 @@ RAW_COCO = lookup(i for i in range(182) if i not in COCO_HOLES)
 def _found(folder: Path, pattern: str, endings: Sequence[str], unread: Counter[str] | None = None) -> dict[str, Path]:
     """{path below `folder` without its ending: path}, sorted; one directory listing instead of a stat per file.
 
+    An empty pattern is for files at any depth, through links (`walk` and its UserErrors).
     Endings in any case; `is_helper`s are none of the set's. `unread` counts other files by the suffix of their names.
     UserError: two files that differ in their ending alone.
     """
     found: dict[str, Path] = {}
-    for path in sorted(folder.glob(pattern)):
+    files = folder.glob(pattern) if pattern else (where / name for where, names in walk(folder) for name in names)
+    for path in sorted(files):
         key = path.relative_to(folder).as_posix()
         if any(map(is_helper, key.split("/"))):
             continue
@@ -103,7 +105,7 @@ def _lossy(expected: Path) -> str:
     return ""
 
 
-def _folders(
+def folders(
     tree: Path,
     split: str,
     unread: Counter[str],
@@ -115,7 +117,7 @@ def _folders(
     label_endings: tuple[str, ...] = (".png",),
     depth: int = 1,
 ) -> list[Pair]:
-    """Sets whose split is a folder, `{}`; of `labels` x `label_endings` the first that has files wins."""
+    """Sets whose split is a folder, `{}`; of `labels` x `label_endings` the first that has files wins; depth 0: any."""
     image_dir = tree / images.format(split)
     pattern = "/".join("*" * depth)
     found = _found(image_dir, pattern, endings, unread)
@@ -178,7 +180,7 @@ def _lists(tree: Path, split: str, unread: Counter[str], *, name: str, lists: st
 
 def _labelmefacade(tree: Path, split: str, unread: Counter[str]) -> list[Pair]:
     """Official train/test folders, or the frozen lists `pretrain` and `holdout` over both."""
-    read = partial(_folders, tree, name="labelmefacade", images="images/{}", labels=["labels/{}"])
+    read = partial(folders, tree, name="labelmefacade", images="images/{}", labels=["labels/{}"])
     if split in ("train", "test"):
         return read(split, unread)
     file = HERE / "splits" / f"labelmefacade_{split}.txt"
@@ -242,7 +244,7 @@ READERS: dict[str, Reader] = {
         tree="ade/ADEChallengeData2016",
         layout="{images,annotations}/{training,validation}",
         splits={"train": "training", "val": "validation"},
-        pairs=partial(_folders, name="ade", images="images/{}", labels=["annotations/{}"]),
+        pairs=partial(folders, name="ade", images="images/{}", labels=["annotations/{}"]),
         classes="ade",
         raw=range(1, 151),
         ignore=(0,),  # 0 is "other"; the classes are 1..150
@@ -253,7 +255,7 @@ READERS: dict[str, Reader] = {
         layout="{images,annotations}/{train2017,val2017}, labels *_labelTrainIds.png (or the raw stuffthingmaps *.png)",
         splits={"train": "train2017", "val": "val2017"},
         pairs=partial(
-            _folders,
+            folders,
             name="coco",
             images="images/{}",
             labels=["annotations/{}", "stuffthingmaps/{}"],
@@ -267,7 +269,7 @@ READERS: dict[str, Reader] = {
         layout="leftImg8bit/{train,val}/CITY/*_leftImg8bit.png, gtFine/{train,val}/CITY/*_gtFine_labelTrainIds.png",
         splits=TRAIN_VAL,
         pairs=partial(
-            _folders,
+            folders,
             name="cityscapes",
             images="leftImg8bit/{}",
             labels=["gtFine/{}"],
@@ -295,7 +297,7 @@ READERS: dict[str, Reader] = {
         layout="{images,labels}/{train,val,test}",
         splits={"train": "train", "val": "val", "test": "test"},
         pairs=partial(
-            _folders, name="camvid", images="images/{}", labels=["labels/{}"], endings=(".jpg", ".jpeg", ".png")
+            folders, name="camvid", images="images/{}", labels=["labels/{}"], endings=(".jpg", ".jpeg", ".png")
         ),
         classes="camvid",
         raw=range(11),
@@ -313,7 +315,7 @@ READERS: dict[str, Reader] = {
         tree="ccp59",
         layout="{images,labels}",
         splits={"train": "train"},  # no official split: all 1004 images
-        pairs=partial(_folders, name="ccp", images="images", labels=["labels"]),
+        pairs=partial(folders, name="ccp", images="images", labels=["labels"]),
         classes="ccp",
         raw=range(59),  # 0, "null", is the background; like VOC's it counts as a class
     ),
@@ -337,13 +339,13 @@ def _voc_colours() -> dict[tuple[int, int, int], int]:
     return {colour: i for i, colour in enumerate(zip(*channels))}
 
 
-def stored_ids(path: str | Path) -> tuple[np.ndarray, str]:
+def stored_ids(path: str | Path, by_index: bool = False) -> tuple[np.ndarray, str]:
     """The numbers that a PNG stores, [H, W] uint8 or uint16, and its PIL mode: 1, 2, 4, 8 or 16 bits of grey, or the
     index of a palette, which is mode L where the palette is that of the greys.
 
     Decoders stretch 2 and 4 bits to 0..255. A palette that holds VOC's colours at other places than VOC's was
-    re-ordered by an optimiser, and counts by its colours. Other modes are returned as they are. UserError: unreadable,
-    or another format, JPEG above all.
+    re-ordered by an optimiser, and counts by its colours, unless `by_index`. Other modes are returned as they are.
+    UserError: unreadable, or another format, JPEG above all.
     """
     try:
         with Image.open(path) as image:
@@ -373,7 +375,7 @@ def stored_ids(path: str | Path) -> tuple[np.ndarray, str]:
     if all(colour == (i, i, i) for i, colour in zip(used.tolist(), shown)):
         return stored, "L"
     ids = _voc_colours()
-    if all(colour in ids for colour in shown):
+    if not by_index and all(colour in ids for colour in shown):
         order = np.zeros(256, np.uint8)
         order[used] = [ids[colour] for colour in shown]
         return order[stored], image.mode
@@ -411,6 +413,10 @@ class SegSet:
 
     Attributes:
         unread: files between the photos that are none of the set's, counted by suffix.
+        palette_maps: maps may be palette PNG. by_index: their numbers count, whatever the colours.
+        reduced: see `Reader`.
+        notes: what the preflight says of the set besides its numbers.
+        listed: a file of class names outside mdp/classes, part of the fingerprint.
     """
 
     name: str
@@ -419,13 +425,24 @@ class SegSet:
     pairs: Pairs
     table: np.ndarray = field(repr=False)  # uint8 [256]: raw id -> local id
     unread: Mapping[str, int] = field(default_factory=dict)
+    palette_maps: bool = False
+    by_index: bool = False
+    reduced: bool = False
+    notes: tuple[str, ...] = ()
+    listed: Path | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def fingerprint(self) -> tuple[int, str]:
         """See `shared_utils.data.fingerprint`: of all files, each photo before its map."""
-        return fingerprint(path for pair in self.pairs for path in pair)
+        more = [self.listed] if self.listed else []
+        return fingerprint([*(path for pair in self.pairs for path in pair), *more])
+
+    @property
+    def raw_ids(self) -> list[int]:
+        """The number that the set's own maps hold for each class."""
+        return np.flatnonzero(self.table < len(self.classes)).tolist()
 
     def label(self, i: int) -> np.ndarray:
         """uint8 [H, W] local ids. UserError names an unreadable map, a wrong PNG mode, an unknown id."""
@@ -433,10 +450,9 @@ class SegSet:
 
     def read_map(self, path: str | Path) -> np.ndarray:
         """As `label`, of any map of the set."""
-        reader = READERS[self.name]
-        raw, mode = stored_ids(path)
-        if mode not in ("1", "L", "I;16", "I", *(["P"] if reader.palette else [])):
-            expected = "grey ids" + (" or a palette" if reader.palette else "")
+        raw, mode = stored_ids(path, self.by_index)
+        if mode not in ("1", "L", "I;16", "I", *(["P"] if self.palette_maps else [])):
+            expected = "grey ids" + (" or a palette" if self.palette_maps else "")
             raise UserError(f"{path}: PNG mode {mode!r}, but {self.name} maps hold {expected}; convert the label map")
         local = self.table[raw.astype(np.uint8, copy=False)]
         if raw.dtype != np.uint8:
@@ -444,9 +460,13 @@ class SegSet:
         if (local == _INVALID).any():
             unknown = np.unique(raw[local == _INVALID]).tolist()
             hint = "check that the map follows the set's own convention"
-            if reader.reduced and unknown == [IGNORE]:
+            if self.listed:
                 hint = (
-                    f"the set's own maps hold 0..{reader.raw[-1]}: this one looks reduced already (classes from 0,"
+                    f"add the names to {self.listed} (id 0 is its first line), or write 255 where nothing is labelled"
+                )
+            if self.reduced and unknown == [IGNORE]:
+                hint = (
+                    f"the set's own maps hold 0..{self.raw_ids[-1]}: this one looks reduced already (classes from 0,"
                     " ignored pixels 255), give the set's own"
                 )
             raise UserError(
@@ -484,7 +504,9 @@ def described(
         table = RAW_COCO
     if name == "voc" and voc_background == "ignore":
         classes, palette, table = classes[1:], palette[1:], lookup(reader.raw[1:], (0,))
-    return SegSet(name, classes, palette, Pairs(pairs), table, unread or {})
+    return SegSet(
+        name, classes, palette, Pairs(pairs), table, unread or {}, palette_maps=reader.palette, reduced=reader.reduced
+    )
 
 
 def open_set(name: str, data_root: str | Path, split: str = "train", voc_background: str = "class") -> SegSet:
@@ -495,7 +517,7 @@ def open_set(name: str, data_root: str | Path, split: str = "train", voc_backgro
     mislabelled file.
     """
     if name not in READERS:
-        raise UserError(f"unknown data set {name!r}; choose from {', '.join(NAMES)}")
+        raise UserError(f"unknown data set {name!r}; choose from {', '.join(NAMES)}, or name your own: {name}=FOLDER")
     reader, root = READERS[name], Path(data_root)
     splits = {"pretrain": reader.splits["train"], **reader.splits}
     if split not in splits:
@@ -520,8 +542,11 @@ def open_set(name: str, data_root: str | Path, split: str = "train", voc_backgro
 # Their union -------------------------------------------------------------------------------------------------------
 
 
-def to_union(local: Tensor, offset: int) -> Tensor:
-    """Local uint8 ids (255 = ignore) of any shape -> int64 union ids, `offset + local`, -1 = ignore."""
+def to_union(local: Tensor, offset: int | Tensor) -> Tensor:
+    """Local uint8 ids (255 = ignore) of any shape -> int64 union ids, `offset + local`, -1 = ignore.
+
+    Offsets of several sets broadcast.
+    """
     ignored = local == IGNORE  # before the offset is added: afterwards 255 may be a class
     return (local.long() + offset).masked_fill_(ignored, -1)
 
@@ -584,7 +609,9 @@ class UnionDataset(Dataset):
     def describe(self) -> str:
         """One line a set: images, classes and their union ids; then the total and the cache."""
         lines = [
-            f"{s.name}: {len(s)} images, {len(s.classes)} classes, union ids {c.start}..{c.stop - 1}"
+            "; ".join(
+                [f"{s.name}: {len(s)} images, {len(s.classes)} classes, union ids {c.start}..{c.stop - 1}", *s.notes]
+            )
             for s, c in zip(self.sets, self.class_slices)
         ]
         cache = f"decoded in memory, shorter side at most {self.cache_size}" if self.cache_size else "off"

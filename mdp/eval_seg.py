@@ -3,6 +3,7 @@
     python -m mdp.eval_seg --run runs/mdp/finetune/camvid/scratch-seed0 --split test --data-root $DATA_ROOT
     python -m mdp.eval_seg --protocol prototype --checkpoint runs/mdp/pretrain/mini/checkpoint.pth
 
+Own sets are found where they lay in training; ``--data NAME=FOLDER`` says where they lie now.
 ``--protocol mmseg`` scores a fine-tuned run inside mmsegmentation, single scale, no flip. ``--protocol prototype``
 needs no fine-tuning: each pixel of a validation image of a pretraining set takes the class of its nearest prototype
 among that set's own classes ([inferred], a diagnostic of ours).
@@ -27,11 +28,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mdp import finetune
-from mdp.datasets import READERS, open_set
 from mdp.models import Encoder
+from mdp.own import add_datasets_flags, open_named, own_folders, val_split
 from mdp.visualize import MEAN, STD, panels
 from shared_utils import UserError, checkpoint
-from shared_utils.flags import Parser, natural, runs_root
+from shared_utils.flags import Parser, evaluation_folder, natural, runs_root
+from shared_utils.provenance import result_folder
 from shared_utils.run import cli, plain, provenance, set_threads
 
 
@@ -86,6 +88,14 @@ def show(title: str, result: Mapping[str, Any]) -> None:
 
 
 # ------------------------------------------------------------------------------------------- protocol: fine-tuned run
+def run_flags(stored: Mapping[str, Any], config: str | None = None) -> argparse.Namespace:
+    """The flags of a finished fine-tuning that `finetune.resolve` needs to find its config and data again."""
+    flags = finetune.get_parser().parse_args(["--config", config or stored["config"]])
+    for key in (*finetune.MODEL_FLAGS, "seed", "short_side", "datasets", "data"):
+        setattr(flags, key, stored.get(key))
+    return flags
+
+
 def evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
     """Score ``model.pth`` of a fine-tuning run on a split, inside mmsegmentation."""
     if args.run is None:
@@ -93,18 +103,23 @@ def evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
     saved = checkpoint.load(args.run / "model.pth" if args.run.is_dir() else args.run)
     if not isinstance(saved, Mapping) or not {"state_dict", "args"} <= set(saved) or "model" not in saved["args"]:
         raise UserError(f"{args.run}: not a fine-tuned model of python -m mdp.finetune (model.pth)")
-    flags = finetune.get_parser().parse_args(["--config", args.config or saved["args"]["config"]])
-    for key in (*finetune.MODEL_FLAGS, "seed", "short_side"):
-        setattr(flags, key, saved["args"].get(key))
+    flags = run_flags(saved["args"], args.config)
     flags.data_root = args.data_root
+    flags.datasets = args.datasets or flags.datasets
+    places = {**own_folders(flags.data), **own_folders(args.data)}
+    flags.data = [f"{name}={folder}" for name, folder in places.items()]
     cfg = finetune.resolve(flags, {})
     cfg.model = type(cfg)({"model": saved["args"]["model"]}).model
     own = cfg.data.val if args.split == "val" else cfg.data.get("test", cfg.data.val)
-    images = len(open_set(cfg.data.name, args.data_root, own))
+    found = open_named(cfg.data.name, places, args.data_root, own)
+    known = saved["args"]["model"]["decode_head"]["num_classes"]
+    if len(found.classes) != known:
+        raise UserError(f"{args.run} has {known} classes, {cfg.data.name} has {len(found.classes)}; give its own set")
     if args.split == "val":
         cfg.test_dataloader = cfg.val_dataloader
-    out = args.output_dir or (args.run if args.run.is_dir() else args.run.parent) / f"eval-{args.split}"
-    print(f"mdp/eval -> {out}\n  {cfg.data.name} {own}: {images} images; loading mmsegmentation ...", flush=True)
+    args.output_dir = args.output_dir or evaluation_folder(args.run, runs_root() / "mdp" / args.split)
+    out = result_folder(args)
+    print(f"mdp/eval -> {out}\n  {cfg.data.name} {own}: {len(found)} images; loading mmsegmentation ...", flush=True)
     engine = finetune.import_engine()
     runner = engine.build_runner(engine.prepare(cfg, out, flags.seed or 0, args.workers))
     print(f"  {checkpoint.load_strict(engine.network(runner), saved['state_dict'])}", flush=True)
@@ -117,13 +132,18 @@ def evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------- protocol: nearest prototype
+def similarities(embeddings: Tensor, proto: Tensor, valid: Tensor) -> Tensor:
+    """[B, D, h, w] embeddings -> cosines [B, C, h, w] with the C prototypes [C, D]; -2 for a class never seen."""
+    similarity = torch.einsum("bdhw,cd->bchw", F.normalize(embeddings.float(), dim=1), proto.float())
+    return similarity.masked_fill(~valid.bool()[None, :, None, None], -2.0)  # a cosine is at least -1
+
+
 def nearest_prototype(embeddings: Tensor, proto: Tensor, valid: Tensor, size: tuple[int, int]) -> Tensor:
     """[B, D, h, w] embeddings -> int64 [B, H, W] ids among the C prototypes [C, D]; classes never seen are not given.
 
     The similarities, not the ids, are resized to (H, W), as mmsegmentation resizes logits.
     """
-    similarity = torch.einsum("bdhw,cd->bchw", F.normalize(embeddings.float(), dim=1), proto.float())  # [B, C, h, w]
-    similarity = similarity.masked_fill(~valid.bool()[None, :, None, None], -2.0)  # a cosine is at least -1
+    similarity = similarities(embeddings, proto, valid)  # [B, C, h, w]
     return F.interpolate(similarity, size=size, mode="bilinear", align_corners=False).argmax(1)
 
 
@@ -145,11 +165,6 @@ def load_encoder(path: Path, branch: str) -> tuple[nn.Module, dict[str, Any], Te
     return encoder.eval(), saved["args"], saved["bank"]["proto"], saved["bank"]["proto_valid"]
 
 
-def val_split(name: str) -> str:
-    """The split that pretraining never reads; where a set has none, its training images (and the result says so)."""
-    return next((s for s in ("val", "holdout", "test") if s in READERS[name].splits), "train")
-
-
 @torch.no_grad()
 def evaluate_prototypes(args: argparse.Namespace) -> dict[str, Any]:
     """Nearest-prototype segmentation of every pretraining set, restricted to the set's own classes."""
@@ -158,14 +173,19 @@ def evaluate_prototypes(args: argparse.Namespace) -> dict[str, Any]:
     encoder, flags, proto, valid = load_encoder(args.checkpoint, args.branch)
     names = flags["datasets"].split(",") if isinstance(flags["datasets"], str) else list(flags["datasets"])
     background = flags.get("voc_background", "class")
-    opened = [(name, val_split(name)) for name in names]
-    sets = [open_set(name, args.data_root, split, background) for name, split in opened]
+    places = {**own_folders(flags.get("data")), **own_folders(args.data)}
+    chosen = args.datasets.split(",") if args.datasets else names
+    if other := [name for name in chosen if name not in names]:
+        raise UserError(f"--datasets {other[0]}: {args.checkpoint} has prototypes of {', '.join(names)}")
+    opened = [(name, val_split(name, places)) for name in names]
+    sets = [open_named(name, places, args.data_root, split, background) for name, split in opened]
     if sum(len(s.classes) for s in sets) != len(proto):
         raise UserError(f"{args.checkpoint}: {len(proto)} prototypes, but {','.join(names)} have other class counts")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder, proto, valid = encoder.to(device), proto.to(device), valid.to(device)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
-    out = args.output_dir or runs_root() / "mdp" / "eval" / "prototype" / args.checkpoint.resolve().parent.name
+    args.output_dir = args.output_dir or evaluation_folder(args.checkpoint, runs_root() / "mdp/prototype")
+    out = result_folder(args)
     print(f"mdp/eval -> {out}", flush=True)
     from torch.utils.tensorboard import SummaryWriter
 
@@ -173,6 +193,8 @@ def evaluate_prototypes(args: argparse.Namespace) -> dict[str, Any]:
     for (name, split), found in zip(opened, sets):
         own = slice(offset, offset + len(found.classes))
         offset = own.stop
+        if name not in chosen:
+            continue
         count = min(len(found), args.images or len(found))
         matrix = torch.zeros(len(found.classes), len(found.classes), dtype=torch.int64)
         for i in tqdm(range(count), desc=name, disable=None):
@@ -209,6 +231,7 @@ def get_parser() -> Parser:
     p.add_argument("--branch", choices=["q", "k"], default="k", help="prototype: k, the encoder that filled the bank")
     p.add_argument("--images", type=natural, default=0, help="prototype: images of each set; 0: all")
     p.add_argument("--short-side", type=natural, default=0, help="prototype: resize images to it; 0: as stored")
+    add_datasets_flags(p, None, "prototype: only these of the run's sets; mmseg: an own set of the run's classes")
     p.add_argument("--data-root", "--data_dir", type=Path, default=Path(os.environ.get("DATA_ROOT", "data")))
     p.add_argument("--output-dir", type=Path)
     p.add_argument("--workers", type=natural, default=2)

@@ -2,6 +2,7 @@
 
     python -m mdp.finetune --config camvid --checkpoint runs/mdp/pretrain/small/checkpoint.pth --data-root $DATA_ROOT
     python -m mdp.finetune --config mini --checkpoint PATH --compare scratch --data-root data/mini/segmentation
+    python -m mdp.finetune --datasets mine=FOLDER --checkpoint PATH    (an own set: images/, labels/, classes.txt)
 
 Both the early validation (a tenth of the schedule) and the last one are kept in ``result.json``: the early one
 separates pretrainings far better (46.70 against 60.02 mIoU after 4k iterations on VOC, 70.03 against 70.56 after 40k;
@@ -20,15 +21,17 @@ import shutil
 import time
 import warnings
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mdp.datasets import open_set
 from mdp.models import ARCHS, HEADS
+from mdp.own import Taxonomy, add_datasets_flags, describe_named, open_named, own_folders, splits
 from mdp.transfer import load_pretrained
 from shared_utils import UserError, checkpoint, distributed
+from shared_utils.data import tell
 from shared_utils.flags import Parser, natural, positive, runs_root
 from shared_utils.run import RUNTIME_FLAGS, cli, plain, provenance, set_threads
 
@@ -45,7 +48,8 @@ NEW = ("decode_head.conv_seg.*",)
 def get_parser() -> Parser:
     names = ", ".join(sorted(p.stem for p in CONFIGS.glob("[a-z]*.py")))
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--config", required=True, help=f"{names}, or a path")
+    p.add_argument("--config", help=f"{names}, or a path; own: what --datasets takes if none is given")
+    add_datasets_flags(p, None, "an own set, a folder of images/, labels/ and classes.txt, instead of the config's")
     p.add_argument(
         "--checkpoint", default="none", help="MDP checkpoint or export; none; imagenet:PATH; imagenet:torchvision"
     )
@@ -115,6 +119,18 @@ def resolve(args: argparse.Namespace, implied: dict[str, Any]) -> Any:
     cfg = Config.fromfile(str(path))
     if "data" not in cfg or "crop_size" not in cfg:
         raise UserError(f"{path}: not a config of mdp/mmseg_configs (no `data`, no `crop_size`); copy one of those")
+    places = own_folders(args.data)
+    if args.datasets:
+        if args.datasets not in places:
+            raise UserError(f"--datasets {args.datasets}: one own set, NAME=FOLDER; known sets have a --config each")
+        cfg.data = ConfigDict(name=args.datasets, train="train", val="val")
+        if "test" in splits(places[args.datasets]):
+            cfg.data.test = "test"
+        cfg.model.decode_head.num_classes = len(describe_named(args.datasets, places).classes)
+        for name in ("train_dataloader", "val_dataloader", "test_dataloader"):
+            cfg[name].dataset.indices = None  # of the config's own set
+    elif not cfg.data.name:
+        raise UserError(f"--config {args.config}: give the data as --datasets NAME=FOLDER")
     wanted: dict[str, Any] = {}
     for key in MODEL_FLAGS:
         flag, stored = getattr(args, key), implied.get(key)
@@ -149,6 +165,8 @@ def resolve(args: argparse.Namespace, implied: dict[str, Any]) -> Any:
         # Copies of older configs name mmsegmentation's readers, which turn a photo by its tag and leave its label map.
         split = cfg.data.get(role, cfg.data.val)
         shared = {"name": cfg.data.name, "split": split, "data_root": str(args.data_root)}
+        if cfg.data.name in places:
+            shared["data"] = args.data
         data = cfg[name].dataset = ConfigDict(
             type="MDPDataset", **shared, pipeline=data.pipeline, indices=data.get("indices")
         )
@@ -185,11 +203,20 @@ def apply_model(model: Any, wanted: dict[str, Any]) -> None:
         head.c1_channels = max(1, 48 * head.channels // 512)
 
 
-def check_data(cfg: Any, data_root: Path) -> dict[str, int]:
-    """Open both splits as pretraining does (trees, pairs, first files). Returns the number of images of each."""
-    counts = {}
+def check_data(cfg: Any, args: argparse.Namespace) -> tuple[dict[str, int], list[str], dict[str, Any]]:
+    """Open both splits as pretraining does (trees, pairs, first files; of an own set all).
+
+    Returns the number of images of each, what there is to say of them, and of an own set what tells it from others.
+    """
+    counts, notes, own = {}, [], own_folders(args.data)
+    files: dict[str, Any] = {}
     for role in ("train", "val"):
-        found = open_set(cfg.data.name, data_root, cfg.data[role])
+        found = open_named(cfg.data.name, own, args.data_root, cfg.data[role])
+        notes += [note for note in found.notes if note not in notes]
+        if found.unread:
+            notes.append(f"not read: {tell(found.unread)} between the {role} images")
+        if cfg.data.name in own:
+            files.setdefault("files", []).append(list(found.fingerprint()))
         if cfg.data.name == "coco" and not found.pairs[0][1].name.endswith("_labelTrainIds.png"):
             raise UserError(
                 f"coco: {found.pairs[0][1]} is a raw map; mmsegmentation needs *_labelTrainIds.png beside it"
@@ -197,7 +224,7 @@ def check_data(cfg: Any, data_root: Path) -> dict[str, int]:
         counts[role] = len(found)
     limit = cfg.train_dataloader.dataset.get("indices")
     counts["train"] = min(counts["train"], limit or counts["train"])
-    return counts
+    return counts, notes, files
 
 
 def torchvision_weights(depth: int, base_channels: int) -> dict[str, Tensor]:
@@ -231,10 +258,10 @@ def run(args: argparse.Namespace, implied: dict[str, Any], state: dict[str, Tens
     """One fine-tuning, new, resumed or already complete. Returns what ``result.json`` holds."""
     cfg = resolve(args, implied)
     tag = args.tag or default_tag(args.checkpoint, args.seed)
-    out = args.output_dir or runs_root() / "mdp" / "finetune" / Path(args.config).stem / tag
-    counts = check_data(cfg, args.data_root)
+    out = args.output_dir or runs_root() / "mdp" / "finetune" / (args.datasets or Path(args.config).stem) / tag
+    counts, notes, files = check_data(cfg, args)
     main_process = distributed.rank() == 0
-    flags = {**plain(args), "model": json.loads(json.dumps(cfg.model)), "world": distributed.world()}
+    flags = {**plain(args), "model": json.loads(json.dumps(cfg.model)), "world": distributed.world(), **files}
     if main_process:
         claim(out, flags, args.overwrite)
     distributed.barrier()  # nobody looks before the folder is claimed
@@ -246,7 +273,10 @@ def run(args: argparse.Namespace, implied: dict[str, Any], state: dict[str, Tens
     backbone, head, early = cfg.model.backbone, cfg.model.decode_head, cfg.train_cfg.val_interval
     if main_process:
         print(f"mdp/finetune -> {out}")
-        print(f"  data: {cfg.data.name} at {args.data_root}, {counts['train']} train / {counts['val']} val images")
+        where = own_folders(args.data).get(cfg.data.name, args.data_root)
+        print(f"  data: {cfg.data.name} at {where}, {counts['train']} train / {counts['val']} val images")
+        for note in notes:
+            print(f"  {note}")
         print(
             f"  model: ResNet-{backbone.depth} x {backbone.base_channels}, {head.type} {head.channels} {head.dilations}"
         )
@@ -275,10 +305,21 @@ def run(args: argparse.Namespace, implied: dict[str, Any], state: dict[str, Tens
     if main_process:
         result = {"early": recorder.records[0], "final": recorder.records[-1], "seconds": round(spent, 1)}
         weights = {k: v.cpu().contiguous() for k, v in engine.network(runner).state_dict().items()}
-        checkpoint.save(out / "model.pth", {"state_dict": weights, "args": flags})
+        classes = Taxonomy.of(describe_named(cfg.data.name, own_folders(args.data))).stored()
+        scale = list(test_scale(cfg))
+        checkpoint.save(out / "model.pth", {"state_dict": weights, "args": flags, "sets": [classes], "scale": scale})
         (out / "result.json").write_text(json.dumps(result, indent=1))
         print(f"  early mIoU {result['early']['mIoU']:.2f} (iteration {early}), final {result['final']['mIoU']:.2f}")
+        print(f"  next: python -m mdp.predict PHOTO_OR_FOLDER --pretrained {quote(str(out))} --out maps")
+        print(f"  next: python -m mdp.eval_seg --run {quote(str(out))} --data-root {quote(str(args.data_root))}")
     return result
+
+
+def test_scale(cfg: Any) -> tuple[int, int]:
+    """Long and short side to which images are resized, keeping the aspect, before they are segmented."""
+    steps = [step for step in cfg.val_dataloader.dataset.pipeline if step.type == "Resize"]
+    long, short = sorted(steps[0].scale, reverse=True)
+    return int(long), int(short)
 
 
 def import_engine() -> Any:
@@ -306,7 +347,7 @@ def claim(out: Path, flags: dict[str, Any], overwrite: bool) -> None:
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
     if path.is_file():
         stored = json.loads(path.read_text())["flags"]
-        skip = RUNTIME_FLAGS | {"tag", "compare"}
+        skip = RUNTIME_FLAGS | {"tag", "compare", "data"}  # of own sets the files are compared, wherever they lie
         changed = sorted(k for k in flags if k not in skip and flags[k] != stored.get(k))
         if changed:
             names = ", ".join(f"{k} was {stored.get(k)}" for k in changed if k != "model") or "the model differs"
@@ -335,6 +376,10 @@ def compare(args: argparse.Namespace, implied: dict[str, Any], pretrained: dict[
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
+    if args.config is None:
+        if args.datasets is None:
+            raise UserError("give --config, or an own set as --datasets NAME=FOLDER; --help lists the configs")
+        args.config = "own"
     find_config(args.config)
     distributed.init()
     state, implied = read_checkpoint(args.checkpoint, args.branch)

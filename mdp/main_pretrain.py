@@ -1,5 +1,6 @@
 """Pretraining of MDP (paper 2106.04121): python -m mdp.main_pretrain --datasets voc,ade --data-root DATA_ROOT
 
+Your own sets: --datasets voc mine=FOLDER, where FOLDER has images/, labels/ and classes.txt (see mdp.own).
 Also torchrun --nproc-per-node 8 -m mdp.main_pretrain ...; the arms of the paper's ablations are flags.
 """
 
@@ -7,22 +8,26 @@ import argparse
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mdp import losses
+from mdp import advice, losses
+from mdp.batches import BatchedUnion
 from mdp.builder import MDP, downsample_labels
-from mdp.datasets import UnionDataset, open_set
+from mdp.datasets import NAMES, SegSet, UnionDataset
 from mdp.mixing import apply_plan, draw_plan
 from mdp.models import ARCHS, HEADS, Encoder
+from mdp.own import Taxonomy, add_datasets_flags, open_named, own_folders
 from mdp.prototypes import PrototypeBank, region_means
+from mdp.transfer import start
 from mdp.transforms import TwoViews
 from mdp.visualize import batch_picture
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, Keyed, mix_key
-from shared_utils.flags import Parser, add_run_flags, ints, natural, not_negative, positive
+from shared_utils.flags import AUG_BACKENDS, Parser, add_run_flags, ints, natural, not_negative, positive
 from shared_utils.layout import follow, place
 from shared_utils.preflight import about, seconds
 from shared_utils.run import Run, cli
@@ -31,7 +36,8 @@ from shared_utils.run import Run, cli
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="mdp.main_pretrain", description=__doc__.splitlines()[0])
     a = p.add_argument
-    a("--datasets", default="voc,ade", help="comma-separated: voc ade coco cityscapes context context59 camvid ...")
+    text = f"{' '.join(NAMES)}, comma-separated, and own sets, a folder of images/, labels/ and classes.txt each"
+    add_datasets_flags(p, "voc,ade", text)
     a(
         "--data-root",
         "--data_dir",
@@ -49,9 +55,12 @@ def get_parser() -> argparse.ArgumentParser:
     a("--dilations", type=ints, default="1,12,24,36", help="dilations of the ASPP branches")
     a("--norm", choices=["sync", "local", "shuffle"], default="sync", help="batch norm over all processes, "
       "each its own, or each its own with the key images shuffled over the processes")  # fmt: skip
-    a("--init", default="none", help="none (random), imagenet (torchvision) or a file of backbone weights")
+    a("--init", default="none", metavar="FILE|RUN|timm:NAME", help="start from: none (random), imagenet (torchvision), "
+      "timm:NAME, a checkpoint of a backbone, or a finished run of this job, with its decode head")  # fmt: skip
     a("--crop-size", type=positive, default=224)
     a("--aug", choices=["moco", "mmseg"], default="moco", help="augmentation of the two views")
+    a("--aug_backend", choices=AUG_BACKENDS, default="pil", help="of --aug moco: pil, view by view, or batch, decoded "
+      "once and in batches: other draws of the same distribution, faster")  # fmt: skip
     a("--batch-size", type=positive, default=64, help="images a step, all processes together; must divide --bank-size")
     a("--epochs", type=positive, default=100)
     a("--lr", type=float, default=0.03, help="peak learning rate, cosine to 0")
@@ -94,6 +103,8 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
         raise UserError("--tau, --lr and --mix-beta must be above 0")
     if not 0 <= args.moco_m <= 1 or not 0 <= args.mix_prob <= 1:
         raise UserError("--moco-m and --mix-prob must lie in 0..1")
+    if args.aug_backend == "batch" and args.aug != "moco":
+        raise UserError(f"--aug_backend batch: has --aug moco only; --aug {args.aug} needs --aug_backend pil")
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} does not divide over {world} processes")
     if args.batch_size // world < 2:
@@ -105,19 +116,13 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
         raise UserError(f"--csc {args.csc} is defined for prototypes only; add --csc none to this arm")
 
 
-def build_encoder(args: argparse.Namespace, num_classes: int) -> Encoder:
+def build_encoder(args: argparse.Namespace, num_classes: int) -> tuple[Encoder, str]:
+    """The network that --init, --arch and their like name, and where its weights come from."""
     encoder = Encoder(
         args.arch, args.head, args.dim, args.base_channels, args.head_channels, tuple(args.dilations),
         num_classes if args.objective != "contrast" else 0,
     )  # fmt: skip
-    if args.init == "imagenet":
-        import torchvision
-
-        state = torchvision.models.get_model(args.arch, weights="DEFAULT").state_dict()
-        checkpoint.load_strict(encoder.backbone, state, drop=("fc.*",))
-    elif args.init != "none":
-        checkpoint.load_strict(encoder.backbone, checkpoint.read_weights(args.init), drop=("fc.*",))
-    return encoder
+    return encoder, start(encoder, args.init, args.arch)
 
 
 def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> float:
@@ -206,18 +211,23 @@ def main(argv: list[str] | None = None) -> int:
 
     # Data: the datasets side by side, classes concatenated and never merged.
     names = args.datasets.split(",")
-    sets = [open_set(name, args.data_root, "pretrain", args.voc_background) for name in names]
+    own = own_folders(args.data)
+    sets = [open_named(name, own, args.data_root, "pretrain", args.voc_background) for name in names]
     union = UnionDataset(sets, TwoViews(args.aug, args.crop_size), args.cache_size)
+    advice.check_size(args, len(union), run.world)
     c = union.num_classes
     groups = union.dataset_of_class.to(run.device)
     sampler = EpochSampler(len(union), args.batch_size // run.world, args.seed, run.rank, run.world)
-    loader = run.loader(Keyed(union, args.seed), sampler)
+    batched = args.aug_backend == "batch"
+    loader = run.loader(
+        BatchedUnion(union, args.crop_size, args.seed) if batched else Keyed(union, args.seed), sampler
+    )  # fmt: skip
 
     # Model
     bank = PrototypeBank(c, args.dim, args.bank_size, args.regions, args.proto_update, args.proto_m)
     if args.objective == "contrast":
         bank.check_batch(args.batch_size)
-    encoder = build_encoder(args, c)
+    encoder, origin = build_encoder(args, c)
     distributed.convert_norm(encoder, "sync" if args.norm == "sync" and run.world > 1 else "local")
     model = place(MDP(encoder, bank, args.moco_m, args.key_encoder), run.device)
     model.train()
@@ -225,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = torch.optim.SGD(
         model.encoder_q.parameters(), args.lr, args.momentum, weight_decay=args.wd, fused=run.device.type == "cuda"
     )
-    run.track(state_dict=_Encoders(model), bank=bank, optimizer=optimizer)
+    run.track(state_dict=_Encoders(model), bank=_Bank(bank, sets), optimizer=optimizer)
     steps = sampler.steps_per_epoch
     run.reads(*sets)
     run.preflight(
@@ -233,13 +243,15 @@ def main(argv: list[str] | None = None) -> int:
             "data": union.describe().replace("\n", "; "),
             "batch": f"{args.batch_size} = {args.batch_size // run.world} x {run.world}, {steps} steps an epoch",
             "learning rate": f"{args.lr} peak for this batch, {args.warmup_epochs} epochs of warm-up, cosine to 0",
-            "parameters": f"{sum(x.numel() for x in model.encoder_q.parameters()) / 1e6:.2f} M trained",
-            "bank": f"{args.bank_type}, {args.bank_size} images = {args.bank_size / len(union):.2f} epochs",
+            "parameters": f"{sum(x.numel() for x in model.encoder_q.parameters()) / 1e6:.2f} M trained, {origin}",
+            "bank": f"{args.bank_type}, {args.bank_size} images = {args.bank_size / len(union):.2f} epochs"
+            + advice.larger_bank(args, len(union)),
             "expected initial loss": f"log|V| -> at most log {c} = {math.log(c):.2f} once every class was seen",
             "estimated time": estimate(run, model.encoder_q, args, steps * args.epochs),
         }
     )
 
+    last: dict[str, Tensor | float] = {}
     for _, batch in run.batches(loader, sampler, args.epochs):
         lr = learning_rate(args, run.step, steps)
         for param_group in optimizer.param_groups:
@@ -282,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
             loss.backward()
             optimizer.step()
             if run.log_due() and args.objective == "contrast" and args.bank_type == "class":
-                watched = telemetry(per_pixel, pixels(v).detach(), y_a.flatten(), dataset, bank, names)
+                watched = last = telemetry(per_pixel, pixels(v).detach(), y_a.flatten(), dataset, bank, names)
 
         if regions is not None:
             bank.enqueue(distributed.gather(regions[0]), distributed.gather(regions[1]))
@@ -290,10 +302,21 @@ def main(argv: list[str] | None = None) -> int:
         if ready and run.due(args.image_every):
             run.image("views/query_label_nearest_prototype", batch_picture(mixed.x, mixed.y_a, v.detach(), bank, union))
 
-    run.finish(
-        f"for mmsegmentation: python -m mdp.lab.export_mmseg {run.dir}/checkpoint.pth --out backbone_and_head.pth"
-    )
+    run.finish(*advice.collapse(last), *advice.hints(args, run.dir))
     return 0
+
+
+class _Bank:
+    """The checkpoint's `bank`: the bank's tensors, and `sets`, what the prototypes' classes are called."""
+
+    def __init__(self, bank: PrototypeBank, sets: list[SegSet]):
+        self.bank, self.sets = bank, [Taxonomy.of(found).stored() for found in sets]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.bank.state_dict(), "sets": self.sets}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bank.load_state_dict({key: value for key, value in state.items() if key != "sets"})
 
 
 class _Encoders:

@@ -14,25 +14,30 @@ from mmcv.transforms import BaseTransform
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS, TRANSFORMS
 
-from mdp.datasets import SegSet, described, open_set
+from mdp.datasets import SegSet
+from mdp.own import describe_named, open_named, own_folders
 from shared_utils.data import load_image
 
 
 @DATASETS.register_module()
 class MDPDataset(BaseSegDataset):
-    """A split of one of the sets of `mdp.datasets`, below `data_root`. UserError as `open_set`."""
+    """A split of a set of `mdp.datasets`, below `data_root`, or of an own one: NAME=FOLDER. UserError as `open_named`.
 
-    def __init__(self, name: str, split: str, data_root: str, **more: Any) -> None:
-        self.name, self.split = name, split
-        known = described(name)
+    The label maps of an own set are not read here: `mdp.finetune` and `mdp.eval_seg` have done so.
+    """
+
+    def __init__(self, name: str, split: str, data_root: str, data: list[str] | None = None, **more: Any) -> None:
+        self.name, self.split, self.data = name, split, list(data or [])
+        known = describe_named(name, own_folders(self.data))
         meta = {"classes": known.classes, "palette": [list(colour) for colour in known.palette]}
         super().__init__(data_root=data_root, metainfo=meta, **more)
 
     def load_data_list(self) -> list[dict]:
-        common = {"set": self.name, "label_map": None, "reduce_zero_label": False}
+        common = {"set": self.name, "data": self.data, "label_map": None, "reduce_zero_label": False}
+        found = open_named(self.name, own_folders(self.data), str(self.data_root), self.split, check=False)
         return [
             {"img_path": str(photo), "seg_map_path": str(label), "seg_fields": [], **common}
-            for photo, label in open_set(self.name, str(self.data_root), self.split).pairs
+            for photo, label in found.pairs
         ]
 
 
@@ -56,7 +61,9 @@ class LoadLabels(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         name = results["set"]
-        known = self.sets.setdefault(name, self.sets.get(name) or described(name))
+        if name not in self.sets:
+            self.sets[name] = describe_named(name, own_folders(results["data"]))
+        known = self.sets[name]
         results["gt_seg_map"] = known.read_map(results["seg_map_path"])
         results["seg_fields"].append("gt_seg_map")
         return results

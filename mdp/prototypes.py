@@ -99,7 +99,7 @@ class PrototypeBank(nn.Module):
             nearest = min(fits, key=lambda b: abs(b - batch))
             raise UserError(
                 f"--bank-size {self.size} does not divide by the global batch of {batch}; "
-                f"take --bank-size {max(1, round(self.size / batch)) * batch} or a global batch of {nearest}"
+                f"take --bank-size {max(1, round(self.size / batch)) * batch} or --batch-size {nearest}"
             )
 
     def _sums(self, r: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

@@ -49,4 +49,10 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m mdp.main_pretrain --output-dir "$out" "${flags[@]}" "$@"
-next_job mdp/run_finetune.sh "$tier"
+word=
+for next in "$@"; do # a flag after the tier may name another folder
+  case "$word" in --output-dir | --output_dir | --log-dir | --log_dir) out=$next ;; esac
+  case "$next" in --output-dir=* | --output_dir=* | --log-dir=* | --log_dir=*) out=${next#*=} ;; esac
+  word=$next
+done
+next_job mdp/run_finetune.sh "$tier" --checkpoint "$(printf %q "$out/checkpoint.pth")"

@@ -1,4 +1,7 @@
-"""What fine-tuning takes of a pretraining: backbone and decode head of one encoder, in mmsegmentation's names."""
+"""What fine-tuning takes of a pretraining: backbone and decode head of one encoder, in mmsegmentation's names.
+
+And what a pretraining starts from: --init.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mdp.models import Encoder
 from shared_utils import UserError, checkpoint
+from shared_utils.init import initialise
 
 FORMATS = ("mmseg", "torchvision")
 
@@ -52,3 +57,30 @@ def load_pretrained(path: str | Path, branch: str = "q") -> tuple[dict[str, Tens
     raise UserError(
         f"{path}: not an MDP pretraining checkpoint and not an export of one; see python -m mdp.main_pretrain"
     )
+
+
+def start(encoder: Encoder, spec: str, arch: str) -> str:
+    """Load what --init names: none, imagenet (torchvision), timm:NAME, weights of a backbone, or a run of this job.
+
+    Of a run, or of its checkpoint, decode head and projector are loaded, too; a classifier, of other classes perhaps,
+    stays new. Returns a line for the preflight. UserError: no such file, or weights of another network.
+    """
+    if spec == "none":
+        return "random"
+    if spec == "imagenet":
+        import torchvision
+
+        weights = torchvision.models.get_model(arch, weights="DEFAULT").state_dict()
+        return f"imagenet: {checkpoint.load_strict(encoder.backbone, weights, drop=('fc.*',))}"
+    path = Path(spec)
+    file = path / "checkpoint.pth" if path.is_dir() else path
+    state = {} if spec.startswith("timm:") else checkpoint.read_weights(file)
+    if "backbone.conv1.weight" not in state:
+        return initialise(encoder.backbone, spec)
+    state = {key: value for key, value in state.items() if not key.startswith("classifier.")}
+    new = {key.split(".")[0] for key in encoder.state_dict()} - {key.split(".")[0] for key in state}
+    try:
+        report = checkpoint.load_strict(encoder, state, ["projector.*"], [f"{part}.*" for part in new])
+    except UserError as error:
+        raise UserError(f"--init {spec}: {error}; --arch and its like must name the network of the run") from None
+    return f"{spec}: {report}"

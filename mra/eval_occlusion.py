@@ -19,7 +19,7 @@ from mra.mra import MRA, add_mae_flags, attention_scores, load_mae, pixel_mask, 
 from shared_utils import UserError, distributed
 from shared_utils.data import ImageList
 from shared_utils.evaluation import subset, write_result
-from shared_utils.flags import Parser, add_machine_flags, natural, positive
+from shared_utils.flags import Parser, add_machine_flags, add_output_flag, natural, positive
 from shared_utils.layout import follow
 from shared_utils.run import cli, set_threads
 
@@ -48,7 +48,7 @@ def get_parser() -> Parser:
     add_mae_flags(p)
     a("--batch_size", type=positive, default=256)
     a("--seed", type=natural, default=0, help="of the random cells; keep it for everything that is compared")
-    a("--output-dir", type=Path, help="folder of result.json; default: RUN-test")
+    add_output_flag(p, "mra/occlusion", "checkpoint", names=["--output-dir"])
     add_machine_flags(p, workers=None)
     return p
 
@@ -189,10 +189,9 @@ def main(argv: list[str] | None = None) -> int:
         result[f"occlusion_{order}"] = area(curve)
     if mae is not None:
         result |= diagnose(mae, images, args, device, stats)
-    out = args.output_dir or args.checkpoint.parent.with_name(args.checkpoint.parent.name + "-test")
     rounded = {order: [round(v, 3) for v in curve] for order, curve in found.items()}
     result |= {"shares": SHARES, "curves": rounded, "images": len(images), "mae_md5": args.mae_md5}
-    write_result(out, result | {"minutes": flags["minutes"]})  # of the training
+    write_result(args, result | {"minutes": flags["minutes"]})  # of the training
     return 0
 
 

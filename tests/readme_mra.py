@@ -23,7 +23,7 @@ def check(runs: Path) -> None:
     assert result("supervised")["test"] == "test_b" and len(result("fixmatch")["mae_md5"]) == 32
     few = result("fewshot")
     assert few["5shot"] - few["5shot_ci"] > 25, f"5-shot accuracy {few['5shot']:.1f}, chance is 20"
-    occlusion = result("occlusion")
+    occlusion = json.loads((runs / "mra/supervised/mini/eval/occlusion/result.json").read_text())
     assert set(occlusion["curves"]) == {"random", "salient", "nonsalient"}
     # random masks keep 21 of 36 patches; what the attention keeps is printed whatever it is
     assert 50 < occlusion["kept_random"] < 66 and 0 <= occlusion["kept_foreground"] <= 100
@@ -33,4 +33,6 @@ def check(runs: Path) -> None:
     with open(runs / "mra/predictions.csv", newline="") as handle:
         rows = list(csv.DictReader(handle))
     right = [row["file"].split("/")[0] == row["class"] for row in rows]
-    assert len(rows) == 1000 and abs(100 * fmean(right) - result("fixmatch")["top1"]) < 1e-6, "not what the run has measured"
+    assert len(rows) == 1000 and abs(100 * fmean(right) - result("fixmatch")["top1"]) < 1e-6, (
+        "not what the run has measured"
+    )

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -621,8 +620,8 @@ def test_another_autoencoder_is_refused_on_resume(images: Path, mae: Path, tmp_p
         train("supervised", images, tmp_path / "out", "--mae_ckpt", str(file))
 
 
-def torchrun(job: str, source: Path, out: Path, *extra: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+def torchrun(python: str, job: str, source: Path, out: Path, *extra: str) -> subprocess.CompletedProcess:
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command += [f"mra.main_{job}", *COMMON, *FLAGS[job], "--data_path", str(source), "--output-dir", str(out), *extra]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
@@ -640,11 +639,11 @@ LAST_OF_FIVE = ["--mix", "cutout", "--per_class", "7"]  # 21 images: the last ba
         ("fewshot", [*SAME, "--mra_on_support"], [*SAME, "--mra_on_support"]),
     ],
 )
-def test_two_processes_are_one_on_the_whole_batch(job, one, two, images, novel, mae, tmp_path) -> None:
+def test_two_processes_are_one_on_the_whole_batch(job, one, two, images, novel, mae, tmp_path, python) -> None:
     source = novel if job == "fewshot" else images
     own = [] if job == "pretrain" else ["--mae_ckpt", str(mae)]
     train(job, source, tmp_path / "one", *own, *one)
-    done = torchrun(job, source, tmp_path / "two", *own, *two)
+    done = torchrun(python, job, source, tmp_path / "two", *own, *two)
     assert done.returncode == 0, done.stderr[-2000:]
     logged = ["loss", "acc/train", "mra/entropy", "loss/labelled", "loss/unlabelled", "fixmatch/mask"]
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
@@ -660,10 +659,10 @@ def test_two_processes_are_one_on_the_whole_batch(job, one, two, images, novel, 
         assert first["1shot"] == pytest.approx(second["1shot"], abs=2)
 
 
-def test_two_processes_resume_to_the_bit(images: Path, mae: Path, tmp_path: Path) -> None:
+def test_two_processes_resume_to_the_bit(images: Path, mae: Path, tmp_path: Path, python: str) -> None:
     """With batch norm of each process, of which the checkpoint holds process 0's statistics alone."""
     extra = ["--mae_ckpt", str(mae), "--mask_strategy", "random", "--save-every", "4"]
-    assert torchrun("fixmatch", images, tmp_path / "whole", *extra).returncode == 0
+    assert torchrun(python, "fixmatch", images, tmp_path / "whole", *extra).returncode == 0
     stop = tmp_path / "stop.py"  # the module, stopped by a signal after its fourth step
     stop.write_text(
         "import os, runpy, signal, sys\nfrom shared_utils.run import Run\nlog = Run.log\n"
@@ -671,12 +670,12 @@ def test_two_processes_resume_to_the_bit(images: Path, mae: Path, tmp_path: Path
         "    if self.step == 3 and self.rank == 0:\n        os.kill(os.getpid(), signal.SIGTERM)\n"
         "Run.log = patched\nrunpy.run_module(sys.argv.pop(1), run_name='__main__')\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(stop)]
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(stop)]
     command += ["mra.main_fixmatch", *COMMON, *FIX, "--data_path", str(images), "--output-dir", str(tmp_path / "cut")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run([*command, *extra], cwd=ROOT, env=env, capture_output=True, text=True)
     assert checkpoint.load(tmp_path / "cut/checkpoint.pth")["progress"]["step"] == 4
-    again = torchrun("fixmatch", images, tmp_path / "cut", *extra)
+    again = torchrun(python, "fixmatch", images, tmp_path / "cut", *extra)
     assert again.returncode == 0 and "at step 4" in again.stdout, again.stderr[-2000:]
     assert differing(tmp_path / "whole", tmp_path / "cut", 40) == []
 
@@ -781,7 +780,7 @@ def test_occlusion_and_diagnostics(images: Path, mae: Path, tmp_path: Path) -> N
     train("supervised", images, run, "--mean_std", "half")
     argv = ["--checkpoint", str(run / "checkpoint.pth"), "--cell", "4", "--threads", "1"]
     assert eval_occlusion.main([*argv, "--mae_ckpt", str(mae), "--batch_size", "5"]) == 0
-    found = result(tmp_path / "run-test")
+    found = result(run / "eval" / "occlusion")
     assert found["curves"]["random"][0] == pytest.approx(result(run)["top1"], abs=1e-3)
     assert {len(curve) for curve in found["curves"].values()} == {10} and len(found["curves"]) == 3
     for name, curve in found["curves"].items():
@@ -874,7 +873,7 @@ def test_the_small_tier_mixes_half_of_cifar_s_batches(name: str, expected: list[
     assert found == expected and "--mix_prob" not in (logs / "mixup-seed0.log").read_text()
 
 
-def test_the_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mra.main_supervised", "--data_path", str(tmp_path / "nowhere")]
+def test_the_command_line(tmp_path: Path, python: str) -> None:
+    command = [python, "-m", "mra.main_supervised", "--data_path", str(tmp_path / "nowhere")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

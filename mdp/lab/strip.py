@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdp.datasets import open_set
-from mdp.eval_seg import load_encoder, nearest_prototype, val_split
+from mdp.eval_seg import load_encoder, nearest_prototype
 from mdp.main_pretrain import get_parser as training_parser
+from mdp.own import open_named, own_folders, val_split
 from mdp.visualize import MEAN, STD
 from shared_utils import UserError
 from shared_utils.flags import Parser, natural
@@ -36,10 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     set_threads(0, 0, torch.device("cpu"))
     encoder, _, proto, valid = load_encoder(args.pretrained, "k")
     root = Path(flags.data_root)
-    names = flags.datasets.split(",")
+    names, own = flags.datasets.split(","), own_folders(flags.data)
     if len(args.anchors) != len(names):
         raise UserError(f"--anchors: give one number for each of {', '.join(names)}")
-    sets = [open_set(name, root, val_split(name), flags.voc_background) for name in names]
+    sets = [open_named(name, own, root, val_split(name, own), flags.voc_background) for name in names]
     colours = torch.tensor([c for s in sets for c in s.palette] + [(0, 0, 0)]) / 255  # [C + 1, 3]
     classes = [f"{s.name} {c}" for s in sets for c in s.classes]
     starts = torch.tensor([0, *(len(s.classes) for s in sets)]).cumsum(0).tolist()
