@@ -100,8 +100,9 @@ class Rounds(EpochSampler):
     """
 
     def __init__(self, size: int, batch_size: int, steps: int, seed: int, rank: int = 0, world: int = 1):
+        self.steps = steps
         super().__init__(max(size, batch_size * world), batch_size, seed, rank, world)
-        self.size, self.steps = size, steps
+        self.size = size
 
     def __len__(self) -> int:
         return self.steps - self.start

@@ -98,7 +98,6 @@ def main(argv: list[str] | None = None) -> int:
     operator, about_mra = build(args, args.input_size, run.device, data.STATS[args.mean_std])
     engine.settle(args, operator)
     train, tests = data.open_sets(args)
-    data.needs(train, args.batch_size, f"--batch_size {args.batch_size}")
     train.transform = engine.training_transform(args)
     for images in tests.values():
         images.transform = data.test_transform(args.input_size, args.mean_std)
