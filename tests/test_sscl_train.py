@@ -313,7 +313,7 @@ def test_every_flag_of_a_step(flags, how, a, data, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(Run, "batches", watch)
     monkeypatch.setattr(SsCL, "embed_keys", keys_of)
-    monkeypatch.setattr(losses, "choose", chosen)
+    monkeypatch.setattr("sscl.model.choose", chosen)
     monkeypatch.setattr(SsCL, "enqueue", enqueued)
     monkeypatch.setattr(main, "log_similarity", similar)
     monkeypatch.setattr(losses, "contrast", contrasted)
