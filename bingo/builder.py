@@ -80,8 +80,7 @@ class MoCo(Queue):
     def __init__(self, encoder_q: nn.Module, encoder_k: nn.Module, dim: int, size: int = 65536, m: float = 0.999):
         super().__init__(encoder_q, encoder_k, dim, size)
         self.m = m
-        for p_k, p_q in zip(encoder_k.parameters(), encoder_q.parameters(), strict=True):
-            p_k.data.copy_(p_q.data)
+        encoder_k.load_state_dict(encoder_q.state_dict())
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:

@@ -53,6 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     set_threads(args.threads, args.workers, device)
     images = train_images(args)
     labels = images.labels
+    if args.bags == "label" and not images.has_labels:
+        raise UserError(f"--bags label: {args.data_dir} has no two class folders, so its images have no labels")
+    if args.bags == "knn" and len(images) <= args.clus_pos_num:
+        raise UserError(f"--clus_pos_num {args.clus_pos_num} needs more than so many images, there are {len(images)}")
     out, made_by = args.corr_dir / args.corr_name, None
     if distributed.rank() == 0:
         check_writable(out)
@@ -94,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     if distributed.rank() == 0:
         save_bags(out, array, images, args.bags, made_by)
         line = f"{args.bags} bags of {len(images)} images -> {out}"
-        if array.ndim == 2:
+        if array.ndim == 2 and images.has_labels:
             line += f"; {purity(torch.from_numpy(array), labels):.1f} % of the members have their anchor's label"
         print(line)
     return 0

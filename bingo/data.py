@@ -17,6 +17,8 @@ from shared_utils.data import ImageList
 
 def order_hash(images: ImageList) -> str:
     """Hash of the relative paths in their order: bags are row numbers and mean nothing under another order."""
+    if not images.classes:
+        return images.fingerprint()[1]
     names = "\n".join("/".join(path.parts[-2:]) for path in images.paths())
     return hashlib.sha256(os.fsencode(names)).hexdigest()  # as they are on disk, in UTF-8 or not
 

@@ -2,6 +2,7 @@
 
     python -m bingo.main_knn --pretrained runs/bingo/pretrain/small/checkpoint.pth --data_dir DATA_DIR
 
+Where DATA_DIR has class folders and neither val nor test, one image at a time is left out and classified by the others.
 `knn` k = 20, weights exp(cosine / .07); `knn10` k = 10, majority vote (SEED's protocol, which the paper's kNN table is
 believed to follow); `few_shot` with 10 labelled images a class; `purity` share of an image's 5 nearest training images
 that have its label. With --bags: `bag_gap`, mean cosine of bag pairs minus that of all pairs, and `overlap`, the share
@@ -17,7 +18,16 @@ from bingo.arch import ARCHS, STEMS, build
 from bingo.data import load_bags
 from shared_utils import distributed
 from shared_utils.augment import plain
-from shared_utils.evaluation import add_data_flags, add_network_flags, freeze, load_backbone, open_splits, write_result
+from shared_utils.evaluation import (
+    add_data_flags,
+    add_network_flags,
+    freeze,
+    load_backbone,
+    open_splits,
+    own_rows,
+    protocol,
+    write_result,
+)
 from shared_utils.flags import Parser, add_aug_flag, add_machine_flags, positive
 from shared_utils.layout import place
 from shared_utils.neighbours import features, few_shot, knn_accuracy, neighbours, purity
@@ -36,7 +46,7 @@ def get_parser() -> Parser:
     a("--clus_pos_num", type=positive, default=5, help="K, members of a bag that count")
     a("--feature_dir", type=Path, help="keep features in .npy files there (mapped, not in memory: for ImageNet)")
     a("--batch_size", type=positive, default=256, help="images a process")
-    add_machine_flags(p, amp="none", output_dir="bingo/knn/default")
+    add_machine_flags(p, amp="none", output_dir="bingo/knn")
     return p
 
 
@@ -83,14 +93,14 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     device = distributed.init(args.device)
     set_threads(args.threads, args.workers, device)
-    train, val = open_splits(args)
+    train, val = open_splits(args, leave_one_out=True)
     train.transform = val.transform = plain(args.img_size, args.aug_backend)
     bags = load_bags(args.bags, train, args.clus_pos_num)[0] if args.bags else None
     encoder, report = load_backbone(build, args, "resnet18", stored_as=STORED)
     freeze(encoder)
     encoder = place(encoder, device)
     if distributed.rank() == 0:
-        print(f"bingo/knn: {report}; {len(train)} train / {len(val)} val images", flush=True)
+        print(f"bingo/knn: {report}; {protocol(train, val)}", flush=True)
 
     def embed(name: str, images) -> Tensor:  # type: ignore[no-untyped-def]
         out = args.feature_dir / f"{name}.npy" if args.feature_dir else None
@@ -98,19 +108,21 @@ def main(argv: list[str] | None = None) -> int:
             lambda x: encoder(x, pre_out=True), images, device, args.batch_size, args.workers, args.amp == "bf16", out
         )
 
-    bank, queries = embed("train", train), embed("val", val)
+    bank, own = embed("train", train), own_rows(train, val)
+    queries = bank if val is train else embed("val", val)
     labels, truth = train.labels, val.labels
     nearest = neighbours(bank, min(max(5, args.clus_pos_num), len(train) - 1), device)
     result: dict[str, object] = {
-        "knn": knn_accuracy(bank, labels, queries, truth, 20, 0.07, device),
-        "knn10": knn_accuracy(bank, labels, queries, truth, 10, None, device),
-        "few_shot": few_shot(bank, labels, queries, truth, 10, device=device),
+        "knn": knn_accuracy(bank, labels, queries, truth, 20, 0.07, device, own),
+        "knn10": knn_accuracy(bank, labels, queries, truth, 10, None, device, own),
+        "few_shot": few_shot(bank, labels, queries, truth, 10, device=device, own=own),
         "purity": purity(nearest[:, :5], labels),
     }
     if bags is not None and distributed.rank() == 0:  # who writes the result
         result |= bag_scores(bank, torch.from_numpy(bags.array), nearest[:, : args.clus_pos_num])
     result |= {"pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256, "data_dir": str(args.data_dir)}
-    write_result(args.output_dir, result)
+    result["protocol"] = protocol(train, val)
+    write_result(args, result)
     return 0
 
 

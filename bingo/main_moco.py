@@ -22,6 +22,7 @@ from bingo.arch import ARCHS, STEMS, Encoder, build, mlp_head
 from bingo.builder import BINGO, ReleaseKeys
 from bingo.data import VIEWS, Bags, Views, load_bags, order_hash, sha256
 from bingo.options import (
+    DROP,
     add_data_flags,
     add_schedule_flags,
     check_batch,
@@ -35,8 +36,10 @@ from shared_utils import UserError, distributed, feed
 from shared_utils.augment import moco_v1, moco_v2, plain
 from shared_utils.data import EpochSampler, ImageList, mix_key, per_class
 from shared_utils.flags import Parser, add_aug_flag, add_run_flags, floats, natural, not_negative, positive
+from shared_utils.init import add_init_flag, initialise
 from shared_utils.layout import follow, place
 from shared_utils.neighbours import features, neighbours, purity
+from shared_utils.preflight import check_images, queue_caution
 from shared_utils.run import Run, cli
 
 Embed = Callable[[list[Tensor]], list[Tensor]]
@@ -91,6 +94,7 @@ def get_parser() -> Parser:
     add_schedule_flags(p, 0.03, 200, "120,160")
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_aug_flag(p)
+    add_init_flag(p)
     add_run_flags(p, "bingo/pretrain/default")
     p.set_defaults(images_sha256="", bags_sha256="")  # of the data: a run is not resumed on others
     return p
@@ -128,6 +132,8 @@ def sample_classes(images: ImageList, count: int, each: int = 32) -> ImageList:
 
 def check_teacher(teacher: Encoder, images: ImageList, count: int, img_size: int, run: Run) -> str:
     """Purity of the teacher's 5 nearest neighbours on images of a few classes, beside that of chance."""
+    if not images.has_labels:
+        return "without labels the purity of its neighbours is not known"
     some = sample_classes(images, count)
     some.transform = plain(img_size, run.args.aug_backend)
     if len(some) < 7:
@@ -168,6 +174,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Data: anchors and members of their bags.
     images = train_images(args)
+    check_images(len(images), "--batch_size", args.batch_size, 2 * run.world * args.bn_splits)
     args.images_sha256 = order_hash(images)[:16]
     bags, bags_are = None, "none"
     if args.loss != "intra":
@@ -186,6 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.moco_dim not in (0, dim):
         raise UserError(f"--moco_dim {args.moco_dim}: the embedding of this teacher has {dim} dimensions")
     student = build(args.s_arch, args.s_width, args.s_stem)
+    started = {"init": f"student, {initialise(student, args.init, drop=DROP)}"} if args.init else {}
     student.fc = mlp_head(student.num_features, dim, args.hidden)
     distributed.convert_norm(student, "split", args.bn_splits, count if args.one_pass else 1)
     distributed.convert_norm(teacher, "split", args.bn_splits)
@@ -215,7 +223,8 @@ def main(argv: list[str] | None = None) -> int:
     run.reads(images)
     run.preflight(
         {
-            "data": f"{args.data_dir}/train: {len(images)} images, {len(images.classes)} classes",
+            "data": f"{args.data_dir}: {images.told()}",
+            **started,
             "bags": bags_are,
             "teacher": f"{args.t_arch} from {args.pretrain_path} ({args.pretrain_alg}), {dim}-d; {teacher.report}; "
             f"{teacher_is}",
@@ -227,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
                 run, model, embed, count, 2 if args.loss == "release" else 1, steps * args.end_epoch
             ),
             **caution,
+            **queue_caution(args.moco_k, len(images), args.batch_size),
         }
     )
     run.compile(model.encoder_q, model.encoder_k)
@@ -287,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
             run.image("views/" + "_".join([*views, *more]), views_picture({**views, **more}))
         model.enqueue(k)  # T_a alone, and only now: the graph above needed the queue as it was
         run.log(loss=distributed.all_sum(loss) / run.world, lr=optimizer.param_groups[0]["lr"], **watched)
-    run.finish(next_command(args, run.dir))
+    run.finish(next_command(args, images, run.dir))
     return 0
 
 

@@ -69,7 +69,7 @@ def get_parser() -> Parser:
         default=256,
         help="images a step, all processes together; at most the labelled ones",
     )
-    add_run_flags(p, "bingo/semi/default")
+    add_run_flags(p, "bingo/semi", "pretrained")
     return p
 
 

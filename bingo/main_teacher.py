@@ -9,11 +9,12 @@ import math
 import torch
 from torch import nn
 
-from bingo.arch import ARCHS, STEMS, build, mlp_head
+from bingo.arch import ARCHS, STEMS, Encoder, build, mlp_head
 from bingo.builder import MoCo, ReleaseKeys
 from bingo.data import Views, order_hash
 from bingo.losses import contrast_rank, info_nce
 from bingo.options import (
+    DROP,
     add_data_flags,
     add_schedule_flags,
     check_batch,
@@ -26,8 +27,9 @@ from shared_utils import UserError, distributed, feed
 from shared_utils.augment import moco_v1, moco_v2
 from shared_utils.data import EpochSampler, mix_key
 from shared_utils.flags import Parser, add_aug_flag, add_run_flags, natural, not_negative, positive
+from shared_utils.init import add_init_flag, initialise
 from shared_utils.layout import follow, place
-from shared_utils.preflight import ONE_NORM
+from shared_utils.preflight import ONE_NORM, check_images, queue_caution
 from shared_utils.run import Run, cli
 
 
@@ -57,6 +59,7 @@ def get_parser() -> Parser:
     add_schedule_flags(p, 0.03, 200, "120,160")
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_aug_flag(p)
+    add_init_flag(p)
     add_run_flags(p, "bingo/teacher/default")
     p.set_defaults(images_sha256="")  # of the data: a run is not resumed on other images
     return p
@@ -69,14 +72,18 @@ def main(argv: list[str] | None = None) -> int:
     if not args.moco_t > 0 or not args.init_lr > 0 or not 0 <= args.moco_m <= 1:
         raise UserError("--moco_t and --init_lr must be above 0, and --moco_m in 0..1")
     images = train_images(args)
+    check_images(len(images), "--batch_size", args.batch_size, 2 * run.world * args.bn_splits)
     args.images_sha256 = order_hash(images)[:16]
     augment = (moco_v2 if args.aug_plus == "true" else moco_v1)(args.img_size)
     sampler = EpochSampler(len(images), args.batch_size // run.world, args.seed, run.rank, run.world)
     loader = run.loader(feed.keyed(Views(images, augment), args.seed, args.aug_backend, run.device), sampler)
 
-    encoders = []
-    for _ in range(2):
+    encoders: list[Encoder] = []
+    started = {}
+    for _ in range(2):  # the second becomes a copy of the first
         encoder = build(args.arch, args.width, args.stem)
+        if args.init and not encoders:
+            started = {"init": initialise(encoder, args.init, drop=DROP)}
         encoder.fc = mlp_head(encoder.num_features, args.moco_dim, args.hidden or encoder.num_features)
         encoders.append(encoder)
     model = MoCo(encoders[0], encoders[1], args.moco_dim, args.moco_k, args.moco_m)
@@ -99,12 +106,14 @@ def main(argv: list[str] | None = None) -> int:
     run.reads(images)
     run.preflight(
         {
-            "data": f"{args.data_dir}/train: {len(images)} images, {len(images.classes)} classes",
+            "data": f"{args.data_dir}: {images.told()}",
+            **started,
             "batch": f"{args.batch_size} = {args.batch_size // run.world} x {run.world}, {steps} steps an epoch",
             "learning rate": f"{args.init_lr}, {args.decay_method} by epoch over {args.end_epoch}",
             "parameters": f"{sum(x.numel() for x in model.encoder_q.parameters()) / 1e6:.2f} M trained",
             "expected initial loss": f"about log(1 + {args.moco_k}) = {math.log1p(args.moco_k):.2f}",
             **caution,
+            **queue_caution(args.moco_k, len(images), args.batch_size),
         }
     )
     run.compile(model.encoder_q, model.encoder_k)
@@ -135,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
             run.image("views/query_key", views_picture({"query": im_q, "key": im_k}))
         model.enqueue(k)
         run.log(loss=distributed.all_sum(loss) / run.world, lr=optimizer.param_groups[0]["lr"], **watched)
-    run.finish(next_command(args, run.dir))
+    run.finish(next_command(args, images, run.dir))
     return 0
 
 

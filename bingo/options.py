@@ -7,14 +7,18 @@ from pathlib import Path
 from shlex import quote
 
 from shared_utils import UserError
-from shared_utils.data import ImageList, image_folder, per_class
+from shared_utils.data import ImageList, training_folder
 from shared_utils.flags import Parser, ints, natural, positive
+from shared_utils.init import HEADS
+
+DROP = (*HEADS, "_fc.*")  # of a file for --init: EfficientNet's classifier too
 
 
 def add_data_flags(p: Parser) -> None:
-    """--data_dir holds train/CLASS/*.jpg and val/CLASS/*.jpg, as ImageNet."""
+    """--data_dir holds train/CLASS/*.jpg and val/CLASS/*.jpg, as ImageNet, or images of one's own."""
     a = p.add_argument
-    a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="holds train/CLASS/*.jpg")
+    a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="holds train/CLASS/*.jpg, "
+      "or images of your own: class folders, or files without labels")  # fmt: skip
     a("--img_size", type=positive, default=224, help="pixels of a crop")
     a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
     a("--cache", action="store_true", help="decode all images once and keep them in memory")
@@ -45,14 +49,17 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
 
 def train_images(args: argparse.Namespace) -> ImageList:
     """The training images in the order that bags refer to: sorted classes, sorted files."""
-    images = image_folder(Path(args.data_dir) / "train")
-    return per_class(images, args.per_class, args.cache) if args.per_class or args.cache else images
+    return training_folder(args.data_dir, args.per_class, args.cache)
 
 
-def next_command(args: argparse.Namespace, folder: Path) -> str:
+def next_command(args: argparse.Namespace, images: ImageList, folder: Path) -> str:
     """The evaluation of what a run wrote into `folder`; network and image size are in the checkpoint."""
-    images = f"--data_dir {quote(str(args.data_dir))}" + (f" --per_class {args.per_class}" if args.per_class else "")
-    return f"evaluate: python -m bingo.main_knn --pretrained {quote(f'{folder}/checkpoint.pth')} {images}"
+    weights = f"--pretrained {quote(f'{folder}/checkpoint.pth')}"
+    if not images.has_labels:
+        out = quote(f"{folder}/backbone.pth")
+        return f"backbone: python -m bingo.lab.export_detection {weights} --format torchvision --out {out}"
+    data = f"--data_dir {quote(str(args.data_dir))}" + f" --per_class {args.per_class}" * bool(args.per_class)
+    return f"evaluate: python -m bingo.main_knn {weights} {data}"
 
 
 def check_batch(batch_size: int, world: int, splits: int) -> None:

@@ -2,7 +2,8 @@
 # The arms of the small tier's table: bash bingo/run_arms.sh [mini|small|paper] [flags of the training script]
 # Arms that differ in the method alone, with equal heads and batch norms of as many images: alone and bingo_narrow
 # (MoCo v2's head), alone_wide and bingo_wide (BINGO's). The others have BINGO's head and one batch norm of the batch.
-# ARMS, SEEDS, SET (cifar10, tiny_imagenet50), JOBS (arms at once), DATA_ROOT, RUNS. What is finished is not run again.
+# ARMS, SEEDS, SET (cifar10, tiny_imagenet50, or a folder of images of your own below DATA_ROOT), JOBS (arms at once),
+# DATA_ROOT, RUNS. What is finished is not run again. An --end_epoch after the tier is every arm's: leave *_eq away then.
 # paper: DATA_ROOT is the folder of train/ and val/, TEACHER the file of the teacher, GPUS the processes of an arm.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,12 +15,14 @@ case "${1:-}" in mini | small | paper) tier=$1 && shift ;; --* | "") ;; *)
   ;;
 esac
 source shared_utils/env.sh
+source shared_utils/own_set.sh
 
 runs=${RUNS:-runs}/bingo
 set_name=${SET:-cifar10}
 export SET=$set_name
 teacher=()
 loading=(--workers 0 --threads 1)
+last=linear pil=()
 case "$tier" in
   mini)
     # Every arm on the generated images; where compute is to be equal the student alone trains 4.4 times as long.
@@ -44,14 +47,20 @@ case "$tier" in
     # - positive control: alone_wide_eq above alone_wide (p < .05); floor: alone_wide above an untrained network
     #   (p < .05). Where one of the two fails on a set, its claims are "not testable at this size";
     # - everything else is descriptive, bingo against alone too: it differs in the head and in the batch norms.
-    per_class=400
-    if [ "$set_name" = tiny_imagenet50 ]; then per_class=80; fi
-    loading+=(--aug_backend pil) # evaluations: rows of different runs compare
-    data=(--data_dir "${DATA_ROOT:-data}/$set_name" --per_class "$per_class" --cache --img_size 32)
-    student=(--arch resnet10 --width 16 --per_class "$per_class" --init_lr 0.06 --end_epoch 10)
+    data=(--data_dir "${DATA_ROOT:-data}/$set_name") kept=()
+    case "$set_name" in # evaluations of recorded rows are by PIL: rows of different runs compare
+      cifar10) kept=(--per_class 400) ;;
+      tiny_imagenet50) kept=(--per_class 80) ;;
+      *) own_set "${DATA_ROOT:-data}/$set_name" ;; # evaluated at the size of the training
+    esac
+    knn=("${data[@]}" "${kept[@]}")
+    if [ ${#kept[@]} -gt 0 ]; then
+      loading+=(--aug_backend pil) knn+=(--cache --img_size 32) pil=(--aug_backend pil)
+    fi
+    data=("${knn[@]}")
+    student=(--arch resnet10 --width 16 "${kept[@]}" --init_lr 0.06 --end_epoch 10)
     equal=66 equal_wide=60
     narrow=128 shares=(--bn_splits 2)
-    knn=("${data[@]}")
     out=$runs/arms/small/$set_name
     corr=$runs/imgs_corr/$set_name
     ;;
@@ -106,7 +115,7 @@ run_one() { # arm seed [flags]
   # The recorded rows without equal heads were trained with the releases' loader; new seeds stand beside them.
   case "$tier $arm" in
     *wide* | *untrained) ;;
-    small*) flags+=(--aug_backend pil) ;;
+    small*) flags+=("${pil[@]}") ;;
   esac
   case "$arm" in
     alone* | untrained)
@@ -119,7 +128,9 @@ run_one() { # arm seed [flags]
   esac
   "$PYTHON" -m bingo.main_knn --pretrained "$folder/checkpoint.pth" "${knn[@]}" --bags "$corr.npy" \
     "${loading[@]}" --output-dir "$folder-knn"
-  if [ "$tier" = paper ]; then
+  if [ "$last" = knn ]; then
+    return
+  elif [ "$tier" = paper ]; then
     bash bingo/run_lincls.sh paper --pretrained "$folder/checkpoint.pth" --output-dir "$folder-linear"
   else
     "$PYTHON" -m bingo.main_lincls --pretrained "$folder/checkpoint.pth" "${knn[@]}" --cached_train \
@@ -132,10 +143,10 @@ rm -f "$out/failed" # a job may fail between two looks at the jobs: it leaves it
 for seed in ${SEEDS:-0}; do
   for arm in ${ARMS:-$every}; do
     while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n || true; done
-    if [ -f "$out/$arm/seed$seed-linear/result.json" ]; then continue; fi
+    if [ -f "$out/$arm/seed$seed-$last/result.json" ]; then continue; fi
     echo "arm $arm, seed $seed -> $out/$arm-seed$seed.log"
     (
-      trap '[ $? = 0 ] || echo "$arm, seed $seed" >>"$out/failed"' EXIT
+      trap '[ $? = 0 ] || echo "$arm, seed $seed" "$(why "$out" "$arm" "$seed")" >>"$out/failed"' EXIT
       run_one "$arm" "$seed" "$@"
     ) >"$out/$arm-seed$seed.log" 2>&1 &
   done

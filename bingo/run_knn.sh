@@ -23,11 +23,13 @@ case "$tier" in
     )
     ;;
   small)
-    set_name=${SET:-cifar10}
-    per_class=400
-    if [ "$set_name" = tiny_imagenet50 ]; then per_class=80; fi
+    set_name=${SET:-cifar10} kept=() # images of your own: all of them, and not decoded in memory
+    case "$set_name" in
+      cifar10) kept=(--per_class 400 --cache) ;;
+      tiny_imagenet50) kept=(--per_class 80 --cache) ;;
+    esac
     flags=(
-      --data_dir "${DATA_ROOT:-data}/$set_name" --per_class "$per_class" --cache --img_size 32
+      --data_dir "${DATA_ROOT:-data}/$set_name" "${kept[@]}" --img_size 32
       --arch resnet18 --t_width 32 --t_stem cifar_pool --workers 0 --threads 1
       --ckpt_name "$runs/teacher/small/$set_name/checkpoint.pth" --corr_dir "$runs/imgs_corr" --corr_name "$set_name.npy"
     )

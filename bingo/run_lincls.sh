@@ -47,6 +47,5 @@ case "$tier" in
     ;;
 esac
 checkpoint=${CHECKPOINT:-$runs/bingo/pretrain/$where/checkpoint.pth}
-out=$runs/bingo/lincls/$where
 
-"${launch[@]}" -m bingo.main_lincls --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"
+"${launch[@]}" -m bingo.main_lincls --pretrained "$checkpoint" "${flags[@]}" "$@"

@@ -28,12 +28,15 @@ case "$tier" in
   small)
     # 4,000 real images at 32 pixels, 620 steps; run_arms.sh trains every arm with these flags.
     # bf16 is fast on CPUs with AMX or AVX512-BF16 only; elsewhere --amp none.
-    set_name=${SET:-cifar10}
-    per_class=400
-    if [ "$set_name" = tiny_imagenet50 ]; then per_class=80; fi
+    set_name=${SET:-cifar10} kept=()
+    case "$set_name" in
+      cifar10) kept=(--per_class 400 --cache) ;;
+      tiny_imagenet50) kept=(--per_class 80 --cache) ;;
+      *) own=1 ;; # images of your own: all of them, and not decoded in memory
+    esac
     out=$out/$set_name
     flags=(
-      --data_dir "${DATA_ROOT:-data}/$set_name" --per_class "$per_class" --cache --img_size 32 --amp bf16
+      --data_dir "${DATA_ROOT:-data}/$set_name" "${kept[@]}" --img_size 32 --amp bf16
       --s_arch resnet10 --s_width 16 --s_stem cifar_pool --t_arch resnet18 --t_width 32 --t_stem cifar_pool
       --pretrain_path "$runs/teacher/small/$set_name/checkpoint.pth" --corr_npy "$runs/imgs_corr/$set_name.npy"
       --batch_size 64 --moco_k 1024 --init_lr 0.06 --end_epoch 10 --warmup_epochs 3 --workers 0 --threads 1
@@ -53,4 +56,4 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m bingo.main_moco --output-dir "$out" "${flags[@]}" "$@"
-next_job bingo/run_lincls.sh "$tier"
+if [ -z "${own:-}" ]; then next_job bingo/run_lincls.sh "$tier"; fi # the run has named its own evaluation

@@ -46,6 +46,5 @@ case "$tier" in
     ;;
 esac
 checkpoint=${CHECKPOINT:-$runs/bingo/pretrain/$where/checkpoint.pth}
-out=$runs/bingo/semi/$where
 
-"${launch[@]}" -m bingo.main_semi --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"
+"${launch[@]}" -m bingo.main_semi --pretrained "$checkpoint" "${flags[@]}" "$@"

@@ -28,12 +28,15 @@ case "$tier" in
     # --bn_splits with the keys shuffled over them: in one batch norm the keys know their queries (MoCo, shuffle-BN).
     # A queue of 16 steps: with 64 steps and m = 0.99 keys and queue drift apart and embeddings collapse (feat/std 0.03).
     # bf16 is fast on CPUs with AMX or AVX512-BF16 only; elsewhere --amp none.
-    set_name=${SET:-cifar10}
-    epochs=13
-    if [ "$set_name" = tiny_imagenet50 ]; then epochs=26; fi
+    set_name=${SET:-cifar10} kept=(--cache)
+    case "$set_name" in
+      cifar10) epochs=13 ;;
+      tiny_imagenet50) epochs=26 ;;
+      *) epochs=50 kept=() ;; # images of your own, not decoded in memory
+    esac
     out=$out/$set_name
     flags=(
-      --data_dir "${DATA_ROOT:-data}/$set_name" --cache --img_size 32
+      --data_dir "${DATA_ROOT:-data}/$set_name" "${kept[@]}" --img_size 32
       --arch resnet18 --width 32 --stem cifar_pool --amp bf16
       --batch_size 64 --bn_splits 2 --moco_k 1024 --moco_m 0.99 --init_lr 0.03 --end_epoch "$epochs"
       --workers 0 --threads 1

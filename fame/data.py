@@ -26,7 +26,7 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
     a = p.add_argument
     a("data", nargs="?", type=Path, default=Path(os.environ.get("DATA_ROOT", "data")), help="folder of the set")
     a("--dataset", choices=list(DATASETS), default="ucf101", help="layout of DATA (NOTES.md); folder: every video "
-      "below it, without labels")  # fmt: skip
+      "below it, no labels needed")  # fmt: skip
     a("--fold", type=positive, default=1, help="train and test lists 1 to 3")
     a("--target", default="class", help="what is a video's label: class, or a column of the set's attributes.csv or "
       "clips.csv, such as background or source_video")  # fmt: skip
@@ -45,20 +45,23 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
       "the key frames of video files are kept, so that each file is decoded once to find them")  # fmt: skip
 
 
-def check_data_flags(args: argparse.Namespace, labels: bool = False) -> None:
-    """UserError for flags out of range, and for a set without labels where `labels` are needed."""
+def check_data_flags(args: argparse.Namespace, split: bool = False) -> None:
+    """UserError for flags out of range, and for a set without a test part where a `split` is needed."""
     if args.crop_size < 30:
         raise UserError(f"--crop_size {args.crop_size}: at least 30, below it the mask's Gaussian has a single tap")
     if not 0 < args.min_scale <= 1 or not 0 <= args.hflip <= 1:
         raise UserError("--hflip must lie in 0..1, and --min_scale above 0 and up to 1")
     if not 1 <= args.fold <= 3:
         raise UserError(f"--fold {args.fold}: the lists are numbered 1 to 3")
-    if not DATASETS[args.dataset].labelled:
-        if labels:
-            known = ", ".join(name for name, layout in DATASETS.items() if layout.labelled)
-            raise UserError(f"--dataset {args.dataset} has no labels, and this needs them; give one of {known}")
+    if not DATASETS[args.dataset].split:
+        if split:
+            known = ", ".join(name for name, layout in DATASETS.items() if layout.split)
+            raise UserError(
+                f"--dataset {args.dataset} has no training and test part, and this needs them; lay the videos out as "
+                f"{DATASETS['k400'].expected} for --dataset k400, or give another of {known}"
+            )
         if args.target != "class" or args.per_class:
-            raise UserError(f"--dataset {args.dataset} has no labels: leave --target and --per_class away")
+            raise UserError(f"--dataset {args.dataset} takes every video: leave --target and --per_class away")
     need_folder(args.data, f"expected {DATASETS[args.dataset].expected} in it")
 
 
@@ -201,11 +204,12 @@ def list_fight(root: Path, train: bool, fold: int, unread: Counter[str]) -> tupl
 
 
 def list_folder(root: Path, train: bool, fold: int, unread: Counter[str]) -> tuple[Listed, list[str]]:
-    """Every video below `root`, without labels: files, and folders that hold pictures and no video file.
+    """Every video below `root`: files, and folders that hold pictures and no video file.
 
+    Its class is the folder right below `root`, where there are several and each video is in one; else there are none.
     Folders and pictures beside the videos (flow, thumbnails, posters), and the frames of a video file, are none.
     """
-    found: Listed = []
+    paths: list[Path] = []
     taken: set[str] = set()  # video files without their suffix, whose frames may lie in a folder of that name
     for folder, files in sorted(walk(root)):
         if folder != root and (str(folder) in taken or BESIDE.fullmatch(folder.name)):
@@ -214,12 +218,16 @@ def list_folder(root: Path, train: bool, fold: int, unread: Counter[str]) -> tup
         videos = sorted(name for name in files if kinds[name] in SUFFIXES)
         pictures = [name for name in files if kinds[name] in EXTENSIONS]
         if pictures and not videos and not all(BESIDE.fullmatch(Path(name).stem) for name in pictures):
-            found.append((folder, "", folder.relative_to(root).as_posix()))
+            paths.append(folder)
             continue
-        found += [(folder / name, "", (folder / name).relative_to(root).as_posix()) for name in videos]
+        paths += [folder / name for name in videos]
         taken |= {str((folder / name).with_suffix("")) for name in videos}
         unread.update(kinds[name] or "without suffix" for name in files if name not in videos)
-    return found, []
+    keys = [path.relative_to(root) for path in paths]
+    classes = sorted({key.parts[0] for key in keys})
+    if len(classes) < 2 or any(len(key.parts) < 2 for key in keys):
+        classes = []
+    return [(path, key.parts[0] if classes else "", key.as_posix()) for path, key in zip(paths, keys)], classes
 
 
 @dataclass(frozen=True)
@@ -230,13 +238,14 @@ class Layout:
         expected: the layout in words, for messages.
         read: (root, train, fold, counter of files that are no videos) -> the videos of that part, names of the classes.
         queue: K where --moco_k is not given.
-        labelled: whether its videos have classes; without them the whole set is every part.
+        split: whether it has a training and a test part, with the same classes. Without, every video is in both,
+            training tells nothing of classes, and evaluations leave each video out in turn.
     """
 
     expected: str
     read: Callable[[Path, bool, int, Counter[str]], tuple[Listed, list[str]]]
     queue: int = 2048
-    labelled: bool = True
+    split: bool = True
 
 
 DATASETS = {
@@ -245,7 +254,7 @@ DATASETS = {
     "hmdb51": Layout("data/CLASS/*.avi and anno/CLASS_test_split1.txt (or testTrainMulti_7030_splits/)", list_hmdb51),
     "diving48": Layout("rgb/NAME.mp4 and Diving48_V2_train.json (or Diving48_train.json)", list_diving48),
     "fight": Layout("clips.csv and CLASS/CLIP/*.jpg", list_fight),
-    "folder": Layout("videos, or folders of frames, anywhere below it", list_folder, labelled=False),
+    "folder": Layout("videos, or folders of frames, anywhere below it", list_folder, split=False),
 }
 
 
@@ -392,6 +401,7 @@ def open_videos(args: argparse.Namespace, train: bool, target: str | None = None
             beside.update(video.beside)
     if bad:
         what = f"{len(bad)} of {len(listed)} videos cannot be used; the first is {bad[0]}"
+        what += "; a lower --stride or --frame_per_clip takes shorter ones" * ("a clip spans" in "".join(bad))
         if args.bad_videos == "error" or not videos:
             raise UserError(f"{what}; --bad_videos skip goes on without them")
         if distributed.rank() == 0:
@@ -401,10 +411,22 @@ def open_videos(args: argparse.Namespace, train: bool, target: str | None = None
         print(f"  {args.data}: pictures beside the frames are left out: {some}", flush=True)
     out = VideoSet(videos, labels, classes, args.frame_per_clip, args.stride, args.step_between_clips, unread=unread)
     if args.cache:
-        for video in videos:
-            frames = read(video, range(video.count))
-            out.frames.append(augment.shrink(frames, args.cache_side) if args.cache_side else frames)
+        side = args.cache_side
+        small = (lambda frame: augment.shrink(frame[None], side)[0]) if side else None
+        out.frames = [read(video, range(video.count), small) for video in videos]
     return out
+
+
+def check_classes(videos: VideoSet, root: Path) -> None:
+    """UserError unless there are classes of two videos and more: one is compared with the others."""
+    if not videos.classes:
+        raise UserError(f"{root}: no class folders, and this needs classes; put the videos of each into a folder of it")
+    few = int(np.bincount(videos.labels, minlength=len(videos.classes)).argmin())
+    if (videos.labels == few).sum() < 2:
+        raise UserError(
+            f"{root}: class {videos.classes[few]} has fewer than 2 videos that can be used; a video is compared with "
+            "the others, so add some, or take the folder away"
+        )
 
 
 class TwoClips(Dataset):

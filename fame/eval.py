@@ -56,7 +56,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--momentum", type=not_negative, default=0.9)
     a("--wd", "--weight_decay", type=not_negative, default=0.0)
     a("--eval_every", type=positive, default=10, help="epochs between tests; the last epoch is tested in any case")
-    add_run_flags(p, "fame/eval/default")
+    add_run_flags(p, "fame/finetune", "pretrained")
     return p
 
 
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(args, "fame", "eval")
     check_flags(args, run.world)
     resolve(args)
-    check_data_flags(args, labels=True)
+    check_data_flags(args, split=True)
     train, val = open_videos(args, train=True), open_videos(args, train=False)
     classes = len(train.classes)
     if args.num_class not in (0, classes):
@@ -160,6 +160,11 @@ def main(argv: list[str] | None = None) -> int:
         write_result(run.dir, {"acc1": top1, "acc5": top5, "pretrained": args.pretrained})
         return 0
 
+    if args.batch_size > len(train):
+        fits = len(train) // run.world * run.world
+        raise UserError(
+            f"--batch_size {args.batch_size}: the data has {len(train)} training videos; give --batch_size {fits}"
+        )
     sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world)
     clips = OneClip(train, args.crop_size, args.min_scale, args.hflip)
     loader = run.loader(Keyed(clips, args.seed), sampler)

@@ -41,6 +41,12 @@ def activation(model: torch.nn.Module, clip: Tensor) -> Tensor:
     return stretch(large.flatten(2)).view_as(large)  # over all frames of a clip at once
 
 
+def inside(heat: Tensor, mask: Tensor) -> Tensor:
+    """Share [B] of the activation [B, T, S, S] that lies inside the masks [B, S, S]."""
+    mean = heat.mean(1)
+    return (mean * mask).sum((1, 2)) / mean.sum((1, 2)).clamp(min=1e-12)
+
+
 def overlay(frames: Tensor, heat: Tensor) -> Tensor:
     """Frames [..., 3, S, S] in 0..1 with heat [..., S, S] in 0..1 over them, blue to red."""
     colour = torch.stack([(2 * heat - 0.5).clamp(0, 1), 1 - (2 * heat - 1).abs(), (1.5 - 2 * heat).clamp(0, 1)], -3)
@@ -64,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     x = torch.cat([clips[i]["clips"] for i in chosen]).to(device)  # [N, 3, T, S, S]
     mask = make_mask(x, beta=args.beta)  # [N, S, S]
     heat = activation(model, augment.normalise(x))  # [N, T, S, S]
-    inside = float((heat.mean(1) * mask).sum() / heat.mean(1).sum())
+    share = float(inside(heat, mask).mean())
     args.out.mkdir(parents=True, exist_ok=True)
     for n, i in enumerate(chosen):
         at = torch.linspace(0, x.shape[2] - 1, 4).round().long().to(device)
@@ -74,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         name = videos.classes[videos.labels[i]] if videos.classes else videos.videos[i].path.stem
         Image.fromarray(picture).save(args.out / f"{n:02d}_{name}.png")
     print(f"fame/cam: {report}")
-    print(f"  {100 * inside:.1f} % of the activation lies inside masks of {100 * args.beta:.0f} % -> {args.out}/*.png")
+    print(f"  {100 * share:.1f} % of the activation lies inside masks of {100 * args.beta:.0f} % -> {args.out}/*.png")
     return 0
 
 

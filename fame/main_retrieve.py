@@ -2,7 +2,7 @@
 python -m fame.main_retrieve DATA --pretrained CHECKPOINT
 
 Gallery: the training part, queries: the test part; R@k is the share of queries with a video of their class among the k
-nearest.
+nearest. Of your own class folders (--dataset folder) each video is a query in turn, all others are its gallery.
 """
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fame import augment
-from fame.data import VideoSet, add_data_flags, check_data_flags, open_videos
+from fame.data import DATASETS, VideoSet, add_data_flags, check_classes, check_data_flags, open_videos
 from fame.network import add_network_flags, outputs, resolve, trunk
 from shared_utils import distributed
 from shared_utils.evaluation import gather_rows, write_result
@@ -28,7 +28,7 @@ def get_parser() -> Parser:
     add_network_flags(p)
     a("--stats", choices=["kinetics", "imagenet"], default="kinetics", help="mean and deviation of the input; training "
       "used Kinetics', the release's script ImageNet's")  # fmt: skip
-    add_machine_flags(p, output_dir="fame/retrieve/default")
+    add_machine_flags(p, output_dir="fame/retrieve")
     return p
 
 
@@ -37,14 +37,16 @@ def video_feature(features: Tensor) -> Tensor:
     return F.normalize(features, dim=2).mean(1)
 
 
-def recall(gallery: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor) -> dict[int, float]:
+def recall(
+    gallery: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor, leave_out: bool = False
+) -> dict[int, float]:
     """R@k in per cent; each set's mean is taken off its own features first, then all are unit vectors.
 
     Args:
-        gallery: [N, C]; queries: [Q, C]; k is cut at N.
+        gallery: [N, C]; queries: [Q, C]; k is cut at N. leave_out: they are the same, and none finds itself.
     """
     gallery, queries = (F.normalize(x - x.mean(0, keepdim=True), dim=1) for x in (gallery, queries))
-    nearest = search(queries, gallery, min(max(KS), len(gallery)))[1]
+    nearest = search(queries, gallery, min(max(KS), len(gallery) - leave_out), exclude_self=leave_out)[1]
     right = labels[nearest] == query_labels[:, None]  # [Q, k]
     return {k: 100 * float(right[:, :k].any(1).double().mean()) for k in KS}
 
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     seed_everything(0)
     set_threads(args.threads, args.workers, device)
     resolve(args)
-    check_data_flags(args, labels=True)
+    check_data_flags(args)
     model, report = trunk(args, device)
     stats = augment.IMAGENET if args.stats == "imagenet" else (augment.MEAN, augment.STD)
 
@@ -64,13 +66,21 @@ def main(argv: list[str] | None = None) -> int:
         own = torch.cat(rows) if rows else torch.empty(0, model.num_features)  # type: ignore[call-overload]
         return gather_rows(own, len(videos), device), torch.tensor(videos.labels)
 
-    train, test = open_videos(args, train=True), open_videos(args, train=False)
+    test = open_videos(args, train=False)
+    if DATASETS[args.dataset].split:
+        train = open_videos(args, train=True)
+        what = f"fold {args.fold}, {len(train)} in the gallery, {len(test)} queries"
+    else:
+        check_classes(test, args.data)
+        what = f"{len(test)} videos of {len(test.classes)} classes, each a query among the others"
     if distributed.rank() == 0:
-        print(
-            f"fame/retrieve: {args.data} fold {args.fold}, {len(train)} in the gallery, {len(test)} queries; {report}"
-        )
-    at = recall(*features(train), *features(test))
-    write_result(args.output_dir, {f"r{k}": value for k, value in at.items()} | {"pretrained": args.pretrained})
+        print(f"fame/retrieve: {args.data} {what}; {report}", flush=True)
+    queries = features(test)
+    if DATASETS[args.dataset].split:
+        at = recall(*features(train), *queries)
+    else:
+        at = recall(*queries, *queries, leave_out=True)
+    write_result(args, {f"r{k}": value for k, value in at.items()} | {"pretrained": args.pretrained})
     return 0
 
 

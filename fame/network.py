@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
+from torchvision import models
 
 from fame import augment
 from fame.backbone import ARCHS, build
 from fame.data import TestClips, VideoSet
 from shared_utils import UserError, checkpoint, evaluation
 from shared_utils.flags import positive
+from shared_utils.init import HEADS as OTHERS
+from shared_utils.init import initialise
 from shared_utils.run import plain_errors, worker_init
 
 # Flags whose default is what a run of ours has stored in its checkpoint, and the value where there is none.
@@ -80,6 +83,26 @@ def trunk(args: argparse.Namespace, device: torch.device) -> tuple[nn.Module, st
     model = build(args.arch, width=args.width)
     report = load(args, model)
     return model.requires_grad_(False).eval().to(device), report
+
+
+def start_from(network: nn.Module, spec: str) -> str:
+    """--init: the trunk's weights, and a head of the same shape, from a run, a file, or torchvision:NAME (trained on
+    Kinetics-400); one line about them.
+
+    UserError: no such file or name, or weights of another network.
+    """
+    drop = (*OTHERS, "id_head.*")
+    if not spec.startswith("torchvision:"):
+        return initialise(network, spec, HEADS, drop)
+    try:
+        state = models.get_model(spec.removeprefix("torchvision:"), weights="DEFAULT").state_dict()
+        return f"{spec}: {checkpoint.load_strict(network, state, drop, HEADS)}"
+    except UserError as error:
+        raise UserError(f"--init {spec}: {error}; --arch must name the same network") from None
+    except Exception as error:  # whatever names and downloads raise
+        reason = " ".join(str(error).split())[:120]
+        known = "r2plus1d_18, r3d_18 and s3d"
+        raise UserError(f"--init {spec}: torchvision cannot give it ({reason}); it has {known}") from None
 
 
 @torch.no_grad()

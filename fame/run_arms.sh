@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The arms of the small tier's table: bash fame/run_arms.sh [mini|small|paper] [flags of fame.train]
-# ARMS, SEEDS, SET (motion, fight), JOBS (arms at once), DATA_ROOT, RUNS. What is finished is not run again.
+# ARMS, SEEDS, SET (motion, fight, or your own videos in $DATA_ROOT/$SET), JOBS (arms at once), DATA_ROOT, RUNS. What is
+# finished is not run again.
 # paper: DATA_ROOT is the folder of Kinetics-400, UCF101_ROOT that of UCF101, GPUS the processes of an arm.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -33,7 +34,12 @@ case "$tier" in
     out=$out/$set_name
     case "$set_name" in
       motion) probes=(data/mini/motion --probe class/1 class/2 background/2 --clip_per_video 2 "${loading[@]}") ;;
-      *) probes=("${DATA_ROOT:-data}/fight_clips" --dataset fight --clip_per_video 2 "${loading[@]}") ;;
+      fight) probes=("${DATA_ROOT:-data}/fight_clips" --dataset fight --clip_per_video 2 "${loading[@]}") ;;
+      *)
+        # Class folders: linear probe on each fifth in turn, R@1 of each video among the others. Without: only how much of
+        # the activation lies inside the mask of what moves.
+        probes=("${DATA_ROOT:-data}/$set_name" --dataset folder --bad_videos skip --clip_per_video 2 "${loading[@]}")
+        ;;
     esac
     ;;
   paper)

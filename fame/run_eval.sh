@@ -37,7 +37,12 @@ case "$tier" in
         "$PYTHON" -m fame.lab.motion >/dev/null
         flags+=(data/mini/motion --fold 2 --hflip 0)
         ;;
-      *) flags+=("${DATA_ROOT:-data}/fight_clips" --dataset fight --fold "${SPLIT:-1}") ;;
+      fight) flags+=("${DATA_ROOT:-data}/fight_clips" --dataset fight --fold "${SPLIT:-1}") ;;
+      *)
+        echo "error: SET '$set_name' has no test part to fine-tune for; choose motion or fight, or" \
+          "python -m fame.main_retrieve DIR --dataset folder --pretrained CHECKPOINT" >&2
+        exit 2
+        ;;
     esac
     ;;
   paper)
@@ -50,6 +55,5 @@ case "$tier" in
     ;;
 esac
 checkpoint=${CHECKPOINT:-$runs/fame/pretrain/$where/checkpoint.pth}
-out=$runs/fame/eval/$where
 
-"${launch[@]}" -m fame.eval --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"
+"${launch[@]}" -m fame.eval --pretrained "$checkpoint" "${flags[@]}" "$@"

@@ -17,6 +17,7 @@ from fame.backbone import ARCHS, RELEASE, build
 from fame.data import DATASETS, TwoClips, VideoSet, add_data_flags, check_data_flags, open_videos
 from fame.fame import MASKS, Fame
 from fame.moco.builder import QUEUE_ORDERS, MoCo, ReleaseKeys, contrast_rank, info_nce, passes
+from fame.network import start_from
 from shared_utils import UserError, distributed
 from shared_utils.data import EpochSampler, Keyed, mix_key, sample_rng, tell
 from shared_utils.evaluation import write_result
@@ -33,6 +34,8 @@ def get_parser() -> argparse.ArgumentParser:
     add_data_flags(p)
     a("-a", "--arch", choices=ARCHS, default="I3D", help=f"not in the release: all but {' and '.join(RELEASE)}")
     a("--width", type=positive, default=16, help="channels of the first layer of tiny")
+    a("--init", metavar="FILE|RUN|torchvision:NAME", help="start from these weights: a checkpoint or the folder of a "
+      "run, a public file, or torchvision's network (Kinetics-400); heads of another kind start new")  # fmt: skip
     a("--mask", choices=MASKS, default="full", help="what is kept of a clip: the paper's mask; motion alone (seed), a "
       "Gaussian, a grid, blobs that ignore the clip (random); erase: a still frame blended in; none: MoCo")  # fmt: skip
     a("--beta", type=float, default=0.5, help="beta, share of the pixels that are foreground")
@@ -149,13 +152,20 @@ def main(argv: list[str] | None = None) -> int:
     # Data: two clips of each video, cropped and flipped by the loader
     videos = open_videos(args, train=True)
     clips = TwoClips(videos, args.crop_size, args.min_scale, args.hflip)
+    if args.batch_size > len(videos):
+        fits = len(videos) // (run.world * splits) * run.world * splits
+        raise UserError(
+            f"--batch_size {args.batch_size}: the data has {len(videos)} videos; give --batch_size {fits}"
+            if fits >= 2 * run.world * splits
+            else f"--batch_size {args.batch_size}: the data has {len(videos)} videos; give a lower --bn_splits too"
+        )
     sampler = EpochSampler(len(clips), local, args.seed, run.rank, run.world)
     loader = run.loader(Keyed(clips, args.seed), sampler)
 
     # Model
-    model = MoCo(
-        build(args.arch, args.moco_dim, width=args.width), args.moco_dim, args.moco_k, args.moco_m, args.moco_t
-    )
+    encoder = build(args.arch, args.moco_dim, width=args.width)
+    start = {"start": start_from(encoder, args.init)} if args.init else {}
+    model = MoCo(encoder, args.moco_dim, args.moco_k, args.moco_m, args.moco_t)
     model.check_batch(args.batch_size)
     distributed.convert_norm(model, "split" if splits > 1 else "local", splits)
     place(model, run.device, dims=3).train()
@@ -168,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     shares = [run.rank * splits + n for n in range(splits)]
     run.track(state_dict=ReleaseKeys(model), optimizer=optimizer)
     run.reads([video.path for video in videos.videos])
-    run.preflight(facts(run, videos, clips, model, sampler.steps_per_epoch))
+    run.preflight(facts(run, videos, clips, model, sampler.steps_per_epoch) | start)
 
     wait, since = 0.0, time.perf_counter()
     for epoch, batch in run.batches(loader, sampler, args.epochs):
@@ -208,10 +218,16 @@ def main(argv: list[str] | None = None) -> int:
         run.log(mean, lr=lr, **watched)
 
     write_result(run.dir, {"minutes": round(run.minutes(), 2)})
-    data = f"{quote(str(args.data))} --dataset {args.dataset} --pretrained {quote(f'{run.dir}/checkpoint.pth')}"
-    hints = [f"retrieve: python -m fame.main_retrieve {data}"] if DATASETS[args.dataset].labelled else []
-    run.finish(*hints, f"look at: python -m fame.main_cam {data}")
+    run.finish(*hints(args, videos, f"{run.dir}/checkpoint.pth"))
     return 0
+
+
+def hints(args: argparse.Namespace, videos: VideoSet, weights: str) -> list[str]:
+    """The next commands, with this run's checkpoint and data."""
+    data = f"{quote(str(args.data))} --dataset {args.dataset} --pretrained {quote(weights)}"
+    data += f" --fold {args.fold}" * (args.fold != 1) + " --bad_videos skip" * (args.bad_videos == "skip")
+    retrieve = [f"retrieve: python -m fame.main_retrieve {data}"] if videos.classes else []
+    return [*retrieve, f"look at: python -m fame.main_cam {data}"]
 
 
 def keyed(*keys: int) -> torch.Generator:
@@ -224,7 +240,7 @@ def facts(run: Run, videos: VideoSet, clips: TwoClips, model: MoCo, steps: int) 
     args = run.args
     counts = sorted(videos.count(i) for i in range(len(videos)))
     chance = math.log(args.moco_k) + 1 / (2 * args.moco_dim * args.moco_t**2)
-    of = f" of {len(videos.classes)} classes" if videos.classes else ""
+    of = f" of {len(videos.classes)} classes" if DATASETS[args.dataset].split else ""
     out = {
         "data": f"{args.data} ({args.dataset}): {len(videos)} videos{of}, {counts[0]} to {counts[-1]} frames; "
         f"a clip is {args.frame_per_clip} x {args.stride}",
@@ -243,6 +259,12 @@ def facts(run: Run, videos: VideoSet, clips: TwoClips, model: MoCo, steps: int) 
         out["not read"] = f"{tell(videos.unread)} between the videos"
     if args.batch_size // (run.world * args.bn_splits) == args.batch_size:
         out["caution"] = ONE_NORM
+    if args.moco_k > 2 * len(videos):
+        better = max(2, 2 * len(videos) // args.batch_size) * args.batch_size
+        out["caution, queue"] = (
+            f"--moco_k {args.moco_k} holds more than the {2 * len(videos)} keys of an epoch of {len(videos)} videos: "
+            f"negatives are older clips of the same videos too; give --moco_k {better}"
+        )
     return out
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,9 @@ BESIDE = re.compile(
     r".*[ _.-](flow|thumb(nail)?|preview|poster|copy)",
     re.IGNORECASE,
 )
+
+
+Frame = Callable[[np.ndarray], np.ndarray]
 
 
 class BadVideo(UserError):
@@ -384,8 +387,10 @@ def frames_of(folder: Path) -> tuple[list[str], dict[str, int]]:
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
-def read(video: Video, indices: Sequence[int]) -> np.ndarray:
+def read(video: Video, indices: Sequence[int], each: Frame | None = None) -> np.ndarray:
     """The frames of these numbers, uint8 [n, H, W, 3] RGB, in the order asked for; repetitions are allowed.
+
+    `each` changes a frame [H, W, 3] once it is decoded: of a long video only what it leaves is in memory.
 
     A file is entered at the key frame before the first of them and left after the last. What is not the picture that
     was counted there (a key frame that needs earlier ones) is read again from the key frame before, then from the
@@ -396,12 +401,14 @@ def read(video: Video, indices: Sequence[int]) -> np.ndarray:
         raise BadVideo(f"{video.path}: frames {wanted[:1]} to {wanted[-1:]} asked for, it has {video.count}")
     if video.names:
         images = {i: np.asarray(load_image(video.path / video.names[i])) for i in wanted}
+        if each and len({image.shape for image in images.values()}) == 1:
+            images = {i: each(image) for i, image in images.items()}
         if len({image.shape for image in images.values()}) > 1:
             raise BadVideo(f"{video.path}: its frames differ in size")
     else:
         images = {}
         for entry in _nearest(video, wanted[0]):
-            images = _pictures(video, wanted, entry)
+            images = _pictures(video, wanted, entry, each)
             if len(images) == len(wanted):
                 break
         if len(images) < len(wanted):
@@ -418,7 +425,9 @@ def _nearest(video: Video, first: int) -> Iterator[tuple[int, int] | None]:
     yield None
 
 
-def _pictures(video: Video, wanted: list[int], entry: tuple[int, int] | None) -> dict[int, np.ndarray]:
+def _pictures(
+    video: Video, wanted: list[int], entry: tuple[int, int] | None, each: Frame | None = None
+) -> dict[int, np.ndarray]:
     """The pictures `wanted` (rising), counted from the start, or from a place of entry (time, number there).
 
     After a seek, or a packet that cannot be decoded, nothing at all is returned where one of them is not the picture
@@ -452,7 +461,8 @@ def _pictures(video: Video, wanted: list[int], entry: tuple[int, int] | None) ->
                         unsure = video.marks is not None and (entry is not None or refused)
                         if unsure and _mark(picture) != video.marks[number]:  # type: ignore[index]
                             return {}
-                        images[number] = _rgb(picture, convert)
+                        image = _rgb(picture, convert)
+                        images[number] = each(image) if each else image
                         left.remove(number)
                         if not left:
                             return images

@@ -176,6 +176,24 @@ def _resnet(depths: list[int], width: int) -> Encoder:
     return Encoder(trunk, starts[-1], tail, starts[2], c, c // 4)
 
 
+def torchvision_names(encoder: Encoder) -> nn.Module | None:
+    """The very weights of a ResNet10 or ResNet18 under torchvision's names; None for other backbones."""
+    blocks = [module for module in encoder.trunk if isinstance(module, SimpleBlock)]
+    if not blocks:
+        return None
+    net, depth = nn.Module(), len(blocks) // 4
+    net.conv1, net.bn1 = encoder.trunk[0], encoder.trunk[1]
+    for i, block in enumerate(blocks):
+        if i % depth == 0:
+            net.add_module(f"layer{i // depth + 1}", nn.Sequential())
+        own = nn.Module()
+        own.conv1, own.bn1, own.conv2, own.bn2 = block.C1, block.BN1, block.C2, block.BN2
+        if block.shortcut is not None:
+            own.downsample = nn.Sequential(block.shortcut, block.BNshortcut)
+        getattr(net, f"layer{i // depth + 1}").append(own)
+    return net
+
+
 def build(model: str, image_size: int, width: int = 0, drop: float = 0.1, block_size: int = 0) -> Encoder:
     """A backbone by name; UserError names what exists.
 

@@ -7,7 +7,8 @@ cifarfs       DIR/{train,val,test}/CLASS/*; or as published, DIR/data/CLASS/* an
 fc100         DIR/{train,val,test}/CLASS/*
 CUB           DIR/images/NNN.Name/* (CUB_200_2011); in the order of names: even base, 1 mod 4 val, 3 mod 4 novel
 cross         base: every class of miniImagenet; val and novel: those of CUB
-folder        DIR/{train,val,test}/CLASS/*, any classes
+folder        DIR/{train,val,test}/CLASS/*, any classes; val/ and test/ may be missing, and where none of the three
+              is there the base classes are DIR/CLASS/*
 """
 
 import csv
@@ -59,13 +60,18 @@ def split_hash(classes: Mapping[str, Iterable[str]]) -> str:
     return hashlib.sha256(os.fsencode("\n".join(lines))).hexdigest()[:16]
 
 
-def _from_folders(root: Path) -> dict[str, Files]:
+def _from_folders(root: Path, unread: Counter[str], own: bool = False) -> dict[str, Files]:
+    """Args: own, a user's folder, of which only the base classes have to be there."""
     out = {}
+    plain = own and root.is_dir() and not any((root / name).is_dir() for name in SPLITS.values())
     for split, name in SPLITS.items():
-        images = image_folder(root / name)
+        folder = root if plain and split == "base" else root / name
         files: Files = defaultdict(list)
-        for path, label in zip(images.paths(), images.labels.tolist()):
-            files[images.classes[label]].append(path)
+        if split == "base" or not own or (folder.is_dir() and not plain):
+            images = image_folder(folder)
+            unread.update(images.unread)
+            for path, label in zip(images.paths(), images.labels.tolist()):
+                files[images.classes[label]].append(path)
         out[split] = dict(files)
     return out
 
@@ -126,11 +132,12 @@ def _from_cub(root: Path) -> dict[str, Files]:
     return out
 
 
-def read_dataset(dataset: str, root: Path) -> dict[str, Files]:
+def read_dataset(dataset: str, root: Path, unread: Counter[str] | None = None) -> dict[str, Files]:
     """Images of base, val and novel by class, the splits checked.
 
     Args:
         root: folder of the data sets (each in the folder of `FOLDERS`), or the one itself.
+        unread: counts the files between the images of class folders that are none, by ending.
 
     Raises:
         UserError: unknown name, missing files, overlapping splits, classes other than the published ones.
@@ -150,7 +157,7 @@ def read_dataset(dataset: str, root: Path) -> dict[str, Files]:
     elif dataset == "cifarfs" and (folder / "splits/bertinetto").is_dir():
         found = _from_lists(folder)
     else:
-        found = _from_folders(folder)
+        found = _from_folders(folder, Counter() if unread is None else unread, dataset == "folder")
     check_splits(found, folder)
     if dataset in FROZEN:
         digest, sizes = FROZEN[dataset]

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from flat import aet, data
-from flat.backbone import MODELS, build
+from flat.backbone import MODELS, Encoder, build, torchvision_names
 from flat.methods.baselinetrain import BaselineTrain, make_head
 from flat.methods.pair import BN_MODES, PairModel
 from flat.methods.protonet import ProtoNet
-from shared_utils import UserError, distributed
+from shared_utils import UserError, checkpoint, distributed
 from shared_utils.flags import Parser, add_run_flags, at_least, natural, not_negative, positive
+from shared_utils.init import add_init_flag, initialise
 
 METHODS = ("baseline", "baseline++", "cosine", "protonet")
 # optimiser, lr, weight decay, nesterov, images a step, steps an epoch (0: once through the data), schedule
@@ -52,6 +53,7 @@ def get_parser() -> argparse.ArgumentParser:
     add_data_flags(p)
     a("--model", default="Conv4", help=", ".join(MODELS))
     a("--width", type=natural, default=0, help="channels of the first stage; 0: the published width")
+    add_init_flag(p)
     a("--drop_block", type=float, default=0.1, help="rate of ResNet12's dropout and, in its last two blocks, DropBlock")
     a("--drop_block_steps", type=natural, default=40_000, help="steps over which DropBlock's rate rises from 0 "
       "(MetaOptNet); 0: the whole rate at once")  # fmt: skip
@@ -211,6 +213,36 @@ def build_model(args: argparse.Namespace, kind: str = "local") -> PairModel:
     if head is None:
         return ProtoNet(encoder, decoder, args.bn, args.aet_pool, args.train_n_way, args.n_shot)
     return BaselineTrain(encoder, head, decoder, args.bn, args.aet_pool, bool(args.cls_on_transformed))
+
+
+def start_from(encoder: Encoder, args: argparse.Namespace) -> str:
+    """--init: the encoder's weights from a run of this folder or a file of CloserLookFewShot (`state`), for ResNet10
+    and ResNet18 also from what `initialise` reads; one line about them.
+
+    UserError: no such file, weights of another network, or a backbone that others do not have.
+    """
+    path = Path(args.init)
+    path = path / "checkpoint.pth" if path.is_dir() else path
+    state = None
+    if not args.init.startswith("timm:"):
+        saved = checkpoint.load(path)
+        state = saved.get("state") if isinstance(saved, dict) else None
+    if state is not None:
+        own = {key.removeprefix("feature."): value for key, value in state.items() if key.startswith("feature.")}
+        try:  # theirs lists Conv4's layers twice; the noise is avt's
+            report = checkpoint.load_strict(encoder, own, ("trunk.*.trunk.*", "noise.*"), ("noise.*",))
+        except UserError as error:
+            raise UserError(
+                f"--init {args.init}, taken as {args.model} for {args.image_size} pixels: {error}"
+            ) from None
+        return f"{args.init}: {report}"
+    view = torchvision_names(encoder)
+    if view is None:
+        raise UserError(
+            f"--init {args.init}: no file of flat.train or CloserLookFewShot, and others have no {args.model}; "
+            "--model ResNet18 takes weights of ResNet-18"
+        )
+    return initialise(view, args.init)
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:

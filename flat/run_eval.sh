@@ -34,7 +34,7 @@ case "$tier" in
     ;;
 esac
 checkpoint=${CHECKPOINT:-$runs/flat/train/$where/checkpoint.pth}
-out=$runs/flat/eval/$where
+features=$(dirname "$checkpoint")/features.pt
 
-"$PYTHON" -m flat.save_features --checkpoint "$checkpoint" --out "$out/features.pt" --workers "$workers"
-"$PYTHON" -m flat.test --features "$out/features.pt" ${flags[@]+"${flags[@]}"} "$@"
+"$PYTHON" -m flat.save_features --checkpoint "$checkpoint" --out "$features" --workers "$workers"
+"$PYTHON" -m flat.test --features "$features" ${flags[@]+"${flags[@]}"} "$@"

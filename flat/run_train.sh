@@ -66,4 +66,5 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m flat.train --output-dir "$out" "${flags[@]}" "$@"
-next_job flat/run_eval.sh "$tier"
+# A run in another folder than the tier's has named its next command.
+if [[ " $* " != *" --output-dir"* ]]; then next_job flat/run_eval.sh "$tier"; fi

@@ -8,6 +8,7 @@ import argparse
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -121,8 +122,16 @@ def base_scores(model: PairModel, held: ImageList, args: argparse.Namespace, dev
     return out
 
 
+def augmented_copies(wanted: int, recipe: str) -> int:
+    """--aug_support: -1 is the recipe's."""
+    return wanted if wanted >= 0 else 5 * (recipe == "rfs")
+
+
 def load(path: Path, given: argparse.Namespace) -> tuple[Encoder, PairModel | None, argparse.Namespace, str]:
     """Encoder, the whole model where the file is of a run of ours, resolved flags, hash of the encoder's weights.
+
+    Args:
+        given: flags of `OWN` that are not None win over those of the file.
 
     UserError: not such a file, or weights that do not fit.
     """
@@ -135,7 +144,7 @@ def load(path: Path, given: argparse.Namespace) -> tuple[Encoder, PairModel | No
         if name in vars(args):
             setattr(args, name, value)
     for name in OWN:
-        if getattr(given, name) is not None:
+        if getattr(given, name, None) is not None:
             setattr(args, name, getattr(given, name))
     args.image_size = args.image_size or default_size(args.dataset, args.model)
     args.amp, args.workers, args.data_dir = given.amp, given.workers, Path(args.data_dir)
@@ -194,10 +203,15 @@ def main(argv: list[str] | None = None) -> int:
     set_threads(given.threads, given.workers, device)
     encoder, model, args, digest = load(given.checkpoint, given)
     found = data.read_dataset(args.dataset, args.data_dir)
+    if not found[given.split]:
+        raise UserError(
+            f"{args.data_dir}: has no {data.SPLITS[given.split]}/CLASS/*, classes to test on; --split base takes the "
+            "training classes, flat.predict labels photos of yours"
+        )
     images = data.as_list(found[given.split])
     place(model or encoder, device)
     feats = extract(encoder, images, args, device)
-    copies = given.aug_support if given.aug_support >= 0 else 5 * (args.recipe == "rfs")
+    copies = augmented_copies(given.aug_support, args.recipe)
     augmented = extract_augmented(encoder, images, args, device, copies) if copies else None
     scores: dict[str, float] = {}
     if model is not None and model.decoder is not None:
@@ -217,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     beside = f" and {copies} augmented copies of each" if copies else ""
     print(f"flat/features: {where}{beside} -> {list(feats.shape)}, {out}", flush=True)
     print("  " + " ".join(f"{k} {v:.4g}" for k, v in scores.items()), flush=True)
-    print(f"  next: python -m flat.test --features {out}", flush=True)
+    print(f"  next: python -m flat.test --features {quote(str(out))}", flush=True)
     return 0
 
 

@@ -17,7 +17,8 @@ from flat.episodes import EpisodeDrawer
 from flat.methods.baselinefinetune import HEADS, predict
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.evaluation import write_result
-from shared_utils.flags import Parser, add_machine_flags, at_least, natural, positive
+from shared_utils.flags import Parser, add_machine_flags, add_output_flag, at_least, natural, positive
+from shared_utils.provenance import result_folder
 from shared_utils.run import cli, set_threads
 
 # CloserLookFewShot: what a training method is tested with; prototypes are always printed too
@@ -56,6 +57,11 @@ def accuracies(
     return torch.cat(out)
 
 
+def default_head(method: str, recipe: str | None) -> str:
+    """The head that a network is tested with, by its training method."""
+    return "lr" if recipe == "rfs" else DEFAULT_HEAD.get(method, "proto")
+
+
 def interval(values: Tensor) -> tuple[float, float]:
     """Mean and half of the 95 % interval, 1.96 std / sqrt(n) with the population's std."""
     return float(values.mean()), 1.96 * float(values.std(correction=0)) / math.sqrt(len(values))
@@ -90,13 +96,15 @@ def get_parser() -> argparse.ArgumentParser:
       "that the file holds, 0: the images themselves")  # fmt: skip
     a("--seed", type=natural, default=0, help="of the episodes; keep it for everything that is compared")
     a("--compare", type=Path, help="episodes.pt of another network: paired differences, this one minus that one")
-    a("--output-dir", type=Path, help="folder of result.json and episodes.pt; default: that of the features")
+    add_output_flag(p, "flat/episodes", "features", names=["--output-dir"])
     add_machine_flags(p, workers=None)
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
+    if "output_dir" not in args.given and not (args.features.parent / "log.jsonl").is_file():  # of no run of ours
+        args.output_dir, args.given = args.features.parent, args.given | {"output_dir"}
     device = distributed.init(args.device)
     set_threads(args.threads, 0, device)
     saved = checkpoint.load(args.features)
@@ -106,8 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         shots = [int(x) for x in args.n_shot.split(",")]
     except ValueError:
         raise UserError(f"--n_shot {args.n_shot}: must be whole numbers such as 1,5") from None
-    default = "lr" if saved.get("recipe") == "rfs" else DEFAULT_HEAD.get(saved["method"], "proto")
-    chosen = args.eval_head or f"{default},proto"
+    chosen = args.eval_head or f"{default_head(saved['method'], saved.get('recipe'))},proto"
     heads = list(dict.fromkeys(chosen.split(",")))
     if unknown := [head for head in heads if head not in HEADS]:
         raise UserError(f"--eval_head {unknown[0]}: unknown; choose from {', '.join(HEADS)}")
@@ -143,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
             )
     if other is not None:
         result |= compare(record, other, str(args.compare))
-    out = args.output_dir or args.features.parent
+    out = result_folder(args)
     result |= {k: float(v) for k, v in saved.get("scores", {}).items()}
     if copies:
         result["aug_support"] = copies

@@ -4,6 +4,8 @@ Also torchrun --nproc-per-node N -m flat.train ...; baselines and controls are f
 """
 
 import math
+from collections import Counter
+from shlex import quote
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from flat.options import (
     has_decoder,
     learning_rate,
     resolve,
+    start_from,
 )  # fmt: skip
 from flat.save_features import base_scores, extract
 from flat.test import accuracies
@@ -84,20 +87,29 @@ def main(argv: list[str] | None = None) -> int:
     check_flags(args, run.world)
 
     # Data: the training images of the base classes, and those held out.
-    found = data.read_dataset(args.dataset, args.data_dir)
+    unread = Counter[str]()
+    found = data.read_dataset(args.dataset, args.data_dir, unread)
     names = data.pick_classes(sorted(found["base"]), args.base_classes, args.base_draw)
     base = {name: found["base"][name] for name in names}
     last = args.holdout + args.per_class if args.per_class else None
     images = data.as_list(base, args.holdout, last, args.cache)
-    images.transform = data.training_pipeline(args.image_size, args.train_aug, args.crop)
+    images.transform, images.unread = data.training_pipeline(args.image_size, args.train_aug, args.crop), unread
     held = data.as_list(base, 0, args.holdout, args.cache) if args.holdout else None
+    if args.select == "val" and not found["val"]:
+        raise UserError(f"--select val: {args.data_dir} has no val/CLASS/* to select by")
     val = data.as_list(found["val"], cache=args.cache) if args.select == "val" else None
     if args.num_classes < len(names):
         raise UserError(f"--num_classes {args.num_classes}: the data has {len(names)} base classes")
+    if args.method != "protonet" and not args.epoch_steps and args.batch_size > len(images):
+        raise UserError(
+            f"--batch_size {args.batch_size}: the data has {len(images)} training images; give --batch_size "
+            f"{len(images)} or less"
+        )
 
     # Model
     sync = "sync" if run.world > 1 else "local"
     model = place(build_model(args, sync), run.device).train()
+    start = start_from(model.feature, args) if args.init else ""
     wrapped = distributed.wrap(model)
     optimizer = build_optimizer(args, model, run.device)
     scores = Scores()
@@ -121,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     paired = regularised or bool(args.cls_on_transformed)
     mean, std = aet.normalisation(fam, args.aet_norm)
     run.reads(images, *(part for part in (held, val) if part is not None))
-    run.preflight(facts(run, images, model, fam, local, steps))
+    run.preflight(facts(run, images, model, fam, local, steps) | ({"start": start} if start else {}))
 
     for epoch, (pixels, y, _) in run.batches(loader, sampler, args.stop_epoch):
         lr = learning_rate(args, epoch)
@@ -173,7 +185,10 @@ def main(argv: list[str] | None = None) -> int:
             shown = torch.cat([pixels[:8].float(), copies[:8]]).cpu() / 255
             run.image("views/image_transformed", make_grid(shown, nrow=min(8, len(pixels)), padding=2))
 
-    run.finish(f"evaluate: python -m flat.save_features --checkpoint {run.dir}/checkpoint.pth")
+    weights = quote(f"{run.dir}/checkpoint.pth")
+    few = "--support DIR --query DIR --out predictions.csv"
+    own = f"label photos by a few of each class: python -m flat.predict --pretrained {weights} {few}"
+    run.finish(*[f"evaluate: python -m flat.save_features --checkpoint {weights}"] * bool(found["novel"]), own)
     return 0
 
 

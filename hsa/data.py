@@ -4,7 +4,6 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,21 +12,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from shared_utils import UserError, augment, feed, neighbours
-from shared_utils.data import ImageList, image_folder, mix_key, per_class
+from shared_utils.data import ImageList, mix_key, training_folder
 
-
-def training_images(
-    data_dir: Path, count: int = 0, cache: bool = False, transform: Callable | None = None
-) -> ImageList:
-    """`data_dir`/train/CLASS/*, classes and files sorted, the first `count` of each class (0: all).
-
-    UserError for a missing or empty folder.
-    """
-    return per_class(image_folder(data_dir / "train", transform), count, cache)
+training_images = training_folder
 
 
 def order_hash(images: ImageList) -> str:
     """Changes with the files and their order: neighbour indices mean nothing for another list."""
+    if not images.classes:
+        return images.fingerprint()[1]
     names = "\n".join("/".join(path.parts[-2:]) for path in images.paths())
     return hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
 
@@ -41,16 +34,18 @@ class Neighbours:
     def __init__(self, images: ImageList, k: int, seed: int):
         if len(images) <= k:
             raise UserError(f"--clus_pos_num {k} needs more than {k} images, the data has {len(images)}")
-        self.labels, self.seed, self.order = images.labels, seed, order_hash(images)
+        self.labels = images.labels if images.has_labels else None
+        self.seed, self.order = seed, order_hash(images)
         self.index = torch.full((len(images), k), -1, dtype=torch.long).share_memory_()
         self.epoch = -1  # of the last refresh
-        self.purity = 0.0  # per cent of the neighbours with their image's label; for people to watch
+        self.purity: float | None = None  # per cent of the neighbours with their image's label; for people to watch
 
     def set(self, index: Tensor, epoch: int) -> None:
         """Take over indices [N, K], equal on every process, where the data workers see them."""
         self.index.copy_(index)
         self.epoch = epoch
-        self.purity = neighbours.purity(self.index, self.labels)
+        if self.labels is not None:
+            self.purity = neighbours.purity(self.index, self.labels)
 
     def nearest(self, feats: Tensor, device: torch.device) -> Tensor:
         """Exact nearest neighbours [N, K] among normalised features [N, D], never the image itself (by index).
@@ -67,6 +62,8 @@ class Neighbours:
 
     def same_label(self, epoch: int) -> Tensor:
         """The upper bound: other images of the same class (this arm alone looks at labels)."""
+        if self.labels is None:
+            raise UserError("--neighbours label needs class folders, two of them at the least")
         rng = np.random.Generator(np.random.PCG64(mix_key(self.seed, epoch, -2)))
         out = np.empty(tuple(self.index.shape), np.int64)
         for label in self.labels.unique().tolist():

@@ -33,16 +33,21 @@ from shared_utils.flags import (
     not_negative,
     positive,
 )
+from shared_utils.init import HEADS, add_init_flag, initialise
 from shared_utils.layout import follow, place
 from shared_utils.neighbours import features
 from shared_utils.pictures import make_grid
+from shared_utils.preflight import ONE_NORM, about, check_images, queue_caution, seconds
 from shared_utils.run import Run, cli
+
+INIT_DROP = (*HEADS, *arch.DROP)  # of a file for --init
 
 
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="hsa.main_moco", description=__doc__.splitlines()[0])
     a = p.add_argument
-    a("--data_dir", type=Path, default=Path("data/imagenet"), help="holds train/CLASS/*.jpg")
+    a("--data_dir", type=Path, default=Path("data/imagenet"), help="holds train/CLASS/*.jpg, or images of your own: "
+      "class folders, or files without labels")  # fmt: skip
     a("--img_size", type=positive, default=224, help="pixels of a crop")
     a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
     a("--cache", action="store_true", help="decode all images once and keep them in memory")
@@ -93,6 +98,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--wd", "--weight_decay", type=not_negative, default=1e-4)
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_aug_flag(p)
+    add_init_flag(p)
     add_run_flags(p, "hsa/pretrain/default")
     return p
 
@@ -145,10 +151,10 @@ class Refreshing:
         if epoch % args.cluster_freq == 0 and self.nearby.epoch != epoch:
             started = time.perf_counter()
             self.nearby.set(self.search(epoch), epoch)
-            self.run.say(
-                f"  epoch {epoch}: neighbours ({args.neighbours}) renewed in {time.perf_counter() - started:.1f} s, "
-                f"{self.nearby.purity:.1f} % have their image's label"
-            )
+            line = f"  epoch {epoch}: neighbours ({args.neighbours}) renewed in {time.perf_counter() - started:.1f} s"
+            if self.nearby.purity is not None:
+                line += f", {self.nearby.purity:.1f} % have their image's label"
+            self.run.say(line)
         return iter(self.loader)
 
     def search(self, epoch: int) -> Tensor:
@@ -202,6 +208,9 @@ def main(argv: list[str] | None = None) -> int:
     # Data: views of an image and of a neighbour drawn anew at each access; the neighbours are among the same images.
     images = training_images(args.data_dir, args.per_class, args.cache, augment.plain(args.img_size, args.aug_backend))
     nearby = Neighbours(images, args.clus_pos_num, args.seed) if cross else None
+    if args.neighbours == "label" and nearby is not None:
+        nearby.same_label(0)  # or an error, now
+    check_images(len(images), "--batch_size", args.batch_size, 2 * run.world * args.bn_splits)
     recipe = augment.moco_v2 if args.aug_plus else augment.moco_v1
     small = small_crop(args.crop_size) if args.crops else None
     views = Views(images, recipe(args.img_size, args.min_scale), nearby, args.crops, small)
@@ -210,6 +219,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Model
     encoder = arch.build(args.arch, args.width, args.stem)
+    started = {"init": initialise(encoder, args.init, drop=INIT_DROP)} if args.init else {}
     model = CsMl(encoder, args.moco_dim, args.moco_k, args.moco_m, args.inter_head if args.inter_weight else None)
     model.check_batch(args.batch_size)
     distributed.convert_norm(model, "split" if args.bn_splits > 1 else "local", args.bn_splits)
@@ -225,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
         run.track(neighbours=nearby)
         loader = Refreshing(loader, run, model, images, nearby)
     run.reads(images)
-    run.preflight(facts(run, images, model, sampler.steps_per_epoch))
+    run.preflight(facts(run, images, model, sampler.steps_per_epoch) | started)
     run.compile(model.encoder_q, model.encoder_k, method="levels")
 
     for epoch, batch in run.batches(loader, sampler, args.end_epoch):
@@ -276,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
             watched |= {f"loss/{name}": g for name, g in zip(["query", "neighbour", "mix"], by_level[0].detach())}
             if len(by_level) > 1:
                 watched |= {"loss/level4": by_level[0].detach().mean(), "loss/level3": by_level[1].detach().mean()}
-            if nearby is not None:
+            if nearby is not None and nearby.purity is not None:
                 watched["neighbours/purity"] = nearby.purity
         model.enqueue(keys[0])
         run.log(distributed.all_sum(loss.detach()) / run.world, lr=lr, **watched)
@@ -285,11 +295,18 @@ def main(argv: list[str] | None = None) -> int:
             shown = [x[name] for name in names] + ([mix] if mixing else [])
             run.image("views/" + "_".join(names) + "_mix" * mixing, picture(shown))
 
-    images_are = f"--data_dir {quote(str(args.data_dir))}" + (
-        f" --per_class {args.per_class}" if args.per_class else ""
-    )
-    run.finish(f"evaluate: python -m hsa.main_knn --pretrained {quote(f'{run.dir}/checkpoint.pth')} {images_are}")
+    run.finish(next_command(args, images, run.dir))
     return 0
+
+
+def next_command(args: argparse.Namespace, images: ImageList, folder: Path) -> str:
+    """What to do with the checkpoint in `folder`; network and image size are in it."""
+    weights = f"--pretrained {quote(f'{folder}/checkpoint.pth')}"
+    if not images.has_labels:
+        out = quote(f"{folder}/backbone.pth")
+        return f"backbone: python -m hsa.lab.export_detection {weights} --format torchvision --out {out}"
+    data = f"--data_dir {quote(str(args.data_dir))}" + f" --per_class {args.per_class}" * bool(args.per_class)
+    return f"evaluate: python -m hsa.main_knn {weights} {data}"
 
 
 def facts(run: Run, images: ImageList, model: CsMl, steps: int) -> dict[str, str]:
@@ -300,7 +317,7 @@ def facts(run: Run, images: ImageList, model: CsMl, steps: int) -> dict[str, str
     low = initial_loss(args.moco_k, args.moco_dim, args.moco_t)
     scale = 1 + args.inter_weight
     out = {
-        "data": f"{args.data_dir}/train: {len(images)} images of {len(images.classes)} classes",
+        "data": f"{args.data_dir}: {images.told()}",
         "batch": f"{args.batch_size} = {run.world} processes x {args.bn_splits} splits x {share}, "
         f"{steps} steps an epoch",
         "learning rate": f"{args.init_lr}, {args.decay_method} by epoch; the paper's 0.03 for 256 images would be "
@@ -317,10 +334,8 @@ def facts(run: Run, images: ImageList, model: CsMl, steps: int) -> dict[str, str
             f"{args.warmup_epochs} on"
         )
     if share == args.batch_size:
-        out["caution"] = (
-            "one batch norm over query and key batches lets MoCo cheat: --bn_splits 8, or several processes"
-        )
-    return out
+        out["caution"] = ONE_NORM
+    return out | queue_caution(args.moco_k, len(images), args.batch_size)
 
 
 def initial_loss(k: int, dim: int, tau: float) -> float:
@@ -341,17 +356,11 @@ def estimate(run: Run, model: CsMl, images: int, steps: int) -> str:
     """Minutes of the whole run from two timed forward passes."""
     args, encoder = run.args, model.encoder_k
     x = torch.randn(args.batch_size // run.world, 3, args.img_size, args.img_size, device=run.device)
-    encoder.eval()
-    for _ in range(2):
-        started = time.perf_counter()
-        with run.autocast():
-            encoder(follow(x, encoder)).sum().item()
-        seconds = time.perf_counter() - started
-    encoder.train()
+    passed = seconds(run, encoder, lambda: encoder(follow(x, encoder)))
     small = 3 * args.crops * (args.crop_size / args.img_size) ** 2
     refresh = 0.0 if args.mode == "moco" or args.neighbours != "knn" else images / args.batch_size / args.cluster_freq
-    minutes = seconds * args.end_epoch * ((forwards(args) + small) * steps + refresh) / 60
-    return f"about {max(1, round(minutes))} min for {args.end_epoch * steps} steps if data loading keeps up"
+    minutes = passed * args.end_epoch * ((forwards(args) + small) * steps + refresh) / 60
+    return about(minutes, args.end_epoch * steps)
 
 
 if __name__ == "__main__":

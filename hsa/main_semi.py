@@ -77,7 +77,7 @@ def get_parser() -> Parser:
     )
     a("--self_training", choices=["true", "false"], default="true", help="(ii) to (iv) after the fine-tuning")
     a("--threshold", type=float, default=1.0, help="bits of entropy up to which a prediction becomes a pseudo-label")
-    add_run_flags(p, "hsa/semi/default")
+    add_run_flags(p, "hsa/semi", "pretrained")
     p.set_defaults(pseudo_sha256="")
     return p
 
@@ -297,7 +297,8 @@ def main(argv: list[str] | None = None) -> int:
         finetune(again, network, both, facts)
         result["semi_self"], result["semi_self_top5"] = accuracy(again, network, val)
         again.finish()
-    write_result(out, result | {"pretrained": args.pretrained})
+    args.output_dir = out
+    write_result(args, result | {"pretrained": args.pretrained})
     return 0
 
 

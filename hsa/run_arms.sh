@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The arms of the small tier's table: bash hsa/run_arms.sh [mini|small|paper] [flags of hsa.main_moco]
-# ARMS, SEEDS, SET (cifar10, tiny_imagenet50; with _pil by the older loader), JOBS (arms at once), DATA_ROOT, RUNS. What
-# is finished is not run again.
+# ARMS, SEEDS, SET (cifar10, tiny_imagenet50; with _pil by the older loader; or a folder of images of your own below
+# DATA_ROOT), JOBS (arms at once), DATA_ROOT, RUNS. What is finished is not run again. An --end_epoch after the tier is
+# every arm's: leave moco_eq away with it.
 # paper: DATA_ROOT is the folder of train/ and val/, GPUS the processes of an arm.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,12 +14,14 @@ case "${1:-}" in mini | small | paper) tier=$1 && shift ;; --* | "") ;; *)
   ;;
 esac
 source shared_utils/env.sh
+source shared_utils/own_set.sh
 
 # Equal compute counts forward passes, a backward pass as two: HSA takes 3 x 3 + 2 = 11 a step, and one of every image
 # at each refresh; MoCo v2 takes 3 + 1 = 4.
 out=${RUNS:-runs}/hsa/arms/$tier
 loading=(--workers 0 --threads 1)
 augmentation=()
+last=linear
 case "$tier" in
   mini)
     # Every arm once on the generated images, a minute each: 10 epochs with 2 refreshes are worth
@@ -43,10 +46,12 @@ case "$tier" in
     augmentation=(--aug_backend batch)
     if [ "$images" != "$set_name" ]; then augmentation=(--aug_backend pil); fi
     export SET=$images
-    per_class=400
-    if [ "$images" = tiny_imagenet50 ]; then per_class=80; fi
-    loading+=(--aug_backend pil) # evaluations, in every set: rows of different runs compare
-    data=(--data_dir "${DATA_ROOT:-data}/$images" --per_class "$per_class" --cache --img_size 32)
+    data=(--data_dir "${DATA_ROOT:-data}/$images")
+    case "$images" in # evaluations of recorded rows are by PIL: rows of different runs compare
+      cifar10) data+=(--per_class 400 --cache --img_size 32) loading+=(--aug_backend pil) ;;
+      tiny_imagenet50) data+=(--per_class 80 --cache --img_size 32) loading+=(--aug_backend pil) ;;
+      *) own_set "${DATA_ROOT:-data}/$images" ;; # at the size of the training
+    esac
     equal=29
     out=$out/$set_name
     ;;
@@ -86,7 +91,9 @@ run_one() { # arm seed [flags]
   "$PYTHON" -m hsa.main_knn --pretrained "$folder/checkpoint.pth" "${data[@]}" "${bags[@]}" "${loading[@]}" \
     --output-dir "$folder-knn"
   # The last block, and layer3 for what the second level claims.
-  if [ "$tier" = paper ]; then
+  if [ "$last" = knn ]; then
+    return
+  elif [ "$tier" = paper ]; then
     bash hsa/run_lincls.sh paper --pretrained "$folder/checkpoint.pth" --output-dir "$folder-linear"
   else
     "$PYTHON" -m hsa.main_lincls --pretrained "$folder/checkpoint.pth" "${data[@]}" --cached_train \
@@ -99,10 +106,10 @@ rm -f "$out/failed" # a job may fail between two looks at the jobs: it leaves it
 for seed in ${SEEDS:-0}; do
   for arm in ${ARMS:-untrained moco moco_eq cross full level random}; do
     while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n || true; done
-    if [ -f "$out/$arm/seed$seed-linear/result.json" ]; then continue; fi
+    if [ -f "$out/$arm/seed$seed-$last/result.json" ]; then continue; fi
     echo "arm $arm, seed $seed -> $out/$arm-seed$seed.log"
     (
-      trap '[ $? = 0 ] || echo "$arm, seed $seed" >>"$out/failed"' EXIT
+      trap '[ $? = 0 ] || echo "$arm, seed $seed" "$(why "$out" "$arm" "$seed")" >>"$out/failed"' EXIT
       run_one "$arm" "$seed" "$@"
     ) >"$out/$arm-seed$seed.log" 2>&1 &
   done

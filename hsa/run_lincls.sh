@@ -28,11 +28,14 @@ case "$tier" in
   small)
     # CIFAR-10 at 400 images a class (SET=tiny_imagenet50: 80 a class), the cheap probe of layer3 and layer4; under a
     # minute on two CPU cores. A comparison of arms, not the paper's protocol: see run_arms.sh.
-    set_name=${SET:-cifar10} per_class=400
+    set_name=${SET:-cifar10} kept=()
     where=small/$set_name
-    if [ "$set_name" = tiny_imagenet50 ]; then per_class=80; fi
+    case "$set_name" in
+      cifar10) kept=(--per_class 400 --img_size 32) ;;
+      tiny_imagenet50) kept=(--per_class 80 --img_size 32) ;;
+    esac
     flags=(
-      --data_dir "${DATA_ROOT:-data}/$set_name" --img_size 32 --per_class "$per_class" --cached_train
+      --data_dir "${DATA_ROOT:-data}/$set_name" "${kept[@]}" --cached_train
       --init_lr 0.3 --schedule 60,80 --end_epoch 100 --batch_size 256
     )
     ;;
@@ -47,6 +50,5 @@ case "$tier" in
     ;;
 esac
 checkpoint=${CHECKPOINT:-$runs/hsa/pretrain/$where/checkpoint.pth}
-out=$runs/hsa/lincls/$where
 
-"${launch[@]}" -m hsa.main_lincls --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"
+"${launch[@]}" -m hsa.main_lincls --pretrained "$checkpoint" "${flags[@]}" "$@"

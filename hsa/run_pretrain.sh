@@ -29,12 +29,15 @@ case "$tier" in
     # 4,000 real images at 32 pixels, 620 steps, 3 minutes on one core (MoCo v2: 80 s); run_arms.sh trains every
     # arm with these flags. --bn_splits 2 with the keys shuffled: two shares of 32 images, as on the
     # release's GPUs; within one batch norm the keys know their queries.
-    set_name=${SET:-cifar10}
-    per_class=400
-    if [ "$set_name" = tiny_imagenet50 ]; then per_class=80; fi
+    set_name=${SET:-cifar10} kept=()
+    case "$set_name" in
+      cifar10) kept=(--per_class 400 --cache) ;;
+      tiny_imagenet50) kept=(--per_class 80 --cache) ;;
+      *) own=1 ;; # images of your own: all of them, and not decoded in memory
+    esac
     out=$out/$set_name
     flags=(
-      --data_dir "${DATA_ROOT:-data}/$set_name" --per_class "$per_class" --cache --img_size 32
+      --data_dir "${DATA_ROOT:-data}/$set_name" "${kept[@]}" --img_size 32
       --arch resnet10 --width 16 --stem cifar_pool --bn_splits 2 --batch_size 64 --moco_k 1024 --moco_m 0.99
       --init_lr 0.06 --end_epoch 10 --warmup_epochs 3 --cluster_freq 3 --amp bf16 --workers 0 --threads 1
     )
@@ -52,4 +55,4 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m hsa.main_moco --output-dir "$out" "${flags[@]}" "$@"
-next_job hsa/run_lincls.sh "$tier"
+if [ -z "${own:-}" ]; then next_job hsa/run_lincls.sh "$tier"; fi # the run has named its own evaluation

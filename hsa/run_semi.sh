@@ -47,6 +47,5 @@ case "$tier" in
     ;;
 esac
 checkpoint=${CHECKPOINT:-$runs/hsa/pretrain/$where/checkpoint.pth}
-out=$runs/hsa/semi/$where
 
-"${launch[@]}" -m hsa.main_semi --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"
+"${launch[@]}" -m hsa.main_semi --pretrained "$checkpoint" "${flags[@]}" "$@"

@@ -1,25 +1,15 @@
 """What the method sees of an image: a query view and K key views, all drawn alike and independently."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from shared_utils import UserError, feed
-from shared_utils.data import ImageList, per_class, training_folder
+from shared_utils import feed
+from shared_utils.data import ImageList, training_folder
 
-
-def training_images(data_dir: Path, count: int = 0, cache: bool = False) -> ImageList:
-    """The images of `shared_utils.data.training_folder`, the first `count` of each class (0: all).
-
-    UserError for a missing or empty folder, and for `count` where there are no classes.
-    """
-    images = training_folder(data_dir)
-    if count and not images.classes:
-        raise UserError(f"--per_class {count}: the images of {data_dir} lie in no class folders; leave it away")
-    return per_class(images, count, cache)
+training_images = training_folder
 
 
 class Views(Dataset):

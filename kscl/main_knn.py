@@ -2,6 +2,7 @@
 
     python -m kscl.main_knn --pretrained runs/kscl/pretrain/small/checkpoint.pth --data_dir DATA_DIR
 
+Where DATA_DIR has class folders and neither val nor test, one image at a time is left out and classified by the others.
 `knn200` k = 200, weights exp(cosine / .1), the monitor of MoCo's CIFAR demo (--k, --tau); `knn` k = 20, weights
 exp(cosine / .07); `few_shot` with 10 labelled images a class; `purity` share of an image's 5 nearest training images
 that have its label. All in per cent.
@@ -16,7 +17,16 @@ from kscl import arch
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.augment import plain
 from shared_utils.data import ImageList
-from shared_utils.evaluation import add_data_flags, add_network_flags, freeze, load_backbone, open_splits, write_result
+from shared_utils.evaluation import (
+    add_data_flags,
+    add_network_flags,
+    freeze,
+    load_backbone,
+    open_splits,
+    own_rows,
+    protocol,
+    write_result,
+)
 from shared_utils.flags import Parser, add_aug_flag, add_machine_flags, positive
 from shared_utils.layout import place
 from shared_utils.neighbours import features, few_shot, knn_accuracy, neighbours, purity
@@ -34,7 +44,7 @@ def get_parser() -> Parser:
     a("--tau", type=float, default=0.1, help="temperature of knn200's weights")
     a("--feature_dir", type=Path, help="keep features in .npy files there (mapped, not in memory: for ImageNet)")
     a("--batch_size", type=positive, default=256, help="images a process")
-    add_machine_flags(p, amp="none", output_dir="kscl/knn/default")
+    add_machine_flags(p, amp="none", output_dir="kscl/knn")
     return p
 
 
@@ -58,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--tau {args.tau}: must be above 0")
     device = distributed.init(args.device)
     set_threads(args.threads, args.workers, device)
-    train, val = open_splits(args)
+    train, val = open_splits(args, leave_one_out=True)
     train.transform = val.transform = plain(args.img_size, args.aug_backend)
     pooled = args.features == "backbone"
     build, drop = (arch.build, arch.DROP) if pooled else (with_head(args.pretrained), ())
@@ -66,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     freeze(encoder)
     encoder = place(encoder, device)
     if distributed.rank() == 0:
-        print(f"kscl/knn, {args.features} features: {report}; {len(train)} train / {len(val)} val images", flush=True)
+        print(f"kscl/knn, {args.features} features: {report}; {protocol(train, val)}", flush=True)
 
     def embed(name: str, images: ImageList) -> Tensor:
         out = args.feature_dir / f"{name}.npy" if args.feature_dir else None
@@ -74,17 +84,18 @@ def main(argv: list[str] | None = None) -> int:
             lambda x: encoder(x, pre_out=pooled), images, device, args.batch_size, args.workers, args.amp == "bf16", out
         )
 
-    bank, queries = embed("train", train), embed("val", val)
+    bank, own = embed("train", train), own_rows(train, val)
+    queries = bank if val is train else embed("val", val)
     labels, truth = train.labels, val.labels
     nearest = neighbours(bank, min(5, len(train) - 1), device)
     result: dict[str, object] = {
-        "knn200": knn_accuracy(bank, labels, queries, truth, args.k, args.tau, device),
-        "knn": knn_accuracy(bank, labels, queries, truth, 20, 0.07, device),
-        "few_shot": few_shot(bank, labels, queries, truth, 10, device=device),
+        "knn200": knn_accuracy(bank, labels, queries, truth, args.k, args.tau, device, own),
+        "knn": knn_accuracy(bank, labels, queries, truth, 20, 0.07, device, own),
+        "few_shot": few_shot(bank, labels, queries, truth, 10, device=device, own=own),
         "purity": purity(nearest, labels),
     }
     result |= {"features": args.features, "pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256}
-    write_result(args.output_dir, result | {"data_dir": str(args.data_dir)})
+    write_result(args, result | {"data_dir": str(args.data_dir), "protocol": protocol(train, val)})
     return 0
 
 

@@ -20,9 +20,10 @@ from kscl.subspace import RANK_RULES, SIMILARITIES, RankRule, Subspaces
 from shared_utils import UserError, augment, checkpoint, distributed, feed
 from shared_utils.data import EpochSampler, ImageList, mix_key
 from shared_utils.flags import Parser, add_aug_flag, add_run_flags, boolean, ints, natural, not_negative, positive
+from shared_utils.init import add_init_flag, initialise
 from shared_utils.layout import follow, place
 from shared_utils.pictures import make_grid
-from shared_utils.preflight import ONE_NORM, about, seconds
+from shared_utils.preflight import ONE_NORM, about, check_images, queue_caution, seconds
 from shared_utils.run import Run, cli
 
 
@@ -74,6 +75,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--wd", "--weight_decay", type=not_negative, default=1e-4)
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_aug_flag(p)
+    add_init_flag(p)
     add_run_flags(p, "kscl/pretrain/default")
     return p
 
@@ -99,6 +101,8 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
             f"--moco_dim {args.moco_dim}: subspaces of rank {args.max_rank} can fill the whole space, where every "
             "query matches perfectly; raise it, or lower --shots or --max_rank"
         )
+    if args.pretrained and args.init:
+        raise UserError("--pretrained starts encoders, heads and queue, --init the backbone alone; give one of them")
     if args.batch_size % (world * args.bn_splits):
         raise UserError(
             f"--batch_size {args.batch_size} does not divide over {world} processes x {args.bn_splits} --bn_splits"
@@ -151,6 +155,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Data: 1 + K views of an image, drawn alike
     images = training_images(args.data_dir, args.per_class, args.cache)
+    check_images(len(images), "--batch_size", args.batch_size, 2 * run.world * args.bn_splits)
     recipe = augment.moco_v2 if args.aug_plus else augment.moco_v1
     sampler = EpochSampler(len(images), local, args.seed, rank, run.world)
     views = Views(images, recipe(args.img_size), args.shots)
@@ -159,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     # Model
     rule = RankRule(args.max_rank, args.rank_rule, args.energy, args.rel_gamma, args.rank)
     encoder = arch.build(args.arch, args.width, args.stem)
+    started = {"init": initialise(encoder, args.init)} if args.init else {}
     model = KSCL(encoder, rule, args.moco_dim, args.moco_k, args.moco_m, bool(args.center))
     model.check_batch(args.batch_size)
     if args.pretrained:
@@ -172,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     run.track(state_dict=ReleaseKeys(model), optimizer=optimizer)
     run.reads(images)
-    run.preflight(facts(run, images, model, sampler.steps_per_epoch))
+    run.preflight(facts(run, images, model, sampler.steps_per_epoch) | started)
     run.compile(model.encoder_q, model.encoder_k)
 
     for epoch, (im_q, im_k) in run.batches(loader, sampler, args.end_epoch):
@@ -214,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
             run.image("views/query_and_keys", picture(im_q, im_k))
 
     weights = f"--pretrained {quote(f'{run.dir}/checkpoint.pth')}"
-    if (args.data_dir / "train").is_dir():
+    if images.has_labels:
         images_are = f"--data_dir {quote(str(args.data_dir))}" + f" --per_class {args.per_class}" * bool(args.per_class)
         run.finish(f"evaluate: python -m kscl.main_knn {weights} {images_are}")
     else:
@@ -267,8 +273,7 @@ def facts(run: Run, images: ImageList, model: KSCL, steps: int) -> dict[str, str
         "fixed": f"{args.rank} directions",
     }
     out = {
-        "data": f"{args.data_dir}: {len(images)} images"
-        + (f" of {len(images.classes)} classes" if images.classes else ", without labels"),
+        "data": f"{args.data_dir}: {images.told()}",
         "batch": f"{args.batch_size} = {run.world} processes x {args.bn_splits} splits x {share}, "
         f"{steps} steps an epoch, {1 + args.shots} views of an image",
         "subspaces": f"{args.shots} shots, {rules[args.rank_rule]}, at most {args.max_rank}; a random query's length "
@@ -289,7 +294,7 @@ def facts(run: Run, images: ImageList, model: KSCL, steps: int) -> dict[str, str
             "query and positive are of one network and the negatives of another, so it can leave them all behind: "
             "watch feat/std, which falls to 0 then"
         )
-    return out
+    return out | queue_caution(args.moco_k, len(images), args.batch_size)
 
 
 def forwards(args: argparse.Namespace) -> int:

@@ -72,7 +72,7 @@ def get_parser() -> Parser:
       "once; not equal to the protocol")  # fmt: skip
     a("--recompute_val", action="store_true", help="validation images through the backbone every epoch, nothing "
       "kept: same numbers")  # fmt: skip
-    add_run_flags(p, "kscl/lincls/default")
+    add_run_flags(p, "kscl/lincls", "pretrained")
     return p
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The arms of the small tier's table: bash kscl/run_arms.sh [mini|small|paper] [flags of kscl.main_kscl]
-# ARMS, SEEDS, SET (cifar10), JOBS (arms at once), DATA_ROOT, RUNS. What is finished is not run again.
+# ARMS, SEEDS, SET (cifar10, or a folder of images of your own below DATA_ROOT), JOBS (arms at once), DATA_ROOT, RUNS.
+# What is finished is not run again. An --end_epoch after the tier is every arm's: leave moco_eq* away with it.
 # paper: DATA_ROOT is the folder of train/ and val/, GPUS the processes of an arm.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,11 +13,13 @@ case "${1:-}" in mini | small | paper) tier=$1 && shift ;; --* | "") ;; *)
   ;;
 esac
 source shared_utils/env.sh
+source shared_utils/own_set.sh
 
 # Equal compute counts forward passes, a backward pass as two: K shots take 3 + K a step, MoCo v2 takes 4. So MoCo v2
 # gets (3 + K) / 4 times the epochs: 1.5 for K = 3, 2 for K = 5.
 out=${RUNS:-runs}/kscl/arms/$tier
 loading=(--workers 0 --threads 1)
+last=linear pil=()
 case "$tier" in
   mini)
     # Every arm once on the generated images, 10 epochs, about a minute each.
@@ -32,7 +35,12 @@ case "$tier" in
     # (rank 1), which is what the subspace itself adds. All of it is printed, whatever it shows.
     set_name=${SET:-cifar10}
     export SET=$set_name
-    data=(--data_dir "${DATA_ROOT:-data}/$set_name" --per_class 400 --cache --img_size 32)
+    data=(--data_dir "${DATA_ROOT:-data}/$set_name")
+    # The recorded rows were trained and measured with the releases' loader; new seeds stand beside them.
+    case "$set_name" in
+      cifar10) data+=(--per_class 400 --cache --img_size 32) pil=(--aug_backend pil) ;;
+      *) own_set "${DATA_ROOT:-data}/$set_name" ;; # at the size of the training
+    esac
     equal3=12 equal5=16
     out=$out/$set_name
     ;;
@@ -45,10 +53,6 @@ case "$tier" in
     ;;
 esac
 mkdir -p "$out"
-
-# The recorded rows of the small tier were trained and measured with the releases' loader; new seeds stand beside them.
-pil=()
-if [ "$tier" = small ]; then pil=(--aug_backend pil); fi
 
 run_one() { # arm seed [flags]
   local arm=$1 seed=$2 flags=() folder=$out/$1/seed$2
@@ -72,7 +76,9 @@ run_one() { # arm seed [flags]
   bash kscl/run_pretrain.sh "$tier" "${pil[@]}" "${flags[@]}" --seed "$seed" --output-dir "$folder" "$@"
   "$PYTHON" -m kscl.main_knn --pretrained "$folder/checkpoint.pth" "${pil[@]}" "${data[@]}" "${loading[@]}" \
     --output-dir "$folder-knn"
-  if [ "$tier" = paper ]; then
+  if [ "$last" = knn ]; then
+    return
+  elif [ "$tier" = paper ]; then
     bash kscl/run_lincls.sh paper --pretrained "$folder/checkpoint.pth" --output-dir "$folder-linear"
   else
     "$PYTHON" -m kscl.main_lincls --pretrained "$folder/checkpoint.pth" "${pil[@]}" "${data[@]}" --cached_train \
@@ -85,10 +91,10 @@ rm -f "$out/failed" # a job may fail between two looks at the jobs: it leaves it
 for seed in ${SEEDS:-0}; do
   for arm in ${ARMS:-moco k5 mean moco_eq5 k3 moco_eq3}; do
     while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n || true; done
-    if [ -f "$out/$arm/seed$seed-linear/result.json" ]; then continue; fi
+    if [ -f "$out/$arm/seed$seed-$last/result.json" ]; then continue; fi
     echo "arm $arm, seed $seed -> $out/$arm-seed$seed.log"
     (
-      trap '[ $? = 0 ] || echo "$arm, seed $seed" >>"$out/failed"' EXIT
+      trap '[ $? = 0 ] || echo "$arm, seed $seed" "$(why "$out" "$arm" "$seed")" >>"$out/failed"' EXIT
       run_one "$arm" "$seed" "$@"
     ) >"$out/$arm-seed$seed.log" 2>&1 &
   done

@@ -45,6 +45,5 @@ case "$tier" in
     ;;
 esac
 checkpoint=${CHECKPOINT:-$runs/kscl/pretrain/$where/checkpoint.pth}
-out=$runs/kscl/lincls/$where
 
-"${launch[@]}" -m kscl.main_lincls --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"
+"${launch[@]}" -m kscl.main_lincls --pretrained "$checkpoint" "${flags[@]}" "$@"

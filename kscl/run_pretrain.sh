@@ -27,10 +27,14 @@ case "$tier" in
     # 4,000 real images at 32 pixels, 496 steps, about 2 minutes on one core (MoCo v2: --shots 1 --sim signed, 1 minute);
     # run_arms.sh trains every arm of README.md's table with these flags. --bn_splits 2 with the keys shuffled: two
     # shares of 32 images, as on two GPUs; within one batch norm the keys know their queries.
-    set_name=${SET:-cifar10}
+    set_name=${SET:-cifar10} kept=()
+    case "$set_name" in
+      cifar10) kept=(--per_class 400 --cache) ;;
+      *) own=1 ;; # images of your own: all of them, and not decoded in memory
+    esac
     out=$out/$set_name
     flags=(
-      --data_dir "${DATA_ROOT:-data}/$set_name" --per_class 400 --cache --img_size 32
+      --data_dir "${DATA_ROOT:-data}/$set_name" "${kept[@]}" --img_size 32
       --arch resnet10 --width 16 --stem cifar_pool --bn_splits 2 --batch_size 64 --moco_k 1024 --moco_m 0.99
       --init_lr 0.06 --end_epoch 8 --amp bf16 --workers 0 --threads 1
     )
@@ -47,4 +51,4 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m kscl.main_kscl --output-dir "$out" "${flags[@]}" "$@"
-next_job kscl/run_lincls.sh "$tier"
+if [ -z "${own:-}" ]; then next_job kscl/run_lincls.sh "$tier"; fi # the run has named its own evaluation

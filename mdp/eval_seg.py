@@ -32,7 +32,8 @@ from mdp.models import Encoder
 from mdp.own import add_datasets_flags, open_named, own_folders, val_split
 from mdp.visualize import MEAN, STD, panels
 from shared_utils import UserError, checkpoint
-from shared_utils.flags import Parser, natural, runs_root
+from shared_utils.flags import Parser, evaluation_folder, natural, runs_root
+from shared_utils.provenance import result_folder
 from shared_utils.run import cli, plain, provenance, set_threads
 
 
@@ -116,7 +117,8 @@ def evaluate_run(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"{args.run} has {known} classes, {cfg.data.name} has {len(found.classes)}; give its own set")
     if args.split == "val":
         cfg.test_dataloader = cfg.val_dataloader
-    out = args.output_dir or (args.run if args.run.is_dir() else args.run.parent) / f"eval-{args.split}"
+    args.output_dir = args.output_dir or evaluation_folder(args.run, runs_root() / "mdp" / args.split)
+    out = result_folder(args)
     print(f"mdp/eval -> {out}\n  {cfg.data.name} {own}: {len(found)} images; loading mmsegmentation ...", flush=True)
     engine = finetune.import_engine()
     runner = engine.build_runner(engine.prepare(cfg, out, flags.seed or 0, args.workers))
@@ -182,7 +184,8 @@ def evaluate_prototypes(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder, proto, valid = encoder.to(device), proto.to(device), valid.to(device)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
-    out = args.output_dir or runs_root() / "mdp" / "eval" / "prototype" / args.checkpoint.resolve().parent.name
+    args.output_dir = args.output_dir or evaluation_folder(args.checkpoint, runs_root() / "mdp/prototype")
+    out = result_folder(args)
     print(f"mdp/eval -> {out}", flush=True)
     from torch.utils.tensorboard import SummaryWriter
 

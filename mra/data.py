@@ -1,6 +1,7 @@
 """The data sets of the jobs in their public layouts, few labels, long tails, transforms, batches made on the device.
 
-folder      DIR/train/CLASS/*, DIR/val/CLASS/* (or test/), others by --tests; DIR/masks/SPLIT/CLASS/*.png if there are
+folder      DIR/train/CLASS/*, DIR/val/CLASS/* (or test/), others by --tests; DIR/masks/SPLIT/CLASS/*.png if there are;
+            or images of your own, DIR/CLASS/* (the autoencoder: DIR/**/*); tests by --val_dir or --holdout
 cifar10/100 DIR/cifar-10-batches-py, DIR/cifar-100-python
 stl10       DIR/stl10_binary
 cub         DIR/CUB_200_2011/{images,images.txt,image_class_labels.txt,train_test_split.txt,bounding_boxes.txt}
@@ -29,21 +30,25 @@ from torchvision import transforms as T
 from shared_utils import UserError
 from shared_utils.augment import MEAN, STD
 from shared_utils.data import (
+    EXTENSIONS,
     ArrayImages,
     EpochSampler,
     ImageList,
     flat_folder,
     image_folder,
+    is_helper,
     list_file,
     load_image,
     mix_key,
     read_mat,
     read_text,
+    training_folder,
 )
 from shared_utils.evaluation import subset
 from shared_utils.flags import natural, positive
 
 SETS = ("folder", "cifar10", "cifar100", "stl10", "cub", "aircraft", "cars")
+UNTESTED = "none: give --val_dir, or --holdout 0.2"
 STATS = {
     "imagenet": (MEAN, STD),
     "cifar": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -51,18 +56,31 @@ STATS = {
 }
 
 
-def add_data_flags(p: argparse.ArgumentParser) -> None:
+def add_data_flags(p: argparse.ArgumentParser, size: int | None = None) -> None:
+    """`size`: default of --input_size; None: that of the autoencoder, see `mra.build`."""
     a = p.add_argument
     a("--data_path", "--data_dir", type=Path, default=Path(os.environ.get("DATA_ROOT", "data")), help="see mra/data.py")
     a("--dataset", choices=SETS, default="folder", help="layout of --data_path")
-    a("--input_size", "--img_size", type=positive, default=224, help="pixels")
+    a("--input_size", "--img_size", type=positive, default=size, help="pixels"
+      + "; default: the autoencoder's, else 224" * (size is None))  # fmt: skip
     a("--cache", action="store_true", help="decode all images once and keep them in memory")
+
+
+def add_holdout_flag(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--holdout", type=float, default=0.0, help="share of each class folder that is kept from training, "
+      "for the test, where no test images are there: always the same images")  # fmt: skip
 
 
 def add_label_flags(p: argparse.ArgumentParser) -> None:
     """What the labelled images are, for training scripts."""
     a = p.add_argument
     a("--tests", default="", help="test folders with commas (default: val, or test); the first is the one that counts")
+    a(
+        "--val_dir",
+        type=Path,
+        help="folder of test images, with the classes of training; default: val below --data_path",
+    )
+    add_holdout_flag(p)
     a("--per_class", type=natural, default=0, help="labelled images of each class, drawn by --label_seed; 0: all")
     a("--label_seed", type=natural, default=0, help="which images are labelled; for stl10 with folds: the fold, 0 to 9")
     a("--imbalance", type=float, default=0, help="long tail: the largest class over the smallest; 0: as it is")
@@ -162,6 +180,38 @@ def _published(args: argparse.Namespace) -> Sets:
     return Sets(train, {"test": test})
 
 
+def training_root(root: Path, tests: str = "") -> Path:
+    """`root`/train, or `root` itself. UserError: test images are here, and no train/, so they would be trained on."""
+    names = [name for name in tests.split(",") if name] + ["val", "test"]
+    if not (root / "train").is_dir() and (held := [name for name in names if (root / name).is_dir()]):
+        raise UserError(
+            f"{root}: {held[0]}/ is here and no train/, so test images would be trained on; add train/, or give "
+            "the folder of the training images"
+        )
+    return root / "train" if (root / "train").is_dir() else root
+
+
+def in_classes(root: Path) -> bool:
+    """Whether the images of `training_root` lie in class folders, by the rule of `training_folder`."""
+    return not any(e.suffix.lower() in EXTENSIONS and not is_helper(e.name) for e in training_root(root).iterdir())
+
+
+def held_out(labels: Tensor, share: float) -> tuple[list[int], list[int]]:
+    """Indices, rising, of the images to train on and of `share` of each class, one at least, for the test.
+
+    A class keeps one image for training. The draw depends on nothing else, so that what no classifier trains on, no
+    autoencoder of the same folder has seen. UserError: no share between 0 and 1.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"--holdout {share}: must lie between 0 and 1, for example 0.2")
+    held: list[int] = []
+    for y in range(int(labels.max()) + 1):
+        rows = np.flatnonzero(labels.numpy() == y)
+        rng = np.random.Generator(np.random.PCG64(mix_key(y)))
+        held += rng.permutation(rows)[: min(len(rows) - 1, max(1, round(share * len(rows))))].tolist()
+    return sorted(set(range(len(labels))) - set(held)), sorted(held)
+
+
 def _folders(args: argparse.Namespace) -> Sets:
     root, names = Path(args.data_path), [name for name in args.tests.split(",") if name]
     if args.train_list or args.val_list:
@@ -174,19 +224,38 @@ def _folders(args: argparse.Namespace) -> Sets:
         classes = [str(y) for y in range(1 + max(int(train.labels.max()), int(val.labels.max())))]
         train.classes = val.classes = classes
         return Sets(train, {"val": val})
-    train = image_folder(root / "train")
-    tests = {name: image_folder(root / name) for name in names or (["val"] if (root / "val").is_dir() else ["test"])}
+    labelled: Path | None = getattr(args, "labelled", None)
+    root = labelled or root
+    training_root(root, args.tests)
+    train = training_folder(root)
+    if not train.classes:
+        raise UserError(f"{root}: images without labels; a classifier needs a folder for each class, {root}/CLASS/*")
+    if len(train.classes) == 1:
+        raise UserError(f"{root}: one class folder, {train.classes[0]}; a classifier needs two or more")
+    base = root.parent if labelled and not (root / "train").is_dir() else root  # val/ lies in it
+    found = {name: base / name for name in names or [name for name in ("val", "test") if (base / name).is_dir()][:1]}
+    if args.val_dir:
+        found = {args.val_dir.name: args.val_dir}
+    tests = {name: image_folder(folder) for name, folder in found.items()}
     for name, images in tests.items():
         if images.classes != train.classes:
             other = sorted(set(images.classes) ^ set(train.classes))
+            home = root / "train" if (root / "train").is_dir() else root
             raise UserError(
-                f"{root / name}: its classes are not those of {root / 'train'} (first: {other[0]}); both need the same"
+                f"{found[name]}: its classes are not those of {home} (first: {other[0]}); both need the same"
             )
+    if args.holdout and not tests:
+        rows, held = held_out(train.labels, args.holdout)
+        train, test = train.take(rows), train.take(held)
+        test.unread, tests = {}, {"holdout": test}  # counted once
     return Sets(train, tests)
 
 
 def open_sets(args: argparse.Namespace) -> Sets:
-    """Training and test images without transforms; few labels and long tails taken from the training images."""
+    """Training and test images without transforms; few labels and long tails taken from the training images.
+
+    Of folders there may be no test images: then `tests` is empty.
+    """
     if args.per_class < 0 or (args.imbalance and args.imbalance < 1):
         raise UserError(f"--per_class {args.per_class} --imbalance {args.imbalance}: 0 or more; 0, or 1 or more")
     root = Path(args.data_path)
@@ -215,6 +284,8 @@ def open_sets(args: argparse.Namespace) -> Sets:
 def open_unlabelled(args: argparse.Namespace) -> ImageList:
     """Training images for the autoencoder and for FixMatch; nobody looks at their labels, test images are not in it."""
     root = Path(args.data_path)
+    if getattr(args, "unlabelled", None):
+        return cached(flat_folder(args.unlabelled), args.cache)
     if args.dataset == "stl10":
         try:
             found: Any = datasets.STL10(str(root), "train+unlabeled")
@@ -224,16 +295,25 @@ def open_unlabelled(args: argparse.Namespace) -> ImageList:
     if args.dataset != "folder":
         values = {**vars(args), "per_class": 0, "imbalance": 0, "label_seed": 0, "tests": ""}
         return open_sets(argparse.Namespace(**values)).train
-    folder = root / "train"
-    if not folder.is_dir():
-        names = [name for name in (getattr(args, "tests", None) or "").split(",") if name] + ["val", "test"]
-        if held := [name for name in names if (root / name).is_dir()]:
-            raise UserError(
-                f"{root}: {held[0]}/ is here and no train/, so test images would be trained on; add train/, or give "
-                "the folder of the training images"
-            )
-        folder = root
+    folder = training_root(root, getattr(args, "tests", None) or "")
+    if args.holdout and folder == root:
+        images = training_folder(root)
+        if not images.classes:
+            raise UserError(f"--holdout {args.holdout}: the images of {root} lie in no class folders; leave it away")
+        images = images.take(held_out(images.labels, args.holdout)[0])
+        return cached(images.take(slice(None), torch.full((len(images),), -1)), args.cache)
     return cached(flat_folder(folder), args.cache)
+
+
+def shared_files(a: ImageList, b: ImageList) -> int:
+    """How many files both lists name."""
+    return len({path.resolve() for path in a.paths()} & {path.resolve() for path in b.paths()})
+
+
+def needs(images: ImageList, batch: int, flags: str) -> None:
+    """UserError: there are fewer images than a step takes; `flags` are what the batch comes from."""
+    if len(images) < batch:
+        raise UserError(f"{flags}: a step takes {batch} images, the data has {len(images)}; give a smaller number")
 
 
 def cached(images: ImageList, cache: bool) -> ImageList:
@@ -265,11 +345,49 @@ def long_tail(labels: Tensor, classes: int, imbalance: float, seed: int) -> list
     return sorted(chosen)
 
 
-def read_fewshot(root: Path) -> dict[str, ImageList]:
-    """Disjoint classes of train, val and test: DIR/SPLIT/CLASS/*, or DIR/SPLIT.csv (filename,label) with DIR/images."""
+def deal_classes(images: ImageList, way: int, seed: int) -> dict[str, ImageList]:
+    """Classes that nobody has split, drawn by `seed`: of 100 of them 20 are test (`way` at least), 16 val, 64 train.
+
+    Where that leaves fewer than `way` classes for val, there is none. UserError: too few classes for `way` novel ones.
+    """
+    count = len(images.classes)
+    novel, val = max(way, round(0.2 * count)), round(0.16 * count)
+    val = val if val >= way else 0
+    if count < novel + val + 2:
+        raise UserError(
+            f"--n_way {way}: {count} classes are too few for {way} novel ones and two to train on; lower it"
+        )
+    order = np.random.Generator(np.random.PCG64(mix_key(seed))).permutation(count)
+    parts = {"train": order[novel + val :], "val": order[novel : novel + val], "test": order[:novel]}
+    out: dict[str, ImageList] = {}
+    for split, drawn in parts.items():
+        if len(drawn):
+            chosen = sorted(drawn.tolist())  # classes stay in alphabetical order
+            number = torch.full((count,), -1)
+            number[chosen] = torch.arange(len(chosen))
+            labels = number[images.labels]
+            rows = torch.nonzero(labels >= 0).flatten()
+            out[split] = images.take(rows, labels[rows])
+            out[split].classes = [images.classes[y] for y in chosen]
+            out[split].unread = images.unread if split == "train" else {}  # counted once
+    return out
+
+
+def read_fewshot(root: Path, way: int = 5, seed: int = 0) -> dict[str, ImageList]:
+    """Disjoint classes of train, test and, where there is one, val.
+
+    DIR/SPLIT/CLASS/*, or DIR/SPLIT.csv (filename,label) with DIR/images, or DIR/CLASS/* (see `deal_classes`).
+    """
     out: dict[str, ImageList] = {}
     owner: dict[str, str] = {}
+    given = [
+        split for split in ("train", "val", "test") if (root / f"{split}.csv").is_file() or (root / split).is_dir()
+    ]
+    if root.is_dir() and not given:
+        return deal_classes(image_folder(root), way, seed)
     for split in ("train", "val", "test"):
+        if split == "val" and split not in given:
+            continue
         if (file := root / f"{split}.csv").is_file():
             files: dict[str, list[Path]] = defaultdict(list)
             of: dict[str, str] = {}
@@ -398,7 +516,10 @@ def train_transform(
     size: int, crop: str = "resized", policy: str = "none", stats: str = "imagenet", min_scale: float = 0.08,
     padding_mode: str = "reflect", color_jitter: float = 0.0, lighting: float = 0.0,
 ) -> T.Compose:  # fmt: skip
-    """Crop (resized as for ImageNet, padded by size / 8 as for CIFAR), flip, a policy, jitter, lighting, normalise."""
+    """Crop (resized as for ImageNet, padded by size / 8 as for CIFAR), flip, a policy, jitter, lighting, normalise.
+
+    Crop `none`: the middle of the image, not flipped.
+    """
     made = POLICIES[policy]
     colours: list[Any] = [Jitter(color_jitter)] if color_jitter else []
     colours += [Lighting(lighting)] if lighting else []
@@ -417,6 +538,8 @@ def geometry(
     size: int, crop: str, min_scale: float = 0.08, bicubic: bool = False, padding_mode: str = "reflect"
 ) -> T.Compose:
     mode = T.InterpolationMode.BICUBIC if bicubic else T.InterpolationMode.BILINEAR
+    if crop == "none":
+        return T.Compose([fit(size)])
     if crop == "padded":
         first: list[Any] = [fit(size), T.RandomCrop(size, padding=size // 8, padding_mode=padding_mode)]
     else:

@@ -4,6 +4,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Mapping
+from shlex import quote
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from shared_utils import UserError, augment, distributed
 from shared_utils.data import EpochSampler, ImageList, mix_key, sample_rng
 from shared_utils.evaluation import stream, topk
 from shared_utils.flags import natural, not_negative, positive
+from shared_utils.init import add_init_flag
 from shared_utils.layout import follow
 from shared_utils.pictures import make_grid
 from shared_utils.run import Run
@@ -31,7 +33,7 @@ def add_training_flags(p: argparse.ArgumentParser) -> None:
     a("--arch", choices=nets.ARCHS, default="resnet50")
     a("--width", type=natural, default=0, help="channels of the first stage; 0: the network's own")
     a("--stem", choices=nets.STEMS, default="imagenet", help="of ResNet-18 to 50; cifar: 3x3 without pooling")
-    a("--pretrained", help="weights to start from, a public torchvision file or a run; default: none")
+    add_start_flags(p)
     a("--crop", choices=["resized", "padded"], default="resized", help="random resized crop, or padded by an eighth")
     a("--padding_mode", choices=PADDINGS, default="reflect", help="of padded crops; constant: black")
     a("--min_scale", type=float, default=0.08, help="least area of a resized crop")
@@ -59,6 +61,11 @@ def add_training_flags(p: argparse.ArgumentParser) -> None:
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
 
 
+def add_start_flags(p: argparse.ArgumentParser) -> None:
+    add_init_flag(p)
+    p.add_argument("--pretrained", help="an older name of --init")
+
+
 def add_decay_flag(p: argparse.ArgumentParser, default: bool) -> None:
     p.add_argument(
         "--decay_bias_norm", action=argparse.BooleanOptionalAction, default=default,
@@ -68,7 +75,6 @@ def add_decay_flag(p: argparse.ArgumentParser, default: bool) -> None:
 
 def check_training_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags out of range, before anything is loaded."""
-    nets.check_size(args.arch, args.input_size)
     if not 0 <= args.momentum < 1:
         raise UserError(f"--momentum {args.momentum}: must lie in 0..1 (1 excluded)")
     if args.nesterov and not args.momentum:
@@ -79,6 +85,13 @@ def check_training_flags(args: argparse.Namespace, world: int) -> None:
         raise UserError("--mix_prob must lie in 0..1, and --min_scale above 0 and up to 1")
     if args.batch_size % world or args.batch_size // world < 2:
         raise UserError(f"--batch_size {args.batch_size} does not give each of {world} processes the same 2 or more")
+
+
+def settle(args: argparse.Namespace, operator: MRA | None, default: int = 224) -> None:
+    """--input_size, where it was not given: the autoencoder's. UserError: too small for --arch."""
+    if args.input_size is None:
+        args.input_size = operator.mae.img_size if operator is not None else default
+    nets.check_size(args.arch, args.input_size)
 
 
 def training_transform(args: argparse.Namespace) -> Any:
@@ -180,7 +193,9 @@ class Info:
         self.history = [dict(scores) for scores in state["history"]]
 
     def result(self, key: str) -> dict[str, Any]:
-        """The last scores, and the best of `key` with its epoch."""
+        """The last scores, and the best of `key` with its epoch; nothing where there were no tests."""
+        if not self.history:
+            return {}
         best = max(self.history, key=lambda scores: scores[key])  # the first of equals
         return {**self.history[-1], f"{key}_best": best[key], "best_epoch": int(best["epoch"])}
 
@@ -211,12 +226,13 @@ def accuracy(run: Run, network: nn.Module, images: ImageList, per_class: bool = 
 
 def fit(
     run: Run, network: Any, net: Any, loader: Any, sampler: EpochSampler, operator: MRA | None,
-    optimizer: torch.optim.SGD, info: Info, evaluate: Callable[[], dict[str, float]],
+    optimizer: torch.optim.SGD, info: Info, evaluate: Callable[[], dict[str, float]] | None,
 ) -> None:  # fmt: skip
-    """Train `network` from the run's position to its end; `evaluate` is called after the epochs of --eval_every.
+    """Train `network` from the run's position to its end.
 
     Args:
         net: `network` as `distributed.wrap` returns it, made before a resume gives each process its own statistics.
+        evaluate: called after the epochs of --eval_every; None: there are no test images.
     """
     args, classes = run.args, len(info.classes)
     network.train()
@@ -252,7 +268,8 @@ def fit(
                 watched |= telemetry(operator, x)
             watched = everywhere(watched)
         last = epoch + 1 == args.epochs
-        if run.step_in_epoch + 1 == sampler.steps_per_epoch and bool(torch.isfinite(total)):
+        ended = run.step_in_epoch + 1 == sampler.steps_per_epoch
+        if evaluate is not None and ended and bool(torch.isfinite(total)):
             if last or (args.eval_every and (epoch + 1) % args.eval_every == 0):
                 info.history.append({**evaluate(), "epoch": float(epoch)})
                 tested = {f"val/{k}": v for k, v in info.history[-1].items() if k != "epoch"}
@@ -297,3 +314,22 @@ def estimate(run: Run, network: nn.Module, operator: MRA | None, total: int, par
     network.train()
     step = 3 * (seconds[1] - seconds[0]) + seconds[2] - seconds[1]
     return f"about {max(1, round(step * total / 60))} min for {total} steps if data loading keeps up"
+
+
+def hints(run: Run, tests: Mapping[str, ImageList]) -> list[str]:
+    """Commands that use the classifier of this run; the occlusion test where it has test images."""
+    args, lines = run.args, []
+    file, size = quote(f"{run.dir}/checkpoint.pth"), args.input_size
+    if getattr(args, "dataset", "folder") == "folder":
+        folder = quote(str(getattr(args, "unlabelled", None) or args.data_path))
+        lines.append(f"next: python -m mra.predict {folder} --pretrained {file} --out predictions.csv")
+    if tests:
+        cell = next(cell for cell in range(16, 0, -1) if size % cell == 0)
+        lines.append(f"occlusion: python -m mra.eval_occlusion --checkpoint {file}" + f" --cell {cell}" * (cell != 16))
+    return lines
+
+
+def describe(images: ImageList, kind: str = "training") -> str:
+    """How many images of which classes, for the preflight."""
+    names = ", ".join(images.classes[:5]) + ", ..." * (len(images.classes) > 5)
+    return f"{len(images)} {kind} images of {len(images.classes)} classes ({names})"

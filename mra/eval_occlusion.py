@@ -14,17 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mra import data, nets
-from mra.models_mae import MAE
+from mra.models_mae import MAE, run_file
 from mra.mra import MRA, add_mae_flags, attention_scores, load_mae, pixel_mask, score_entropy
 from shared_utils import UserError, distributed
 from shared_utils.data import ImageList
 from shared_utils.evaluation import subset, write_result
-from shared_utils.flags import Parser, add_machine_flags, natural, positive
+from shared_utils.flags import Parser, add_machine_flags, add_output_flag, natural, positive
 from shared_utils.layout import follow
 from shared_utils.run import cli, set_threads
 
 SHARES = [q / 10 for q in range(10)]
-INHERITED = ("data_path", "dataset", "input_size", "tests", "mean_std")
+INHERITED = ("val_dir", "data_path", "dataset", "input_size", "tests", "mean_std")
 
 
 def get_parser() -> Parser:
@@ -35,19 +35,20 @@ def get_parser() -> Parser:
         "--pretrained",
         type=Path,
         required=True,
-        help="of main_supervised or main_fixmatch (there the EMA is tested)",
+        help="a run of main_supervised or main_fixmatch (there the EMA is tested), its folder or file",
     )
     a("--data_path", "--data_dir", type=Path, help="default: what the run was trained on; so are the next three")
     a("--dataset", choices=data.SETS)
     a("--input_size", "--img_size", type=positive)
     a("--tests", help="test folders; the first one is occluded")
+    a("--val_dir", type=Path, help="folder of test images; default: the run's")
     a("--images", type=natural, default=0, help="so many test images, evenly spaced; 0: all")
     a("--cell", type=positive, default=16, help="side of a cell in pixels; a multiple of the autoencoder's patch")
     a("--mask_ratio", type=float, default=0.4, help="r of the diagnostics")
     add_mae_flags(p)
     a("--batch_size", type=positive, default=256)
     a("--seed", type=natural, default=0, help="of the random cells; keep it for everything that is compared")
-    a("--output-dir", type=Path, help="folder of result.json; default: RUN-test")
+    add_output_flag(p, "mra/occlusion", "checkpoint", names=["--output-dir"])
     add_machine_flags(p, workers=None)
     return p
 
@@ -144,15 +145,25 @@ def main(argv: list[str] | None = None) -> int:
     set_threads(args.threads, 0, device)
     if not 0 < args.mask_ratio < 1:
         raise UserError(f"--mask_ratio {args.mask_ratio}: must lie between 0 and 1")
+    args.checkpoint = run_file(args.checkpoint)
     network, flags = nets.load_run(args.checkpoint, device)
     if "dataset" not in flags:
         raise UserError(f"{args.checkpoint}: of main_fewshot, whose novel classes it has no scores for; give a run of "
                         "main_supervised or main_fixmatch")  # fmt: skip
-    for name in INHERITED:
+    moved = args.data_path is not None
+    for name in INHERITED[moved:]:  # what was read, where it lay then, of which a new --data_path is in the place
         if getattr(args, name, None) is None:
             setattr(args, name, flags.get(name, "imagenet" if name == "mean_std" else ""))
-    values = {"per_class": 0, "imbalance": 0, "train_list": flags.get("train_list"), "val_list": flags.get("val_list")}
+    args.val_dir = Path(args.val_dir) if args.val_dir else None
+    values: dict[str, Any] = {name: flags.get(name) for name in ("train_list", "val_list", "holdout")}
+    values |= {
+        "per_class": 0,
+        "imbalance": 0,
+        "labelled": Path(flags["labelled"]) if flags.get("labelled") and not moved else None,
+    }
     sets = data.open_sets(argparse.Namespace(**{**vars(args), **values, "label_seed": 0, "cache": False}))
+    if not sets.tests:
+        raise UserError(f"{args.checkpoint}: its run had no test images; give --val_dir, a folder of them")
     name, images = next(iter(sets.tests.items()))
     if images.classes != flags["classes"]:
         raise UserError(f"{args.data_path}: its classes are not those that {args.checkpoint} was trained on")
@@ -178,10 +189,9 @@ def main(argv: list[str] | None = None) -> int:
         result[f"occlusion_{order}"] = area(curve)
     if mae is not None:
         result |= diagnose(mae, images, args, device, stats)
-    out = args.output_dir or args.checkpoint.parent.with_name(args.checkpoint.parent.name + "-test")
     rounded = {order: [round(v, 3) for v in curve] for order, curve in found.items()}
     result |= {"shares": SHARES, "curves": rounded, "images": len(images), "mae_md5": args.mae_md5}
-    write_result(out, result | {"minutes": flags["minutes"]})  # of the training
+    write_result(args, result | {"minutes": flags["minutes"]})  # of the training
     return 0
 
 

@@ -28,8 +28,10 @@ def get_parser() -> Parser:
     a = p.add_argument
     default = Path(os.environ.get("DATA_ROOT", "data"))
     a("--data_path", "--data_dir", type=Path, default=default, help="holds train/, val/, test/ of disjoint classes, or "
-      "train.csv, val.csv, test.csv and images/ (mini-ImageNet)")  # fmt: skip
-    a("--input_size", "--img_size", type=positive, default=84, help="pixels")
+      "train.csv, val.csv, test.csv and images/ (mini-ImageNet), val where there is one; or class folders of your own, "
+      "which are dealt: 64 of 100 to train on, 20 for the test, --n_way at least")  # fmt: skip
+    a("--class_seed", type=natural, default=0, help="which classes of your own are new ones")
+    a("--input_size", "--img_size", type=positive, help="pixels; default: the autoencoder's, else 84")
     a("--cache", action="store_true", help="decode all training images once and keep them in memory")
     a("--mean_std", choices=list(data.STATS), default="imagenet")
     add_mra_flags(p)
@@ -122,18 +124,24 @@ def extract(run: Run, network: Any, images: ImageList, operator: MRA | None) -> 
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
+    args.init = args.init or args.pretrained
     run = Run(args, "mra", "fewshot")
     args.schedule = engine.epochs_of(args.schedule)
     engine.check_training_flags(args, run.world)
     if args.mra_on_support and args.mae_ckpt is None:
         raise UserError("--mra_on_support needs an autoencoder: give --mae_ckpt")
 
-    # Data: base, validation and novel classes; all episodes are drawn before training starts
-    splits = data.read_fewshot(args.data_path)
+    # Frozen autoencoder; base, validation and novel classes; all episodes are drawn before training starts
+    operator, about_mra = build(args, args.input_size, run.device, data.STATS[args.mean_std])
+    engine.settle(args, operator, 84)
+    splits = data.read_fewshot(args.data_path, args.n_way, args.class_seed)
     train = data.cached(splits["train"], args.cache)
+    data.needs(train, args.batch_size, f"--batch_size {args.batch_size}")
     train.transform = engine.training_transform(args)
     episodes: dict[tuple[str, int], Tensor] = {}
     for split, shots, count in (("val", (1,), min(600, args.episodes)), ("test", (1, 5), args.episodes)):
+        if split not in splits:
+            continue
         splits[split].transform = data.test_transform(args.input_size, args.mean_std)
         for shot in shots:
             episodes[split, shot] = draw_episodes(
@@ -142,10 +150,9 @@ def main(argv: list[str] | None = None) -> int:
     sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world)
     loader = run.loader(Keyed(train, args.seed), sampler)
 
-    # Frozen autoencoder and classifier
-    operator, about_mra = build(args, args.input_size, run.device, data.STATS[args.mean_std])
+    # Classifier
     network = nets.build(args.arch, len(train.classes), args.width, args.stem)
-    started = nets.load_pretrained(network, args.pretrained) if args.pretrained else "random weights"
+    started = nets.start(network, args.init)
     distributed.convert_norm(network, "sync" if args.sync_bn else "local")
     place(network, run.device)
     net = distributed.wrap(network)
@@ -156,8 +163,8 @@ def main(argv: list[str] | None = None) -> int:
     run.reads(*splits.values())
     run.preflight(
         {
-            "data": f"{args.data_path}: {len(train)} images of {len(train.classes)} base classes; "
-            f"{len(splits['val'].classes)} validation, {len(splits['test'].classes)} novel classes",
+            "data": f"{args.data_path}: {engine.describe(train)}; "
+            + "; ".join(f"{split} {len(splits[split].classes)} classes" for split in splits if split != "train"),
             "MRA": about_mra + ("; on support images too" if on_support else ""),
             "classifier": f"{args.arch}, {sum(q.numel() for q in network.parameters()) / 1e6:.2f} M, {started}",
             "batch": f"{args.batch_size} x {sampler.steps_per_epoch} steps an epoch, {args.epochs} epochs",
@@ -174,14 +181,14 @@ def main(argv: list[str] | None = None) -> int:
         views = extract(run, network, splits["val"], on_support)
         return {"val_1shot": test("val", 1, views)[0]}
 
-    engine.fit(run, network, net, loader, sampler, operator, optimizer, info, evaluate)
+    engine.fit(run, network, net, loader, sampler, operator, optimizer, info, evaluate if "val" in splits else None)
     result: dict[str, Any] = info.result("val_1shot")
     views = extract(run, network, splits["test"], on_support)
     for shot in (1, 5):
         result[f"{shot}shot"], result[f"{shot}shot_ci"] = test("test", shot, views)
     result |= {"minutes": run.minutes(), "episodes": args.episodes, "mae_md5": args.mae_md5}
     write_result(run.dir, result)
-    run.finish()
+    run.finish(*engine.hints(run, {}))
     return 0
 
 

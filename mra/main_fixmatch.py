@@ -9,6 +9,7 @@ import copy
 import math
 import statistics
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision import transforms as T
 
 from mra import data, engine, nets
 from mra.mra import add_mra_flags, build
+from mra.strong import Draws, augmented, draw
 from shared_utils import UserError, augment, checkpoint, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key, sample_rng
 from shared_utils.evaluation import write_result
@@ -28,6 +31,8 @@ from shared_utils.layout import follow, place
 from shared_utils.pictures import make_grid
 from shared_utils.run import Run, cli
 
+STRONG = 3  # the stream of randomness of --strong_batch, beside those of `engine`
+
 
 def get_parser() -> Parser:
     p = Parser(prog="mra.main_fixmatch", description=(__doc__ or "").splitlines()[0])
@@ -35,12 +40,17 @@ def get_parser() -> Parser:
     data.add_data_flags(p)
     data.add_label_flags(p)
     add_mra_flags(p)
+    a("--labelled", type=Path, help="class folders of your own labelled images, in place of --data_path")
+    a("--unlabelled", type=Path, help="any folder of images beside --labelled; class folders in it are not looked at")
+    engine.add_start_flags(p)
     a("--arch", choices=nets.ARCHS, default="wrn28-2")
     a("--width", type=natural, default=0, help="channels of the first stage; 0: the network's own")
     a("--stem", choices=nets.STEMS, default="imagenet")
     a("--strong", choices=list(data.POLICIES), default="fixmatch", help="policy of the strong branch, before "
       "MRA: RandAugment as FixMatch draws it (magnitude drawn, each with p = 0.5), or torchvision's")  # fmt: skip
     a("--strong_cutout", action=argparse.BooleanOptionalAction, default=True, help="FixMatch's, after MRA")
+    a("--strong_batch", action="store_true", help="make the strong branch's RandAugment in batches on the device: the "
+      "same operations to the bit, other draws; for a GPU whose loader is slow")  # fmt: skip
     a("--iterations", type=positive, default=2**20, help="steps, a whole number of epochs")
     a("--epoch_steps", type=positive, default=1024, help="steps of an epoch: between tests and checkpoints")
     a("--batch_size", type=positive, default=64, help="labelled images a step, all processes together")
@@ -64,7 +74,12 @@ def get_parser() -> Parser:
 
 def check_flags(args: argparse.Namespace, world: int) -> None:
     """UserError for flags out of range, before anything is loaded."""
-    nets.check_size(args.arch, args.input_size)
+    if (args.labelled is None) != (args.unlabelled is None):
+        raise UserError("--labelled and --unlabelled go together: two folders of images of your own")
+    if args.strong_batch and args.strong != "fixmatch":
+        raise UserError(f"--strong_batch has FixMatch's operations alone; leave it away for --strong {args.strong}")
+    if args.labelled and (args.dataset != "folder" or args.train_list):
+        raise UserError("--labelled is a folder of its own; leave --dataset and --train_list away")
     if not 0 < args.momentum < 1:
         raise UserError(f"--momentum {args.momentum}: Nesterov's must lie between 0 and 1")
     if args.iterations % args.epoch_steps:
@@ -180,21 +195,41 @@ def fixmatch_loss(
     return F.cross_entropy(labelled, y), unlabelled, mask
 
 
+def strengthened(run: Run, crops: Tensor) -> Tensor:
+    """The strong views, normalised, of this process's crops uint8 [mu B, 3, H, H]; drawn for all processes together."""
+    first, count = run.rank * len(crops), len(crops)
+    generator = torch.Generator().manual_seed(mix_key(run.args.seed, run.step, STRONG) >> 1)
+    drawn = [part[first : first + count] for part in draw(run.world * count, generator)]
+    mean, std = (torch.tensor(v, device=crops.device).view(3, 1, 1) for v in data.STATS[run.args.mean_std])
+    return (augmented(crops, Draws(*drawn)) / 255 - mean) / std
+
+
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
+    args.init = args.init or args.pretrained
     run = Run(args, "mra", "fixmatch")
     check_flags(args, run.world)
     local, epochs = args.batch_size // run.world, args.iterations // args.epoch_steps
 
+    # Frozen autoencoder
+    stats = args.mean_std
+    operator, about_mra = build(args, args.input_size, run.device, data.STATS[stats])
+    engine.settle(args, operator)
+    size = args.input_size
+
     # Data: labelled images weakly augmented, unlabelled ones in two views; two streams of samples, each keyed
     train, tests = data.open_sets(args)
     crowd = data.open_unlabelled(args)
-    size, stats = args.input_size, args.mean_std
+    if not args.unlabelled:  # the same files, whose neighbours are counted once
+        crowd.unread = {}
     weak = data.train_transform(size, "padded", "none", stats)
     train.transform = weak
-    views = TwoViews(crowd, weak, data.train_transform(size, "padded", args.strong, stats))
-    test_name, test = next(iter(tests.items()))
-    test.transform = data.test_transform(size, stats)
+    bytes_of = T.Compose([data.geometry(size, "padded"), T.PILToTensor()])
+    shape = bytes_of if args.strong_batch else data.train_transform(size, "padded", args.strong, stats)
+    views = TwoViews(crowd, weak, shape)
+    test_name, test = next(iter(tests.items()), (None, None))
+    if test is not None:
+        test.transform = data.test_transform(size, stats)
     seeds = (args.seed, mix_key(args.seed, 1) >> 1)
     parts = []
     stock: Any
@@ -205,8 +240,8 @@ def main(argv: list[str] | None = None) -> int:
     both: Any = Both(parts[0][1], parts[1][1])
 
     # Model
-    operator, about_mra = build(args, size, run.device, data.STATS[stats])
     network = nets.build(args.arch, len(train.classes), args.width, args.stem)
+    started = nets.start(network, args.init)
     nets.set_bn_momentum(network, args.bn_momentum)
     distributed.convert_norm(network, "sync" if args.sync_bn else "local")
     place(network, run.device)
@@ -215,13 +250,16 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = engine.optimizer_of(args, network, nesterov=True)
     info = engine.Info(train.classes)
     run.track(state_dict=network, optimizer=optimizer, ema=ema, info=info)
-    run.reads(train, crowd, test)
+    run.reads(train, crowd, *([] if test is None else [test]))
+    where = f"{args.labelled}, {args.unlabelled}" if args.labelled else f"{args.data_path} ({args.dataset})"
+    seen = data.shared_files(test, crowd) if test is not None and args.labelled else 0
     run.preflight(
         {
-            "data": f"{args.data_path} ({args.dataset}): {len(train)} labelled images of {len(train.classes)} classes, "
-            f"{len(crowd)} unlabelled; test {test_name} {len(test)}",
+            "data": f"{where}: {engine.describe(train, 'labelled')}, {len(crowd)} unlabelled; "
+            + (f"test {test_name} {len(test)}" if test is not None else f"test {data.UNTESTED}")
+            + f"; caution: {seen} test images are among the unlabelled ones" * (seen > 0),
             "MRA on the strong branch": about_mra,
-            "classifier": f"{args.arch}, {sum(q.numel() for q in network.parameters()) / 1e6:.2f} M",
+            "classifier": f"{args.arch}, {sum(q.numel() for q in network.parameters()) / 1e6:.2f} M, {started}",
             "batch": f"{args.batch_size} labelled + {args.batch_size * args.mu} unlabelled, {args.iterations} steps",
             "learning rate": f"{args.lr} cos(7 pi k / 16 K)",
             "expected initial loss": f"about log {len(train.classes)} = {math.log(len(train.classes)):.2f}: no "
@@ -235,6 +273,9 @@ def main(argv: list[str] | None = None) -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr
         x, y, u_weak, u_strong = (v.to(run.device, non_blocking=True) for v in (x, y, u_weak, u_strong))
+
+        if args.strong_batch:
+            u_strong = strengthened(run, u_strong)
 
         # MRA and then Cutout on the strong views alone; one forward pass of all views
         u_hat = u_strong
@@ -263,7 +304,8 @@ def main(argv: list[str] | None = None) -> int:
             if operator is not None:
                 watched |= engine.telemetry(operator, u_strong)
             watched = engine.everywhere(watched)
-        if run.step_in_epoch + 1 == args.epoch_steps and bool(torch.isfinite(total)):
+        ended = run.step_in_epoch + 1 == args.epoch_steps
+        if test is not None and ended and bool(torch.isfinite(total)):
             info.history.append({**engine.accuracy(run, ema.network, test), "epoch": float(epoch)})
             tested["val/top1"] = info.history[-1]["top1"]
         run.log(total, lr=lr, evaluated=tested, **watched)
@@ -272,9 +314,10 @@ def main(argv: list[str] | None = None) -> int:
             run.image("views/weak_strong_mra", make_grid(torch.cat(shown), nrow=len(shown[0]), padding=2))
 
     result = info.result("top1")
-    result["top1_median20"] = float(statistics.median(scores["top1"] for scores in info.history[-20:]))
+    if test is not None:
+        result["top1_median20"] = float(statistics.median(scores["top1"] for scores in info.history[-20:]))
     write_result(run.dir, result | {"minutes": run.minutes(), "mae_md5": args.mae_md5, "test": test_name})
-    run.finish(f"occlusion: python -m mra.eval_occlusion --checkpoint {run.dir}/checkpoint.pth")
+    run.finish(*engine.hints(run, tests))
     return 0
 
 

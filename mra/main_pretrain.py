@@ -6,6 +6,7 @@ Flags and defaults of facebookresearch/mae's main_pretrain; also torchrun --npro
 import math
 import time
 from collections.abc import Mapping
+from shlex import quote
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from mra import data
-from mra.models_mae import FLAGS, MAE, SIZES, len_keep, resolve, unpatchify
+from mra.models_mae import FLAGS, MAE, SIZES, len_keep, resolve, start, unpatchify
 from mra.mra import pixel_mask
 from shared_utils import UserError, augment, checkpoint, distributed
 from shared_utils.data import EpochSampler, Keyed, mix_key
 from shared_utils.evaluation import write_result
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils.init import add_init_flag
 from shared_utils.pictures import make_grid
 from shared_utils.run import Run, cli, plain
 
@@ -26,7 +28,9 @@ from shared_utils.run import Run, cli, plain
 def get_parser() -> Parser:
     p = Parser(prog="mra.main_pretrain", description=(__doc__ or "").splitlines()[0])
     a = p.add_argument
-    data.add_data_flags(p)
+    data.add_data_flags(p, 224)
+    data.add_holdout_flag(p)
+    add_init_flag(p)
     a("--model", choices=list(SIZES), default="mae_mini_patch16", help="sizes of encoder and decoder")
     for flag, what in zip(FLAGS, ("p, side of a patch", "De", "encoder blocks", "", "Dd", "decoder blocks", "")):
         a(f"--{flag}", type=positive, help=f"{what or 'heads'}; default: --model's")
@@ -108,6 +112,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # Data: training images alone, labels unread.
     images = data.open_unlabelled(args)
+    data.needs(
+        images, effective, f"--batch_size {args.batch_size} x --accum_iter {args.accum_iter} x {run.world} processes"
+    )
     images.transform = T.Compose([data.geometry(args.input_size, "resized", args.min_scale, True), data.tensor()])
     sampler = EpochSampler(len(images), local, args.seed, run.rank, run.world)
     loader: Any
@@ -117,7 +124,9 @@ def main(argv: list[str] | None = None) -> int:
         loader = run.loader(Keyed(images, args.seed), sampler)
 
     # Model
-    mae = MAE(args.input_size, resolve(args.model, vars(args)), args.norm_pix_loss).to(run.device).train()
+    mae = MAE(args.input_size, resolve(args.model, vars(args)), args.norm_pix_loss)
+    started = start(mae, args.init) if args.init else "random weights"
+    mae.to(run.device).train()
     if not 0 < len_keep(mae.patches, args.mask_ratio) < mae.patches:
         raise UserError(f"--mask_ratio {args.mask_ratio} keeps all or none of {mae.patches} patches")
     net = distributed.wrap(mae)
@@ -127,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     run.track(model=mae, optimizer=optimizer, last=last)
     steps = sampler.steps_per_epoch
     run.reads(images)
-    run.preflight(facts(run, mae, len(images), effective, steps))
+    run.preflight(facts(run, mae, len(images), effective, steps) | {"start": started})
 
     for epoch, batch in run.batches(loader, sampler, args.epochs):
         lr = learning_rate(args, epoch + run.step_in_epoch / steps)
@@ -154,8 +163,20 @@ def main(argv: list[str] | None = None) -> int:
 
     result = {"loss": float(last.loss), "minutes": run.minutes(), "epochs": args.epochs}
     write_result(run.dir, result)
-    run.finish(f"look at it: python -m mra.visualize --mae_ckpt {run.dir}/checkpoint.pth --data_path {args.data_path}")
+    run.finish(*hints(run, len(images)))
     return 0
+
+
+def hints(run: Run, count: int) -> list[str]:
+    """What to do with the autoencoder of this run, whose checkpoint tells the size of its images."""
+    args = run.args
+    mae = f"--mae_ckpt {quote(f'{run.dir}/checkpoint.pth')}"
+    where = f"--data_path {quote(str(args.data_path))}" + f" --dataset {args.dataset}" * (args.dataset != "folder")
+    lines = [f"look at it: python -m mra.visualize {mae} {where}"]
+    if args.dataset == "folder" and not data.in_classes(args.data_path):
+        return [*lines, f"next: python -m mra.augment {quote(str(args.data_path))} {mae} --out augmented"]
+    more = f" --holdout {args.holdout}" * bool(args.holdout) + " --batch_size 32 --lr 0.0125" * (count < 1024)
+    return [*lines, f"next: python -m mra.main_supervised {mae} {where}{more}"]
 
 
 def picture(mae: MAE, x: Tensor, pred: Tensor, mask: Tensor, count: int = 8) -> Tensor:

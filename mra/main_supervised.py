@@ -89,12 +89,16 @@ def shot_groups(table: Tensor, counts: Tensor) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
+    args.init = args.init or args.pretrained
     run = Run(args, "mra", "supervised")
     resolve(args)
     engine.check_training_flags(args, run.world)
 
-    # Data: geometry and colour here, MRA on the device
+    # Frozen autoencoder; data: geometry and colour here, MRA on the device
+    operator, about_mra = build(args, args.input_size, run.device, data.STATS[args.mean_std])
+    engine.settle(args, operator)
     train, tests = data.open_sets(args)
+    data.needs(train, args.batch_size, f"--batch_size {args.batch_size}")
     train.transform = engine.training_transform(args)
     for images in tests.values():
         images.transform = data.test_transform(args.input_size, args.mean_std)
@@ -103,10 +107,9 @@ def main(argv: list[str] | None = None) -> int:
     counts = torch.bincount(train.labels, minlength=len(train.classes))
     tailed = bool(args.imbalance or args.train_list)
 
-    # Frozen autoencoder and classifier
-    operator, about_mra = build(args, args.input_size, run.device, data.STATS[args.mean_std])
+    # Classifier
     network = nets.build(args.arch, len(train.classes), args.width, args.stem)
-    started = nets.load_pretrained(network, args.pretrained) if args.pretrained else "random weights"
+    started = nets.start(network, args.init)
     distributed.convert_norm(network, "sync" if args.sync_bn else "local")
     place(network, run.device)
     net = distributed.wrap(network)
@@ -117,9 +120,9 @@ def main(argv: list[str] | None = None) -> int:
     run.reads(train, *tests.values())
     run.preflight(
         {
-            "data": f"{args.data_path} ({args.dataset}): {len(train)} training images of {len(train.classes)} classes, "
+            "data": f"{args.data_path} ({args.dataset}): {engine.describe(train)}, "
             f"{int(counts.min())} to {int(counts.max())} each; tests "
-            + ", ".join(f"{name} {len(images)}" for name, images in tests.items()),
+            + (", ".join(f"{name} {len(images)}" for name, images in tests.items()) or data.UNTESTED),
             "MRA": about_mra,
             "classifier": f"{args.arch}, {sum(q.numel() for q in network.parameters()) / 1e6:.2f} M, {started}",
             "batch": f"{args.batch_size} x {steps} steps an epoch, {args.epochs} epochs",
@@ -139,11 +142,16 @@ def main(argv: list[str] | None = None) -> int:
                 scores |= shot_groups(found["table"], counts)
         return scores
 
-    engine.fit(run, network, net, loader, sampler, operator, optimizer, info, evaluate)
+    engine.fit(run, network, net, loader, sampler, operator, optimizer, info, evaluate if tests else None)
     result: dict[str, Any] = info.result("top1")
-    result |= {"minutes": run.minutes(), "epochs": args.epochs, "mae_md5": args.mae_md5, "test": next(iter(tests))}
+    result |= {
+        "minutes": run.minutes(),
+        "epochs": args.epochs,
+        "mae_md5": args.mae_md5,
+        "test": next(iter(tests), None),
+    }
     write_result(run.dir, result)
-    run.finish(f"occlusion: python -m mra.eval_occlusion --checkpoint {run.dir}/checkpoint.pth")
+    run.finish(*engine.hints(run, tests))
     return 0
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared_utils import UserError, checkpoint
+from shared_utils.init import HEADS
 
 
 class Size(NamedTuple):
@@ -340,18 +341,75 @@ class Loaded(NamedTuple):
     norm_pix: bool | None  # None: not known
 
 
-def load(path: Path, img_size: int, heads: Sequence[int] = (0, 0), norm_pix: str = "auto") -> Loaded:
-    """A frozen MAE with decoder for images of `img_size` pixels, from a run of main_pretrain or a public file.
+def run_file(path: str | Path) -> Path:
+    """The checkpoint that `path` names, a file or the folder of a run."""
+    return Path(path) / "checkpoint.pth" if Path(path).is_dir() else Path(path)
+
+
+def fixed_positions(state: dict[str, Tensor], mae: MAE) -> int:
+    """Put the positions of `mae` in the place of those of `state`; returns the side of the grid that it was trained on.
+
+    UserError: positions that are not the fixed table, so another network's.
+    """
+    own = math.isqrt(state["pos_embed"].shape[1] - 1)
+    for key in ("pos_embed", "decoder_pos_embed"):
+        if key in state:
+            if not same_table(state[key], sincos_positions(state[key].shape[2], own)[None]):
+                raise UserError(f"{key} is not the fixed sin-cos table of {own} x {own} patches")
+            state[key] = getattr(mae, key).detach()
+    return own
+
+
+def start(mae: MAE, spec: str) -> str:
+    """Weights of --init for pretraining, of any grid: encoder and decoder, or the encoder alone with a new decoder.
+
+    Args:
+        spec: an MAE file (of its release, or timm's), the folder of a run, or timm:NAME.
+
+    Returns: a line for the preflight.
+
+    Raises:
+        UserError: no such file or name, learned positions (DINO, DeiT), weights of another --model; nothing is loaded.
+    """
+    path = run_file(spec)
+    if spec.startswith("timm:"):
+        import timm
+
+        try:
+            state = timm.create_model(spec[5:], pretrained=True, num_classes=0).state_dict()
+        except Exception as error:  # whatever hub or network raise
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"--init {spec}: timm cannot give it ({reason}); vit_base_patch16_224.mae is one") from None
+    else:
+        state = checkpoint.read_weights(path)
+    saved = {} if spec.startswith("timm:") else checkpoint.load(path)
+    try:
+        if "pos_embed" not in state:
+            raise UserError("no pos_embed, so no vision transformer")
+        fixed_positions(state, mae)
+        decoder = ("mask_token", "decoder_*")
+        new = () if "mask_token" in state else decoder
+        report = checkpoint.load_strict(mae, state, (*HEADS, "fc_norm.*"), new)
+    except UserError as error:
+        raise UserError(f"--init {spec}: {error}; --model and its like must name the network of the file") from None
+    ours = isinstance(saved, Mapping) and "progress" in saved
+    return f"{spec}: {report}" + (", the decoder" if new else "") + ("" if ours else f"; {LICENCE}")
+
+
+def load(path: Path, img_size: int | None, heads: Sequence[int] = (0, 0), norm_pix: str = "auto") -> Loaded:
+    """A frozen MAE with decoder, from a run of main_pretrain (its folder too) or a public file.
 
     Positions are fixed: for another grid than the file's they are computed anew, never cut or interpolated.
 
     Args:
+        img_size: pixels of its images; None: as many as it was trained on.
         heads: of encoder and decoder, where neither the file nor the registry tells; 0, 0: they do.
         norm_pix: whether its targets were normalised patches: yes, no, or auto (the run's flag, else `told_targets`).
 
     Raises:
         UserError: no file, not MAE weights, a decoder key missing, shapes that fit nothing.
     """
+    path = run_file(path)
     saved = checkpoint.load(path)
     state = checkpoint.read_weights(path, "auto")
     stored = saved.get("args") if isinstance(saved, Mapping) else None
@@ -359,13 +417,10 @@ def load(path: Path, img_size: int, heads: Sequence[int] = (0, 0), norm_pix: str
     flags: Mapping[str, Any] = stored if isinstance(stored, Mapping) else {}
     try:
         size = size_of(state, flags, heads)
+        native = math.isqrt(state["pos_embed"].shape[1] - 1) * size.patch
         with torch.random.fork_rng(devices=[]):  # a classifier starts from the same weights with and without MRA
-            mae = MAE(img_size, size)
-        own = math.isqrt(state["pos_embed"].shape[1] - 1)
-        for key in ("pos_embed", "decoder_pos_embed"):
-            if not same_table(state[key], sincos_positions(state[key].shape[2], own)[None]):
-                raise UserError(f"{key} is not the fixed sin-cos table of {own} x {own} patches")
-            state[key] = getattr(mae, key).detach()
+            mae = MAE(img_size or native, size)
+        own = fixed_positions(state, mae)
         checkpoint.load_strict(mae, state)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -374,14 +429,15 @@ def load(path: Path, img_size: int, heads: Sequence[int] = (0, 0), norm_pix: str
     if norm_pix == "auto":
         normalised = flags.get("norm_pix_loss")
         if normalised is None:  # asked on the grid that it was trained on
-            native = mae if own == mae.grid else _on_grid(mae, own)
-            normalised = told_targets(native)
+            normalised = told_targets(mae if own == mae.grid else _on_grid(mae, own))
     mae.norm_pix_loss = normalised
     md5 = hashlib.md5(Path(path).read_bytes(), usedforsecurity=False).hexdigest()
     ours = flags.get("model") in SIZES or (isinstance(saved, Mapping) and "progress" in saved)
     millions = sum(q.numel() for q in mae.parameters()) / 1e6
     report = (
         f"{path}: {size.enc} / {size.dec}, patch {size.patch}, {millions:.2f} M, md5 {md5[:12]}, trained on "
-        f"{flags.get('data_path', 'unknown images')}" + ("" if ours else f"; {LICENCE}")
+        f"{flags.get('data_path', 'unknown images')}"
+        + (f", {flags['holdout']} of each class held out" if flags.get("holdout") else "")
+        + ("" if ours else f"; {LICENCE}")
     )
     return Loaded(mae, report, md5, normalised)

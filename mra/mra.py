@@ -195,7 +195,8 @@ class MRA:
 def add_mae_flags(p: argparse.ArgumentParser) -> None:
     """Which autoencoder, for everything that loads one."""
     a = p.add_argument
-    a("--mae_ckpt", type=Path, help="autoencoder with its decoder: a run of mra.main_pretrain, or a public MAE file")
+    a("--mae_ckpt", type=Path, help="autoencoder with its decoder: a run of mra.main_pretrain (its "
+      "folder or file), or a public MAE file")  # fmt: skip
     a("--mae_heads", type=_two, default="0,0", help="heads of encoder and decoder where the file does not tell; 0,0")
     a("--mae_norm_pix", choices=["auto", "yes", "no"], default="auto", help="whether its targets were normalised "
       "patches; auto: the flag of its run, else by what it makes of soft images")  # fmt: skip
@@ -224,17 +225,23 @@ def _two(text: str) -> list[int]:
     return values
 
 
-def load_mae(args: argparse.Namespace, img_size: int, device: torch.device) -> tuple[MAE, str]:
-    """The autoencoder of --mae_ckpt on the device, and a line about it; its md5 enters the flags."""
+def load_mae(args: argparse.Namespace, img_size: int | None, device: torch.device) -> tuple[MAE, str]:
+    """The autoencoder of --mae_ckpt on the device, and a line about it; its md5 enters the flags.
+
+    `img_size` None: that of the images that it was trained on.
+    """
     loaded = models_mae.load(args.mae_ckpt, img_size, args.mae_heads, args.mae_norm_pix)
     args.mae_md5 = loaded.md5
     return loaded.mae.to(device), loaded.report
 
 
 def build(
-    args: argparse.Namespace, img_size: int, device: torch.device, stats: Stats = (MEAN, STD)
+    args: argparse.Namespace, img_size: int | None, device: torch.device, stats: Stats = (MEAN, STD)
 ) -> tuple[MRA | None, str]:
-    """The operator that the flags describe, and a line about it for the preflight; None without --mae_ckpt."""
+    """The operator that the flags describe, and a line about it for the preflight; None without --mae_ckpt.
+
+    `img_size` None: that of the images that the autoencoder was trained on, `operator.mae.img_size`.
+    """
     if args.mae_ckpt is None:
         return None, "none (no --mae_ckpt)"
     mae, report = load_mae(args, img_size, device)

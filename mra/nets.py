@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from mra.models_mae import run_file
 from shared_utils import UserError, checkpoint
+from shared_utils.init import initialise
 
 IMAGENET: dict[str, tuple[Any, list[int]]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -154,22 +156,34 @@ def set_bn_momentum(network: nn.Module, momentum: float) -> None:
             module.momentum = momentum
 
 
-def load_pretrained(network: nn.Module, file: Path) -> str:
-    """Weights of the body from a public or own file; the linear layer stays new. UserError: weights that do not fit."""
-    state = {key: value for key, value in checkpoint.read_weights(file).items() if not key.startswith("fc.")}
+def start(network: Any, spec: str | None) -> str:
+    """Weights of --init in the body; the linear layer stays new. Returns a line for the preflight.
+
+    UserError: weights of another network.
+    """
+    if not spec:
+        return "random weights"
+    network.fc, head = nn.Identity(), network.fc
     try:
-        return checkpoint.load_strict(network, state, missing_ok=("fc.*", "*.num_batches_tracked"))
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+        return initialise(network, spec)
+    finally:
+        network.fc = head
 
 
-def load_run(file: Path, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """The trained classifier of a run (its EMA where it has one), in eval mode; its flags, classes and minutes."""
+def load_run(path: str | Path, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """The trained classifier of a run (its EMA where it has one), in eval mode; its flags, classes and minutes.
+
+    Args:
+        path: the folder of a run, or its checkpoint. One without the names of its classes gives their numbers.
+    """
+    file = run_file(path)
     saved = checkpoint.load(file)
-    if not isinstance(saved, dict) or "classes" not in saved.get("info", {}):
+    weights = saved.get("state_dict") if isinstance(saved, dict) and "progress" in saved else None
+    if weights is None or "fc.weight" not in weights:
         raise UserError(f"{file}: not a checkpoint of mra.main_supervised, main_fixmatch or main_fewshot")
     flags = saved["args"]
-    network = build(flags["arch"], len(saved["info"]["classes"]), flags["width"], flags["stem"])
-    checkpoint.load_strict(network, saved["ema"]["shadow"] if "ema" in saved else saved["state_dict"])
-    more = {"classes": saved["info"]["classes"], "minutes": round(saved["progress"]["seconds"] / 60, 2)}
+    classes = saved.get("info", {}).get("classes") or [str(y) for y in range(len(weights["fc.weight"]))]
+    network = build(flags["arch"], len(classes), flags["width"], flags["stem"])
+    checkpoint.load_strict(network, saved["ema"]["shadow"] if "ema" in saved else weights)
+    more = {"classes": classes, "minutes": round(saved["progress"]["seconds"] / 60, 2)}
     return network.to(device).eval(), {**flags, **more}

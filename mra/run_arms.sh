@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The arms of the small tier's table: bash mra/run_arms.sh [mini|small|paper] [flags of mra.main_supervised]
-# ARMS, SEEDS, SET (texture, cifar10), JOBS (arms at once), DATA_ROOT, RUNS, MAE (another autoencoder). What is finished
-# is not run again. The arm `mae` trains the set's autoencoder alone; every other arm sees to it that it is there.
+# ARMS, SEEDS, SET (texture, cifar10, or mine: class folders of your own below $DATA_ROOT/mine), JOBS (arms at once),
+# DATA_ROOT, RUNS, MAE (another autoencoder). What is finished is not run again. The arm `mae` trains the set's
+# autoencoder alone; every other arm sees to it that it is there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -33,7 +34,7 @@ case "$tier" in
     where=small/$SET
     arms=${ARMS:-mae base mra random cutout cutmix erase inverse}
     probe+=(--images 1000 --attn_source last_attn)
-    if [ "$SET" = texture ]; then probe+=(--cell 8); else probe+=(--cell 4) cutmix=(--mix_prob 0.5); fi
+    case "$SET" in texture | mine) probe+=(--cell 8) ;; *) probe+=(--cell 4) cutmix=(--mix_prob 0.5) ;; esac
     ;;
   paper)
     # The same arms on ImageNet with ResNet-50, 300 epochs each, GPUS processes; 78.35 against 76.31 (recalled,

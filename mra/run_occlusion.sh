@@ -49,5 +49,4 @@ if [ "$tier" = paper ]; then out=paper/${SET:-imagenet}; fi
 checkpoint=${CHECKPOINT:-$runs/mra/supervised/$out/checkpoint.pth}
 
 "$PYTHON" -m mra.visualize --mae_ckpt "$mae" "${picture[@]}" --out "$runs/mra/occlusion/$out/mra.png"
-"$PYTHON" -m mra.eval_occlusion --checkpoint "$checkpoint" --mae_ckpt "$mae" \
-  --output-dir "$runs/mra/occlusion/$out" "${flags[@]}" "$@"
+"$PYTHON" -m mra.eval_occlusion --checkpoint "$checkpoint" --mae_ckpt "$mae" "${flags[@]}" "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The autoencoder: bash mra/run_pretrain.sh [mini|small|paper] [flags of mra.main_pretrain]
-# DATA_ROOT names the folder of the data sets, SET the small tier's (texture, cifar10), GPUS the processes, RUNS the
-# folder of the outputs.
+# DATA_ROOT names the folder of the data sets, SET the small tier's (texture, cifar10, or mine: class folders of your
+# own below $DATA_ROOT/mine), GPUS the processes, RUNS the folder of the outputs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -36,6 +36,9 @@ case "$tier" in
       "$PYTHON" -m mra.lab.textures >/dev/null
       flags+=(--data_path data/mini/texture_shortcut --input_size 48 --model mae_tiny_patch8)
       flags+=(--batch_size 64 --epochs 60 --warmup_epochs 4)
+    elif [ "$set_name" = mine ]; then # a fifth of each class is never seen, unless test images lie apart
+      flags+=(--data_path "${DATA_ROOT:-data}/$set_name" --holdout 0.2 --input_size 64 --model mae_tiny_patch8)
+      flags+=(--batch_size 32 --epochs 200 --warmup_epochs 10)
     else
       flags+=(
         --data_path "${DATA_ROOT:-data}/$set_name" --input_size 32 --model mae_tiny_patch4
@@ -56,4 +59,4 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m mra.main_pretrain --output-dir "$out" "${flags[@]}" "$@"
-next_job mra/run_supervised.sh "$tier"
+if [ $# = 0 ]; then next_job mra/run_supervised.sh "$tier"; fi # else the lines above name what this run made

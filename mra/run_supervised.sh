@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Train a classifier with MRA: bash mra/run_supervised.sh [mini|small|paper] [flags of mra.main_supervised]
 # MAE names the autoencoder (default: run_pretrain.sh's; none: the baseline), DATA_ROOT the folder of the data sets, SET
-# the set, GPUS the processes, RUNS the folder of the outputs.
+# the set (small: texture, cifar10, or mine: class folders of your own below $DATA_ROOT/mine), GPUS the processes, RUNS
+# the folder of the outputs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -38,6 +39,8 @@ case "$tier" in
       "$PYTHON" -m mra.lab.textures >/dev/null
       flags+=(--data_path data/mini/texture_shortcut --tests test_b,test_a)
       flags+=(--input_size 48 --per_class 250 --epochs 30)
+    elif [ "$set_name" = mine ]; then # all labels; a fifth of each class is the test, unless test images lie apart
+      flags+=(--data_path "$root/$set_name" --holdout 0.2 --input_size 64 --batch_size 32 --epochs 60)
     else
       flags+=(--data_path "$root/$set_name" --input_size 32 --per_class 100 --epochs 60)
     fi

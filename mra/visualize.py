@@ -3,6 +3,7 @@
 Rows: input, attention (bright: kept), mask, the decoder's image, the composite x_hat.
 """
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -52,14 +53,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.dataset == "folder":
         images = flat_folder(args.data_path)
     else:
-        images = data.open_unlabelled(args)
+        images = data.open_unlabelled(argparse.Namespace(**vars(args), holdout=0.0))
     count = min(args.count, len(images))
-    if 5 * count * (args.input_size * args.zoom) ** 2 > LARGEST:
-        raise UserError(f"--count {count} --zoom {args.zoom}: a picture that large; give smaller numbers")
-    images.transform = data.test_transform(args.input_size)
-    x = torch.stack([images[i * len(images) // count][0] for i in range(count)]).to(device)
     operator, about = build(args, args.input_size, device)
     assert operator is not None  # --mae_ckpt is given
+    size = operator.mae.img_size
+    if 5 * count * (size * args.zoom) ** 2 > LARGEST:
+        raise UserError(f"--count {count} --zoom {args.zoom}: a picture that large; give smaller numbers")
+    images.transform = data.test_transform(size)
+    x = torch.stack([images[i * len(images) // count][0] for i in range(count)]).to(device)
     noise, _ = operator.draw(count, torch.Generator().manual_seed(args.seed))
     picture = make_grid(torch.cat(rows(x, operator.parts(x, noise), operator)).cpu(), nrow=count, padding=2)
     array = (255 * picture).round().byte().permute(1, 2, 0).numpy()

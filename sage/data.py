@@ -129,11 +129,10 @@ def training_images(data_dir: Path, file: Path | None = None, count: int = 0, ca
 
     UserError for a missing or empty folder, a listed image that is not there, and `count` where there are no classes.
     """
+    if not file:
+        return training_folder(data_dir, count, cache)
     root = data_dir / "train" if (data_dir / "train").is_dir() or not data_dir.is_dir() else data_dir
-    images = list_file(file, root) if file else training_folder(data_dir)
-    if count and not file and not images.classes:
-        raise UserError(f"--per_class {count}: the images of {data_dir} lie in no class folders; leave it away")
-    return per_class(images, count, cache)
+    return per_class(list_file(file, root), count, cache)
 
 
 def attribute_labels(root: Path, images: ImageList) -> dict[str, tuple[Tensor, list[str]]]:

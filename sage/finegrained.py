@@ -104,10 +104,10 @@ def aircraft(root: Path) -> tuple[ImageList, ImageList]:
 READERS: dict[str, Callable[[Path], tuple[ImageList, ImageList]]] = {"cub": cub, "cars": cars, "aircraft": aircraft}
 
 
-def open_images(args: argparse.Namespace) -> tuple[ImageList, ImageList]:
+def open_images(args: argparse.Namespace, leave_one_out: bool = False) -> tuple[ImageList, ImageList]:
     """Training and test images of the flags: one of these three sets, or what `open_splits` knows; no transforms."""
     if args.dataset not in READERS:
-        return open_splits(args)
+        return open_splits(args, leave_one_out)
     prepare_data(args)
     try:
         train, val = READERS[args.dataset](Path(args.data_dir))

@@ -146,7 +146,7 @@ def grid(args: argparse.Namespace, job: str, train: ImageList, val: ImageList, e
         cells.append(one_cell(cell, job, train, val))
     best = max(cells, key=lambda cell: cell["top1"])
     write_result(
-        out,
+        args,
         {"top1": best["top1"], "top5": best["top5"], "best": best, "cells": cells, "normalise": normalisation(args)}
         | extra,
     )

@@ -46,7 +46,7 @@ def get_parser() -> Parser:
     a("--decoder_width", type=natural, default=0, help="channels of the bottleneck; 0: 8 x --width")
     a("--batch_size", type=positive, default=256)
     a("--seed", type=natural, default=0, help="of the fresh decoder and its batches")
-    add_machine_flags(p, output_dir="sage/attributes/default")
+    add_machine_flags(p, output_dir="sage/attributes")
     return p
 
 
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         result |= reconstruction(args, [maps, images], [val_maps, val_images], device)
     facts = {"pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256, "data_dir": str(args.data_dir),
              "normalise": norm}  # fmt: skip
-    write_result(args.output_dir, result | facts)
+    write_result(args, result | facts)
     return 0
 
 

@@ -20,7 +20,7 @@ def get_parser() -> Parser:
     add_finetune_flags(
         p, lr=[0.01], head_lr_mult=[1.0], weight_decay=1e-4, batch_size=64, total_epochs=100, lr_policy="cosine"
     )
-    add_run_flags(p, "sage/finegrained/default")
+    add_run_flags(p, "sage/finegrained", "pretrained")
     p.set_defaults(dataset="cub")
     return p
 

@@ -40,7 +40,7 @@ def get_parser() -> Parser:
     a("--step", type=ints, default="60,80", help="epochs of --lr_policy step (release r50_last: lr 30, 100 epochs)")
     a("--cached_train", action="store_true", help="a cheap probe: train on features of unaugmented images, computed "
       "once; not equal to the protocol")  # fmt: skip
-    add_run_flags(p, "sage/lincls/default")
+    add_run_flags(p, "sage/lincls", "pretrained")
     return p
 
 

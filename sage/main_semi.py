@@ -26,7 +26,7 @@ def get_parser() -> Parser:
         p, lr=[0.001, 0.01, 0.1], head_lr_mult=[1.0, 10.0, 100.0], weight_decay=5e-4, batch_size=256, total_epochs=20,
         lr_policy="step",
     )  # fmt: skip
-    add_run_flags(p, "sage/semi/default")
+    add_run_flags(p, "sage/semi", "pretrained")
     return p
 
 

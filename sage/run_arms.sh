@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The arms of the small tier's tables: bash sage/run_arms.sh [mini|small|paper] [flags of sage.train]
-# ARMS, SEEDS, SET (cifar10, mini_attributes), DATA_ROOT, RUNS. What is finished is not run again. GPUS as in
-# run_pretrain.sh. The evaluator of an arm is the final network of arm byol of the same seed.
+# ARMS, SEEDS, SET (cifar10, mini_attributes, or a folder of images of your own below DATA_ROOT), DATA_ROOT, RUNS. What
+# is finished is not run again. GPUS as in run_pretrain.sh. A --total_epochs after the tier is every arm's: leave byol_sum
+# away with it. The evaluator of an arm is the final network of arm byol of the same seed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,10 +13,12 @@ case "${1:-}" in mini | small | paper) tier=$1 && shift ;; --* | "") ;; *)
   ;;
 esac
 source shared_utils/env.sh
+source shared_utils/own_set.sh
 
 out=${RUNS:-runs}/sage/arms/$tier
 loading=(--workers 0 --threads 1)
 set_name=${SET:-cifar10}
+last=linear pil=()
 case "$tier" in
   mini)
     "$PYTHON" -m shared_utils.lab.mini images >/dev/null
@@ -31,12 +34,16 @@ case "$tier" in
     # above BYOL's in every seed; on CIFAR-10 SaGe's linear top-1 is above BYOL's at equal epochs by more than the
     # pooled standard deviation of the seeds. The summed budget stands beside it, whatever it shows.
     out=$out/$set_name
-    data=(--data_dir "${DATA_ROOT:-data}/$set_name" --img_size 32 --per_class 400)
-    summed=16
-    if [ "$set_name" = mini_attributes ]; then
-      "$PYTHON" -m shared_utils.lab.mini images >/dev/null
-      data=(--data_dir data/mini/images --img_size 32) summed=47
-    fi
+    data=(--data_dir "${DATA_ROOT:-data}/$set_name")
+    # The recorded rows were trained and measured with the releases' loader; new seeds stand beside them.
+    case "$set_name" in
+      cifar10) data+=(--img_size 32 --per_class 400) summed=16 pil=(--aug_backend pil) ;;
+      mini_attributes)
+        "$PYTHON" -m shared_utils.lab.mini images >/dev/null
+        data=(--data_dir data/mini/images --img_size 32) summed=47 pil=(--aug_backend pil)
+        ;;
+      *) own_set "${DATA_ROOT:-data}/$set_name" && summed=47 ;; # at the size of the training
+    esac
     ;;
   paper)
     # 300 epochs an arm on ImageNet; the summed budget is 3.09 x 300 epochs. Never run here.
@@ -46,10 +53,6 @@ case "$tier" in
     ;;
 esac
 mkdir -p "$out"
-
-# The recorded rows of the small tier were trained and measured with the releases' loader; new seeds stand beside them.
-pil=()
-if [ "$tier" = small ]; then pil=(--aug_backend pil); fi
 
 run_one() { # arm seed [flags]
   local arm=$1 seed=$2 folder=$out/$1/seed$2
@@ -81,14 +84,14 @@ run_one() { # arm seed [flags]
   else
     "$PYTHON" -m sage.main_knn --pretrained "$folder/checkpoint.pth" "${pil[@]}" "${data[@]}" "${loading[@]}" \
       --output-dir "$folder-knn"
+    if [ "$last" = knn ]; then return; fi
     "$PYTHON" -m sage.main_lincls --pretrained "$folder/checkpoint.pth" "${pil[@]}" "${data[@]}" --cached_train --lr 0.3 \
       --batch_size 256 --total_epochs 80 "${loading[@]}" --log-every 100 --overwrite --output-dir "$folder-linear"
   fi
 }
 
-last=linear
 if [ "$set_name" = mini_attributes ]; then last=attributes; fi
-trap '[ $? = 0 ] || echo "error: did not finish: $arm, seed $seed; see the logs in $out" >&2' EXIT
+trap '[ $? = 0 ] || echo "error: did not finish: $arm, seed $seed $(why "$out" "$arm" "$seed"); see the logs in $out" >&2' EXIT
 for seed in ${SEEDS:-0}; do
   for arm in ${ARMS:-byol pixel sage random byol_sum}; do
     if [ -f "$out/$arm/seed$seed-$last/result.json" ]; then continue; fi

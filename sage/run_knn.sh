@@ -32,4 +32,4 @@ case "$tier" in
 esac
 checkpoint=${CHECKPOINT:-$runs/pretrain/$where/checkpoint.pth}
 
-"${launch[@]}" -m sage.main_knn --pretrained "$checkpoint" --output-dir "$runs/knn/$where" "${flags[@]}" "$@"
+"${launch[@]}" -m sage.main_knn --pretrained "$checkpoint" "${flags[@]}" "$@"

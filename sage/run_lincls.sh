@@ -38,4 +38,4 @@ case "$tier" in
 esac
 checkpoint=${CHECKPOINT:-$runs/pretrain/$where/checkpoint.pth}
 
-"${launch[@]}" -m sage.main_lincls --pretrained "$checkpoint" --output-dir "$runs/lincls/$where" "${flags[@]}" "$@"
+"${launch[@]}" -m sage.main_lincls --pretrained "$checkpoint" "${flags[@]}" "$@"

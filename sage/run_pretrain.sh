@@ -30,13 +30,16 @@ case "$tier" in
     # As run_evaluator.sh small; run_arms.sh trains every arm of README.md's tables with these flags. The decoder's Adam
     # at 1e-3 and half of the release's relative decoder width, so that SaGe costs about twice a BYOL step, as there.
     set_name=${SET:-cifar10} where=small/${SET:-cifar10}
-    data=(--data_dir "${DATA_ROOT:-data}/$set_name" --per_class 400 --total_epochs 5)
-    if [ "$set_name" = mini_attributes ]; then
-      "$PYTHON" -m shared_utils.lab.mini images >/dev/null
-      data=(--data_dir data/mini/images --total_epochs 15)
-    fi
+    case "$set_name" in
+      cifar10) data=(--data_dir "${DATA_ROOT:-data}/$set_name" --per_class 400 --cache --total_epochs 5) ;;
+      mini_attributes)
+        "$PYTHON" -m shared_utils.lab.mini images >/dev/null
+        data=(--data_dir data/mini/images --cache --total_epochs 15)
+        ;;
+      *) own=1 data=(--data_dir "${DATA_ROOT:-data}/$set_name" --total_epochs 15) ;; # yours, not decoded in memory
+    esac
     flags=(
-      "${data[@]}" --cache --img_size 32 --arch resnet10 --width 16 --stem cifar_pool --hid_channels 256
+      "${data[@]}" --img_size 32 --arch resnet10 --width 16 --stem cifar_pool --hid_channels 256
       --out_channels 64 --decoder_width 64 --imgs_per_gpu 64 --update_interval 1 --lr 3 --blur_max 0.5
       --warmup_iters 1 --decoder_lr 1e-3 --amp bf16 --workers 0 --threads 1 --log-every 10
     )
@@ -52,4 +55,4 @@ esac
 flags=(--evaluator "${EVALUATOR-$runs/evaluator/$where/checkpoint.pth}" "${flags[@]}")
 
 "${launch[@]}" -m sage.train --output-dir "$runs/pretrain/$where" "${flags[@]}" "$@"
-next_job sage/run_lincls.sh "$tier"
+if [ -z "${own:-}" ]; then next_job sage/run_lincls.sh "$tier"; fi # the run has named its own evaluation

@@ -40,4 +40,4 @@ case "$tier" in
 esac
 checkpoint=${CHECKPOINT:-$runs/pretrain/$where/checkpoint.pth}
 
-"${launch[@]}" -m sage.main_semi --pretrained "$checkpoint" --output-dir "$runs/semi/$where" "${flags[@]}" "$@"
+"${launch[@]}" -m sage.main_semi --pretrained "$checkpoint" "${flags[@]}" "$@"

@@ -27,12 +27,14 @@ from sage.gallery import Gallery
 from sage.lars import LARS, parameter_groups
 from sage.losses import WEIGHTS
 from sage.schedule import learning_rate, target_momentum
-from sage.weights import NORMS, guess_network, resolve_norm
+from sage.weights import DROP, NORMS, guess_network, resolve_norm
 from shared_utils import UserError, checkpoint, distributed, feed
-from shared_utils.data import EpochSampler
+from shared_utils.data import EpochSampler, ImageList
 from shared_utils.flags import Parser, add_aug_flag, add_run_flags, natural, not_negative, positive
+from shared_utils.init import HEADS, add_init_flag, initialise
 from shared_utils.layout import follow, place
 from shared_utils.pictures import make_grid
+from shared_utils.preflight import check_images
 from shared_utils.run import Run, cli
 
 MODES = {"sage": list(WEIGHTS), "pixel": ["w_pix"], "byol": []}  # terms that have a weight
@@ -103,6 +105,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     a("--stages", type=positive, default=5, help="how often, evenly over the run")
     add_aug_flag(p)
+    add_init_flag(p)
     add_run_flags(p, "sage/pretrain/default")
     p.set_defaults(evaluator_sha256="")
     return p
@@ -175,10 +178,14 @@ def make_evaluator(args: argparse.Namespace) -> tuple[Evaluator, str]:
     return evaluator, f"{name}, width {width}, stem {stem}, {args.evaluator}: {report}"
 
 
-def make_model(args: argparse.Namespace, views: Views) -> tuple[SaGe, str]:
-    """The networks, equal on every process; the online network starts from the same numbers in every mode."""
+def make_model(args: argparse.Namespace, views: Views) -> tuple[SaGe, str, str]:
+    """The networks, equal on every process; a line about --init, and one about the evaluator.
+
+    The online network starts from the same numbers in every mode.
+    """
     weights = {flag: getattr(args, flag) for flag in WEIGHTS}
     backbone = arch.build(args.arch, args.width, args.stem)
+    started = initialise(backbone, args.init, drop=(*HEADS, *DROP)) if args.init else ""
     model = SaGe(backbone, args.hid_channels, args.out_channels)
     decoder = evaluator = None
     report = "none"
@@ -199,7 +206,7 @@ def make_model(args: argparse.Namespace, views: Views) -> tuple[SaGe, str]:
         model.decoder.stem = stem
     else:
         distributed.convert_norm(model, "sync")
-    return model, report
+    return model, started, report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -211,6 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     # Data. A batch of the loader is what one update takes: `interval` micro-batches of imgs_per_gpu.
     b, interval = args.imgs_per_gpu, args.update_interval
     images = training_images(Path(args.data_dir), args.list_file, args.per_class, args.cache)
+    check_images(len(images), "--imgs_per_gpu", b, each=interval * run.world)
     views = Views(images, args.img_size, args.gen_target == "clean", args.blur_max)
     sampler = EpochSampler(len(views), b * interval, args.seed, run.rank, run.world)
     loader = run.loader(feed.keyed(views, args.seed, args.aug_backend, run.device), sampler)
@@ -218,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     total = per_epoch * args.total_epochs
 
     # Model: the decoder belongs to Adam alone, everything else that is trained to LARS.
-    model, evaluator_report = make_model(args, views)
+    model, started, evaluator_report = make_model(args, views)
     place(model, run.device).train()
     net = distributed.wrap(model)
     trained = nn.ModuleDict({"online_net": model.online_net, "head": model.head})
@@ -235,7 +243,9 @@ def main(argv: list[str] | None = None) -> int:
         gallery = Gallery(drawn(views, chosen, args.seed, args.aug_backend), total // interval, args.stages)
         run.track(gallery=gallery)
     run.reads(images)
-    run.preflight(facts(run, len(images), model, sampler.steps_per_epoch, evaluator_report))
+    run.preflight(
+        facts(run, images, model, sampler.steps_per_epoch, evaluator_report) | ({"init": started} if started else {})
+    )
 
     for _, batch in run.batches(loader, sampler, args.total_epochs):
         k = (run.step + 1) * interval - 1  # the iteration of the update, from 0; schedules count iterations
@@ -292,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
             if run.rank == 0:
                 run.image("recovered/input_and_stages", gallery.picture())
 
-    run.finish(next_command(args, run))
+    run.finish(next_command(args, images, run))
     return 0
 
 
@@ -305,10 +315,10 @@ def learning_rates(args: argparse.Namespace, k: int, per_epoch: int) -> tuple[fl
     )
 
 
-def next_command(args: argparse.Namespace, run: Run) -> str:
+def next_command(args: argparse.Namespace, images: ImageList, run: Run) -> str:
     """What to do with the checkpoint."""
     weights = quote(f"{run.dir}/checkpoint.pth")
-    if (Path(args.data_dir) / "train").is_dir():
+    if images.has_labels:
         data = f"--data_dir {quote(str(args.data_dir))}"
         out = f"evaluate: python -m sage.main_knn --pretrained {weights} {data} --img_size {args.img_size}"
     else:
@@ -318,13 +328,13 @@ def next_command(args: argparse.Namespace, run: Run) -> str:
     return out
 
 
-def facts(run: Run, count: int, model: SaGe, steps: int, evaluator: str) -> dict[str, str]:
+def facts(run: Run, images: ImageList, model: SaGe, steps: int, evaluator: str) -> dict[str, str]:
     """What the preflight prints."""
     args = run.args
     batch = args.imgs_per_gpu * run.world * args.update_interval
     trained = sum(p.numel() for p in [*model.online_net.parameters(), *model.head.parameters()])
     out = {
-        "data": f"{args.data_dir}: {count} images",
+        "data": f"{args.data_dir}: {images.told()}",
         "batch": f"{batch} = {run.world} processes x {args.imgs_per_gpu} x {args.update_interval} accumulated, {steps} "
         "updates an epoch",
         "learning rate": f"LARS {args.lr}, 0.3 x batch / 256 would be {0.3 * batch / 256:.3g}",

@@ -290,6 +290,17 @@ class ImageList(Dataset):
         return self._labels
 
     @property
+    def has_labels(self) -> bool:
+        """Whether labels tell images apart: there are two of them at the least."""
+        return bool((self._labels != self._labels[:1]).any())
+
+    def told(self) -> str:
+        """How many, for the preflight."""
+        return f"{len(self)} images" + (
+            f" of {len(self._labels.unique())} classes" if self.has_labels else ", without labels"
+        )
+
+    @property
     def array(self) -> np.ndarray | None:
         """Images in memory [N, H, W, 3], uint8; None where they are not there, or of several sizes."""
         return None if self._array is None else self._array.numpy()
@@ -412,17 +423,24 @@ def flat_folder(root: str | os.PathLike, transform: Callable | None = None) -> I
     return images
 
 
-def training_folder(data_dir: str | os.PathLike) -> ImageList:
+def training_folder(
+    data_dir: str | os.PathLike, count: int = 0, cache: bool = False, transform: Callable | None = None
+) -> ImageList:
     """`data_dir`/train where that is a folder, else `data_dir`: class folders, or images that lie there without labels.
 
-    UserError: neither folder is there.
+    Args:
+        count: the first so many images of each class; 0: all. cache: decode everything now and keep it in memory.
+
+    UserError: neither folder is there, it holds no image, or `count` where there are no classes.
     """
     root = Path(data_dir) / "train"
     if not root.is_dir() and Path(data_dir).is_dir():
         root = Path(data_dir)
     if root.is_dir() and any(e.suffix.lower() in EXTENSIONS and not is_helper(e.name) for e in root.iterdir()):
-        return flat_folder(root)
-    return image_folder(root)
+        if count:
+            raise UserError(f"--per_class {count}: the images of {root} lie in no class folders; leave it away")
+        return per_class(flat_folder(root, transform), 0, cache)
+    return per_class(image_folder(root, transform), count, cache)
 
 
 def list_rows(file: str | os.PathLike, what: str) -> list[tuple[int, str, int | None]]:
@@ -559,18 +577,21 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         least: the last, incomplete global batch is kept where each process gets so many of its samples (batch norms of
             a single image cannot train); 0: always. None: it is dropped. Its shares differ by one sample at most: a
             process's mean loss times `weight(step)`, averaged over processes, is the mean over the global batch.
+
+    Raises:
+        UserError: not one batch.
     """
 
     def __init__(
         self, size: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, shuffle: bool = True,
         least: int | None = None,
     ):  # fmt: skip
-        if batch_size * world > size:
-            raise UserError(f"a global batch of {batch_size * world} needs as many samples, the data has {size}")
         self.size, self.batch_size, self.seed, self.rank, self.world = size, batch_size, seed, rank, world
         self.shuffle, self.epoch, self.start = shuffle, 0, 0
         rest = size % (batch_size * world)
         self.rest = rest if least is not None and rest // world >= least else 0
+        if not self.steps_per_epoch:
+            raise UserError(f"a global batch of {batch_size * world} needs as many samples, the data has {size}")
 
     def __len__(self) -> int:
         return self.steps_per_epoch - self.start

@@ -74,7 +74,10 @@ def cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
             print(stop.code, file=sys.stderr)
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
-        code, at_once = _say(_cause(error))
+        error = _cause(error)
+        code, at_once = _say(error)
+        for run in open_runs:
+            run.note(f"failed: {str(error) or type(error).__name__}".splitlines()[0])
     if (code == 0 or code > 128) and not at_once:  # all processes are here; after an error others may wait for this one
         distributed.leave()
     for run in list(open_runs):

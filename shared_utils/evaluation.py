@@ -17,9 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from shared_utils import UserError, checkpoint, distributed
-from shared_utils.data import ArrayImages, ImageList, image_folder, list_file, list_rows, mix_key, per_class
+from shared_utils.data import (
+    ArrayImages,
+    ImageList,
+    image_folder,
+    list_file,
+    list_rows,
+    mix_key,
+    need_folder,
+    per_class,
+    training_folder,
+)
 from shared_utils.feed import in_order
 from shared_utils.flags import natural, positive
+from shared_utils.provenance import result_folder
 from shared_utils.run import plain_errors
 
 SETS = ("folder", "cifar10", "cifar100")
@@ -29,7 +40,8 @@ SETS = ("folder", "cifar10", "cifar100")
 def add_data_flags(p: argparse.ArgumentParser, more: Sequence[str] = ()) -> None:
     """`more`: further --dataset names, which the folder opens itself."""
     a = p.add_argument
-    a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="holds train/CLASS/* and val/CLASS/*")
+    a("--data_dir", type=Path, default=os.environ.get("DATA_ROOT", "data"), help="holds train/CLASS/* and val/CLASS/*; "
+      "without train: CLASS/*")  # fmt: skip
     a("--val_dir", type=Path, help="default: val below --data_dir, or test where there is no val")
     a(
         "--dataset",
@@ -64,27 +76,52 @@ def prepare_data(args: argparse.Namespace) -> None:
         args.img_size = stored_flags(getattr(args, "pretrained", "none")).get("img_size", 224)
 
 
-def open_splits(args: argparse.Namespace) -> tuple[ImageList, ImageList]:
+def open_splits(args: argparse.Namespace, leave_one_out: bool = False) -> tuple[ImageList, ImageList]:
     """Training images (first `per_class` of each class) and validation images, without transforms.
 
-    UserError: a folder that is missing, or whose classes differ from those of training.
+    With `leave_one_out` both are the same object where neither --val_dir nor val nor test is there: every image is then
+    to be classified by all the others.
+
+    UserError: a folder that is missing, images without labels, or classes that differ from those of training.
     """
     prepare_data(args)
     if args.dataset != "folder":
         return _cifar(args)
     root = Path(args.data_dir)
-    train = image_folder(root / "train")
-    if args.per_class or args.cache:
-        train = per_class(train, args.per_class, args.cache)
-    val_dir = args.val_dir or (
-        root / "val" if (root / "val").is_dir() or not (root / "test").is_dir() else root / "test"
-    )
+    val_dir = args.val_dir or next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    if val_dir and not args.val_dir:  # beside it there is train
+        need_folder(root / "train", f"expected {root}/train/CLASS/*.jpg")
+    train, below = training_folder(root), root / "train" if (root / "train").is_dir() else root
+    if not train.classes:
+        raise UserError(
+            f"{below}: images in no class folders have no labels to be evaluated by; expected {below}/CLASS/*.jpg"
+        )
+    if val_dir is None and not leave_one_out:
+        learns = "what learns from labels is tested on other images, nearest neighbours need none"
+        val_dir = need_folder(root / "val", f"expected val/CLASS/*.jpg there, or test, or --val_dir: {learns}")
+    if val_dir is None and not train.has_labels:
+        raise UserError(f"{below}: one class folder, {train.classes[0]}; an evaluation needs two classes at the least")
+    train = per_class(train, args.per_class, args.cache)
+    if val_dir is None:
+        return train, train
     val = image_folder(val_dir)
     if val.classes != train.classes:
         other = sorted(set(val.classes) ^ set(train.classes))[0]
-        where = f"{val_dir}: its classes are not those of {root / 'train'}"
+        where = f"{val_dir}: its classes are not those of {below}"
         raise UserError(f"{where} (first difference: {other}); both need the same")
     return train, val
+
+
+def own_rows(train: ImageList, val: ImageList) -> Tensor | None:
+    """For `neighbours.knn_accuracy`: each image's own row [N] where one is left out at a time, else None."""
+    return torch.arange(len(train)) if val is train else None
+
+
+def protocol(train: ImageList, val: ImageList) -> str:
+    """What is classified by what, for people."""
+    if val is train:
+        return f"leave-one-out, each of the {len(train)} images by all the others (neither val nor test is there)"
+    return f"{len(train)} train / {len(val)} val images"
 
 
 def subset(images: ImageList, indices: Sequence[int], labels: Sequence[int] | None = None) -> ImageList:
@@ -304,10 +341,11 @@ def topk(logits: Tensor, labels: Tensor, ks: Sequence[int] = (1, 5)) -> Tensor:
     return torch.stack([(place < k).sum() for k in ks]).double().cpu()
 
 
-def write_result(folder: Path, result: Mapping[str, Any]) -> None:
-    """Print the numbers, and write them as result.json."""
+def write_result(where: Path | argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Print the numbers, and write them as result.json: into the folder of a run, or where `result_folder` says."""
     if distributed.rank() != 0:
         return
+    folder = where if isinstance(where, Path) else result_folder(where)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -7,10 +7,12 @@ add_run_flags(p, "mdp/pretrain/mini")           # a training script; add_machine
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -90,18 +92,34 @@ def _add(add: Callable[..., argparse.Action], names: Iterable[str], more: dict[s
     return add(*spellings(names), **{**more, "help": with_default(more.get("help"), more.get("default"))})
 
 
+def plain(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as JSON-able values."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in sorted(vars(args).items())}
+
+
+def evaluation_folder(weights: str | os.PathLike, home: Path) -> Path:
+    """Where the evaluation `home.name` of `weights` goes: RUN/eval/NAME where they are a run's, else HOME/FILE."""
+    path = Path(weights)
+    folder = path if path.is_dir() else path.parent
+    if (folder / "config.json").is_file() and (folder / "log.jsonl").is_file() and os.access(folder, os.W_OK):
+        return folder / "eval" / home.name
+    return home / (path.stem or "default")
+
+
 class Flags(argparse.Namespace):
     """Parsed flags that know their defaults, which `vars` does not hold, so that neither logs nor checkpoints do.
 
     defaults: the value of each flag where it is not given. given: the flags whose value was another after parsing.
+    asked: the flags as they were parsed, before the script resolves them: what --config starts from.
     job: the parser's program, as `bingo.main_moco`. older: what a run did before there was the flag, where that is not
     its default (see `Parser.older`).
     """
 
-    __slots__ = ("defaults", "given", "job", "older")
+    __slots__ = ("asked", "defaults", "given", "job", "older")
 
     def __init__(self, **values: Any):
         super().__init__(**values)
+        self.asked: dict[str, Any] = {}
         self.defaults: dict[str, Any] = {}
         self.given: frozenset[str] = frozenset()
         self.job = ""
@@ -115,6 +133,9 @@ def defaults(parser: argparse.ArgumentParser) -> dict[str, Any]:
         for action in parser._actions
     }
     return {k: v for k, v in {**parser._defaults, **found}.items() if v is not argparse.SUPPRESS}
+
+
+NOT_TAKEN = {"output_dir", "resume", "overwrite", "config", "save_path"}  # by --config: they are of the run itself
 
 
 class Parser(argparse.ArgumentParser):
@@ -137,12 +158,68 @@ class Parser(argparse.ArgumentParser):
         return group
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known = defaults(self)
+        if hasattr(self, "_output") and "--config" not in self._option_string_actions:
+            text = "config.json of a run of this script (or its folder): its flags, where the command line has no other"
+            self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=text)
+            first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            first.add_argument("--config")
+            first.error = self.error  # type: ignore[method-assign]
+            args = sys.argv[1:] if args is None else args
+            if (file := first.parse_known_args(args)[0].config) and not {"-h", "--help"} & set(args):
+                self._start_from(Path(file))
         flags, rest = super().parse_known_args(args, Flags() if namespace is None else namespace)
         if isinstance(flags, Flags):
-            flags.defaults, flags.job = defaults(self), self.prog
+            vars(flags).pop("config", None) if "config" not in known else None
+            flags.defaults, flags.job = known, self.prog
             flags.older = {k: v for k, v in getattr(self, "_older", {}).items() if hasattr(flags, k)}
             flags.given = frozenset(k for k, v in vars(flags).items() if v != flags.defaults.get(k))
+            named = {action.dest for action in self._actions}
+            flags.asked = {k: v for k, v in plain(flags).items() if k in named}
+            output, home, beside = getattr(self, "_output", ("", Path(), ""))
+            if beside and getattr(flags, output) is None and getattr(flags, beside) is not None:
+                setattr(flags, output, evaluation_folder(getattr(flags, beside), home))
         return flags, rest
+
+    def _start_from(self, path: Path) -> None:
+        """The flags of a run's config.json become the defaults.
+
+        UserError: no such file, or flags in it that the script does not have or does not take.
+        """
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            config = json.loads(path.read_text())
+            flags = config.get("asked") or config["flags"]
+            job = config.get("job") or self.prog
+        except (OSError, ValueError, KeyError, AttributeError):
+            raise UserError(f"--config {path}: not the config.json of a run") from None
+        if job != self.prog:
+            raise UserError(f"--config {path}: of {job}, not of {self.prog}; give a run of this script")
+        actions = {action.dest: action for action in self._actions if action.default is not argparse.SUPPRESS}
+        unknown = [k for k in sorted(flags) if k not in actions and k not in self._defaults and k not in NOT_TAKEN]
+        if unknown:
+            names = ", ".join("--" + k for k in unknown)
+            raise UserError(f"--config {path}: {names} {'is no flag' if len(unknown) == 1 else 'are no flags'} of "
+                            f"{self.prog} (any more); give a copy of the file without")  # fmt: skip
+        for name in sorted(set(flags) & set(actions) - NOT_TAKEN):
+            try:
+                self._take(actions[name], flags[name])
+            except argparse.ArgumentError as error:
+                raise UserError(f"--config {path}: {str(error).removeprefix('argument ')}") from None
+
+    def _take(self, action: argparse.Action, value: Any) -> None:
+        """`value` of a config.json as the default of a flag, checked as argparse checks what is typed."""
+        if isinstance(value, list) and (action.nargs or not value):
+            value = [self._get_value(action, str(part)) for part in value]
+        elif value is not None and not isinstance(value, bool):
+            value = self._get_value(action, ",".join(map(str, value)) if isinstance(value, list) else str(value))
+        for part in value if isinstance(value, list) and action.nargs else [value]:
+            if part is not None:
+                self._check_value(action, part)
+        action.default = value
+        if value is not None:
+            action.required = False
+            action.nargs = action.nargs if action.option_strings else "?" if action.nargs is None else "*"
 
     def error(self, message: str) -> NoReturn:
         if found := re.fullmatch(r"argument (\S+): (.*)", message, re.S):
@@ -162,6 +239,23 @@ def add_aug_flag(parser: Any) -> None:
     parser.older(aug_backend="pil")
 
 
+def add_output_flag(
+    parser: Any, output_dir: str, beside: str = "", of: Any = None, names: Sequence[str] = ("--output-dir", "--log_dir")
+) -> None:
+    """The flag of the folder that a script writes to; `output_dir` is its default, relative to $RUNS.
+
+    Args:
+        parser: a `Parser`, or a group of the parser `of`.
+        beside: name of the flag of the weights that the script evaluates: the default is then RUN/eval/NAME beside
+            them, where they are a run's, and $RUNS/FOLDER/NAME/FILE otherwise; `output_dir` is FOLDER/NAME.
+    """
+    home = runs_root() / output_dir
+    where = f"RUN/eval/{home.name} of the run whose weights these are; of other files {home}/NAME"
+    text = f"folder of the results; default: {where}" if beside else "folder of log and checkpoint"
+    action = parser.add_argument(*names, type=Path, default=None if beside else home, help=text)
+    (of or parser)._output = (action.dest, home, beside)
+
+
 def add_machine_flags(parser: Any, workers: int | None = 2, amp: str | None = None, output_dir: str = "") -> None:
     """Where and how a script computes: --device, --threads, and what is not left out of the others.
 
@@ -169,11 +263,11 @@ def add_machine_flags(parser: Any, workers: int | None = 2, amp: str | None = No
         parser: of argparse, or a group.
         workers: default of --workers; None: the script loads no data in processes of its own.
         amp: default of --amp; None: the script has none.
-        output_dir: of a script that writes a result.json, relative to $RUNS.
+        output_dir: of a script that evaluates --pretrained, as `add_output_flag` takes it.
     """
     a = parser.add_argument
     if output_dir:
-        a("--output-dir", "--log_dir", type=Path, default=runs_root() / output_dir, help="folder of result.json")
+        add_output_flag(parser, output_dir, "pretrained")
     a("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     if amp:
         kinds = ["auto", "none", "bf16"] if amp == "auto" else ["none", "bf16"]
@@ -184,16 +278,10 @@ def add_machine_flags(parser: Any, workers: int | None = 2, amp: str | None = No
     a("--threads", type=natural, default=0, help=f"threads of a process; 0: {left} on a CPU")
 
 
-def add_run_flags(parser: argparse.ArgumentParser, output_dir: str) -> None:
-    """Flags that every training script has; `output_dir` is relative to $RUNS."""
+def add_run_flags(parser: argparse.ArgumentParser, output_dir: str, beside: str = "") -> None:
+    """Flags that every training script has; `output_dir` and `beside` as in `add_output_flag`."""
     group = parser.add_argument_group("run")
-    group.add_argument(
-        "--output-dir",
-        "--log_dir",
-        type=Path,
-        default=runs_root() / output_dir,
-        help="folder of log and checkpoint",
-    )
+    add_output_flag(group, output_dir, beside, parser)
     group.add_argument("--seed", type=natural, default=0, help="of all that is drawn: weights, order, augmentation")
     add_machine_flags(group, amp="auto")
     group.add_argument(

@@ -103,6 +103,7 @@ def search(
     chunk: int = 2048,
     block: int | None = None,
     device: torch.device | None = None,
+    own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k rows of `bank` with the largest inner product, exactly; for normalised rows the nearest in L2 too.
 
@@ -116,12 +117,16 @@ def search(
         block: rows of the bank at a time, with the best so far kept; no result depends on it. Default: as many
             as half of the device's free memory holds.
         device: where to search, by default where the bank is; chunks and blocks are brought there.
+        own: [Q] row of the bank that a query must not find, -1: none. Where that leaves fewer than k, the product of
+            the last is -inf.
 
     Returns: inner products [Q, k], falling, and indices [Q, k] int64, on the queries' device.
     """
     if k < 1 or k + exclude_self > len(bank):
         raise UserError(f"{k} neighbours need at least {k + exclude_self} images, there are {len(bank)}")
     device = device or bank.device
+    if exclude_self:
+        own = torch.arange(first, first + len(queries))
     block = min(len(bank), block or _rows_that_fit(bank, device))
     chunk = min(chunk, max(1, SCORES // block))
     sim = torch.full((len(queries), k), -torch.inf, device=queries.device)
@@ -132,8 +137,7 @@ def search(
             stop_between()
             rows = slice(at, at + chunk)
             q = queries[rows].to(device)
-            own = torch.arange(at, at + len(q), device=device) + first - start if exclude_self else None
-            best, where = _candidates(q, part, k, own)
+            best, where = _candidates(q, part, k, None if own is None else own[rows].to(device) - start)
             # Of equals the earlier stays first: the blocks come in the order of the bank.
             both = torch.cat([sim[rows].to(device), best], 1).sort(dim=1, descending=True, stable=True)
             found = torch.cat([index[rows].to(device), where + start], 1)
@@ -198,7 +202,7 @@ def neighbours(bank: Tensor, k: int, device: torch.device, block: int | None = N
 def vote(index: Tensor, sim: Tensor, labels: Tensor, tau: float | None = 0.07) -> Tensor:
     """Predicted labels [Q] from neighbours [Q, k]: weights exp(sim / tau), or one vote each for `tau` None.
 
-    Ties of the majority vote go to the class of the nearest neighbour among the tied.
+    Ties of the majority vote go to the class of the nearest neighbour among the tied. A similarity of -inf is no vote.
     """
     classes = int(labels.max()) + 1
     votes = labels[index]  # [Q, k]
@@ -206,6 +210,7 @@ def vote(index: Tensor, sim: Tensor, labels: Tensor, tau: float | None = 0.07) -
         weight = 1 + torch.linspace(1e-3, 0, index.shape[1]).expand_as(sim) / index.shape[1]
     else:
         weight = ((sim - sim[:, :1]) / tau).exp()
+    weight = weight.masked_fill(sim == -torch.inf, 0)
     return torch.zeros(len(index), classes).scatter_add_(1, votes, weight.float()).argmax(1)
 
 
@@ -217,15 +222,20 @@ def knn_accuracy(
     k: int = 20,
     tau: float | None = 0.07,
     device: torch.device | None = None,
+    own: Tensor | None = None,
 ) -> float:
     """Top-1 of the (weighted) k-nearest-neighbour classifier, in per cent; features [N, D] normalised.
 
     Every process has to call it: each classifies its share of the test images on `device` (default: where `train` is).
+
+    Args:
+        own: for leave-one-out, the row of `train` that each test image is itself, -1: none; it has no vote.
     """
     device = device or train.device
     share = -(-len(test) // distributed.world())
     rows = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
-    sim, index = search(test[rows], train, min(k, len(train)), device=device)
+    mine = None if own is None else own[rows]
+    sim, index = search(test[rows], train, min(k, len(train)), device=device, own=mine)
     right = (vote(index, sim, train_labels, tau) == test_labels[rows]).sum().double()
     return 100 * float(distributed.all_sum(right.to(device))) / len(test)
 
@@ -247,12 +257,18 @@ def few_shot(
     shots: int = 10,
     draws: int = 20,
     device: torch.device | None = None,
+    own: Tensor | None = None,
 ) -> float:
-    """Weighted kNN top-1 (k = `shots`) with `shots` labelled images a class, mean over `draws` fixed random choices."""
+    """Weighted kNN top-1 (k = `shots`) with `shots` labelled images a class, mean over `draws` fixed random choices.
+
+    `own`: as in `knn_accuracy`; an image that is among the chosen is classified by the others of them.
+    """
     total = 0.0
     for draw in range(draws):
         chosen = draw_shots(train_labels, shots, draw)
-        total += knn_accuracy(train[chosen], train_labels[chosen], test, test_labels, shots, device=device)
+        place = torch.full((len(train) + 1,), -1).index_copy_(0, chosen, torch.arange(len(chosen)))  # the last: of none
+        among = None if own is None else place[own]
+        total += knn_accuracy(train[chosen], train_labels[chosen], test, test_labels, shots, device=device, own=among)
     return total / draws
 
 

@@ -40,17 +40,13 @@ from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EpochSampler, fingerprint, mix_key, tell
 from shared_utils.entry import Diverged, open_runs
 from shared_utils.entry import cli as cli  # for the scripts' one line of imports
-from shared_utils.provenance import card, plain, provenance
+from shared_utils.flags import plain as plain
+from shared_utils.provenance import DATA_FLAGS, RUNTIME_FLAGS, card, config_of, keep_results
+from shared_utils.provenance import provenance as provenance
 
-# Flags that say where and how fast a run goes, not what it computes: they may change on a resume.
-RUNTIME_FLAGS = {"output_dir", "data_root", "device", "workers", "threads", "log_every", "save_every", "resume"}
-RUNTIME_FLAGS |= {"overwrite", "cache", "index_cache", "feature_dir", "image_every", "compile"}
-RUNTIME_FLAGS |= {"synthetic"}  # of older runs: mini data that the script made itself
-
-# Flags that say where data lies: what counts is what is there, which a run compares by `fingerprint` (for the bags of
-# bingo by a flag of their own). Without anything to compare they are method flags.
-DATA_FLAGS = {"data", "data_dir", "data_path", "data_root", "basepath", "val_dir", "val_basepath", "corr_npy"}
-DATA_FLAGS |= {"list_file", "train_list", "val_list", "split_file", "labels"}
+# Of `feat/std`, 1 where the features are spread over the sphere and 0 where they are one point: below it a run says at
+# its end that it has collapsed. The runs in results.csv that learnt ended above 0.28, the one that collapsed at 0.002.
+COLLAPSED = 0.05
 
 
 def seed_everything(seed: int) -> None:
@@ -166,6 +162,9 @@ class Run:
         self._total = -1  # steps of the whole run
         self._unseen: list[tuple[int, Tensor | float]] = []  # step and loss since the last look at them
         self._sum, self._count = 0.0, 0  # of the epoch's losses
+        self._mean = math.nan  # loss of the last whole epoch
+        self._row: dict[str, Any] = {}  # the last line of the log
+        self._began = 0  # the step at which this process took over
         self._lock: IO[str] | None = None
         self._handlers: dict[int, Any] = {}  # what the signals did before
         self._writer: Any = None
@@ -275,7 +274,7 @@ class Run:
             longer = f"; to train longer, start a new run from its weights: --init {quote(str(path))}"
             raise UserError(
                 f"{path}: saved with other flags ({'; '.join(changed)}); repeat them, or give --overwrite, or another "
-                f"--output-dir{longer if hasattr(self.args, 'init') and 'epochs' in ' '.join(changed) else ''}"
+                f"--output-dir{longer if hasattr(self.args, 'init') and 'epoch' in ' '.join(changed) else ''}"
             )
         was, now = (bool(flags.get("compile")) for flags in (theirs, mine))
         if was != now:
@@ -305,6 +304,7 @@ class Run:
         progress = saved["progress"]
         self.step, self.epoch, self.step_in_epoch = progress["step"], progress["epoch"], progress["step_in_epoch"]
         self._seconds_before, self.saved_step = progress["seconds"], self.step
+        self._began = self.step
         self._sum, self._count = progress.get("losses", (0.0, 0))
         checkpoint.set_rng_state(saved["rng"][self.rank])
         self.say(f"  resumed: {path} at step {self.step} (epoch {self.epoch}, step {self.step_in_epoch} inside it)")
@@ -327,7 +327,9 @@ class Run:
                 for old in self.dir.glob("events.*"):
                     old.unlink()
             checkpoint.write(log, lambda handle: handle.write("".join(kept).encode()))  # killed here, it is still whole
-            config = {"flags": plain(self.args), **provenance()}
+            config = config_of(self.args)
+            if not self.step:
+                keep_results(self.dir, self.args)
             (self.dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"{self.dir}: cannot write here ({error.strerror}); give another --output-dir") from None
@@ -346,6 +348,7 @@ class Run:
         if self.epoch >= epochs > 0:
             self.say(f"  complete: {self.step} steps were done before; --overwrite starts anew")
         elif self.rank == 0:
+            (self.dir / "end.json").unlink(missing_ok=True)
             self._bar = tqdm(total=total, initial=self.step, disable=not sys.stderr.isatty(), dynamic_ncols=True)
         if not epochs:  # the network as it was initialised
             self.save()
@@ -364,7 +367,7 @@ class Run:
                     self.save()
                 waiting = time.perf_counter()
             self.look()
-            mean = self._sum / self._count if self._count else math.nan
+            mean = self._mean = self._sum / self._count if self._count else math.nan
             if self._writer is not None and self._count:
                 self._writer.add_scalar("loss/epoch", mean, self.step)
             self._sum, self._count = 0.0, 0
@@ -410,6 +413,7 @@ class Run:
             return
         row: dict[str, Any] = {"step": self.step + 1, "epoch": self.epoch, "loss": round(number, 6)}
         row |= {k: float(f"{v:.6g}") for k, v in zip(values, read)} | {"data_wait": round(self.data_wait, 5)}
+        self._row = row
         with open(self.dir / "log.jsonl", "a") as handle:
             handle.write(json.dumps(row) + "\n")
         for key, value in row.items():
@@ -457,6 +461,7 @@ class Run:
 
     def leave(self, number: int) -> NoReturn:
         """End the process by a signal's number."""
+        self.note(f"stopped by {signal.Signals(number).name}")
         self.say(f"  stopped by {signal.Signals(number).name} at step {self.step}; the same command goes on from here")
         self.close()
         if self.world > 1:
@@ -508,10 +513,42 @@ class Run:
         if self in open_runs:  # last: what fails above is of this run
             open_runs.remove(self)
 
+    def note(self, state: str) -> None:
+        """How the run ended, to end.json: done, stopped by a signal, or the error. Without it a run has been killed."""
+        if self.rank == 0 and self._writer is not None:
+            end: dict[str, Any] = {"state": state, "step": self.step, "steps": self._total, "epoch": self.epoch}
+            end |= {"minutes": round(self.minutes(), 3), "loss": self._mean if math.isfinite(self._mean) else None}
+            with contextlib.suppress(OSError, UserError):  # a full disk
+                checkpoint.write(self.dir / "end.json", lambda handle: handle.write(json.dumps(end).encode() + b"\n"))
+
+    def _hparams(self) -> None:
+        """Flags, and the numbers of result.json, for tensorboard's HPARAMS page, which shows the run's scalars too.
+
+        Without an `Experiment`, which would name the columns of all runs, tensorboard takes those that it finds.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        with contextlib.suppress(OSError, ValueError):
+            for name, value in json.loads((self.dir / "result.json").read_text()).items():
+                if isinstance(value, int | float) and math.isfinite(value):
+                    self._writer.add_scalar(f"result/{name}", value, self.step)
+        flags = {k: v for k, v in plain(self.args).items() if v is not None and k not in RUNTIME_FLAGS}
+        flags = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in flags.items()}
+        for summary in hparams({**flags, "job": getattr(self.args, "job", "")}, {})[1:]:
+            self._writer.file_writer.add_summary(summary)
+
     def finish(self, *lines: str) -> None:
-        """Close the logs and print where things are and what to do next."""
+        """Note the end, close the logs and print where things are and what to do next."""
+        if self._writer is not None and (self.step > self._began or not (self.dir / "end.json").is_file()):
+            self._hparams()
+            self.note("done")
         self.close()
         self.say(f"  done: {self.step} steps in {self.minutes():.1f} min; {self.dir}/checkpoint.pth")
+        if (spread := self._row.get("feat/std", 1.0)) < COLLAPSED:
+            self.say(
+                f"  collapsed: feat/std is {spread:.2g} (1: spread, 0: all features alike), so these weights tell "
+                "images apart no longer; try a lower learning rate, a larger batch or queue, or another --seed"
+            )
         self.say(f"  look: tensorboard --logdir {self.dir}")
         for line in lines:
             self.say(f"  {line}")

@@ -35,6 +35,13 @@ def _init(module: nn.Module) -> None:
             nn.init.zeros_(m.bias)
 
 
+def set_norm_momentum(module: nn.Module, momentum: float) -> None:
+    """Of the running statistics of every batch norm."""
+    for m in module.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.momentum = momentum
+
+
 class ResNet(nn.Module):
     """Images [B, 3, H, W] -> pooled features [B, num_features].
 

@@ -101,15 +101,3 @@ class Alignment(nn.Module):
 def threshold(theta: float, ramp: bool, progress: float) -> float:
     """theta, or with `ramp` rising linearly from 0.5 to theta over the training (`progress` in 0..1)."""
     return min(0.5, theta) + (theta - min(0.5, theta)) * progress if ramp else theta
-
-
-def entropy(p: Tensor) -> Tensor:
-    """Mean entropy in nats of distributions [N, C]."""
-    return -torch.xlogy(p, p).sum(1).mean()
-
-
-def equal_coverage(p: Tensor, truth: Tensor, share: float) -> Tensor:
-    """Accuracy of argmax p among the most confident `share` of the rows, [] in 0..1. p: [N, C]; truth: [N]."""
-    conf, label = p.max(1)
-    most = conf.topk(max(1, round(share * len(p)))).indices
-    return (label[most] == truth[most]).float().mean()

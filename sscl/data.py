@@ -1,12 +1,14 @@
 """Which images are labelled, what the method sees of each image, and the two streams of a step, labelled and not."""
 
+import argparse
 import functools
 import hashlib
 import json
+import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +18,19 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
 
 from shared_utils import UserError, augment
-from shared_utils.data import EpochSampler, ImageList, image_folder, mix_key, per_class
+from shared_utils.data import (
+    EpochSampler,
+    ImageList,
+    Keyed,
+    flat_folder,
+    image_folder,
+    mix_key,
+    per_class,
+    sample_rng,
+    training_folder,
+)
+from shared_utils.evaluation import labelled_indices, open_splits, prepare_data
+from shared_utils.run import Run
 
 SPLITS = Path(__file__).resolve().parent / "splits.json"
 VIEWS = ("weak", "strong", "key")
@@ -24,13 +38,84 @@ STRONG = ("moco", "randaug", "fixmatch")
 
 
 # ------------------------------------------------------------------------------------------------------ labelled images
+class Training(NamedTuple):
+    """The images of a run.
+
+    images: all of them, label -1 where nobody knows it; chosen: numbers of those that training has the labels of,
+    rising; read: the lists that the checkpoint keeps the hashes of; where: what the preflight says of them.
+    """
+
+    images: ImageList
+    chosen: list[int]
+    read: Sequence[ImageList]
+    where: str
+
+
+def open_training(args: argparse.Namespace) -> Training:
+    """The images that the flags name; sets `split_sha256`, which a resume must repeat. UserError: see below."""
+    if not args.labelled:
+        images = training_images(args.data, args.per_class, args.cache, args.imbalance)
+        chosen = labelled_images(args, images)
+        where = (
+            f"{training_root(args.data)}: {len(images)} images of {len(images.classes)} classes, {len(chosen)} with "
+        )
+        return Training(images, chosen, [unnamed(images)], f"{where}labels (sha256 {args.split_sha256[:16] or 'none'})")
+    known, rest = own_folders(args.labelled, args.unlabelled)
+    samples = [*zip(known.paths(), known.labels.tolist()), *((path, -1) for path in rest.paths())]
+    chosen = list(range(len(known)))
+    args.split_sha256 = split_hash(chosen)
+    where = (
+        f"{args.labelled}: {len(known)} images of {len(known.classes)} classes, all with labels; {args.unlabelled}: "
+    )
+    where += f"{len(rest)} more without"
+    return Training(ImageList(samples, known.classes, cache=args.cache), chosen, [known, rest], where)
+
+
+def own_folders(labelled: Path, unlabelled: Path) -> tuple[ImageList, ImageList]:
+    """`labelled`/CLASS/*, and what lies anywhere below `unlabelled` and is none of these (it may hold that folder).
+
+    UserError: a folder that is missing or empty, one class alone, nothing without a label.
+    """
+    known, rest = image_folder(labelled), flat_folder(unlabelled)
+    if len(known.classes) < 2:
+        raise UserError(f"--labelled {labelled}: one class folder, {known.classes[0]}; give two classes or more")
+    own = {os.path.realpath(path) for path in known.paths()}
+    names = {os.path.basename(path) for path in own}
+    paths = rest.paths()
+    more = [i for i, p in enumerate(paths) if p.is_symlink() or p.name in names]  # few: the others are not looked up
+    twice = {i for i in more if os.path.realpath(paths[i]) in own}
+    if len(twice) == len(rest):
+        raise UserError(f"--unlabelled {unlabelled}: holds no image that is not among the labelled ones; add some")
+    return known, rest.take([i for i in range(len(rest)) if i not in twice])
+
+
+def open_evaluation(args: argparse.Namespace, flags: Mapping[str, Any]) -> tuple[ImageList, ImageList]:
+    """Training and test images, as `open_splits`; of a run on own folders the labelled ones and those of --val_dir."""
+    if not flags.get("labelled"):
+        return open_splits(args)
+    prepare_data(args)
+    if not args.val_dir:
+        raise UserError("--val_dir: name a folder of test images in class folders; sscl.predict needs no labels")
+    args.data_dir = args.data_dir if "data_dir" in args.given else Path(flags["labelled"])
+    train, val = per_class(image_folder(args.data_dir), args.per_class, args.cache), image_folder(args.val_dir)
+    if other := sorted(set(val.classes) ^ set(train.classes)):
+        raise UserError(f"{args.val_dir}: its classes are not those of {args.data_dir} (first difference: {other[0]})")
+    return train, val
+
+
+def training_root(root: Path) -> Path:
+    """The folder that `training_folder` reads."""
+    return root if root.is_dir() and not (root / "train").is_dir() else root / "train"
+
+
 def training_images(root: Path, count: int = 0, cache: bool = False, imbalance: float = 1.0) -> ImageList:
-    """`root`/train/CLASS/*, the first `count` of each class (0: all); with `imbalance` R the c-th class of C keeps the
-    share R^(-c / (C - 1)) of it, so that the last is R times smaller than the first.
+    """`root`/train, or `root` where it has no train: CLASS/*, the first `count` of each class (0: all), or images
+    without labels. With `imbalance` R the c-th class of C keeps the share R^(-c / (C - 1)) of it, so that the last is
+    R times smaller than the first.
 
     UserError for a missing or empty folder.
     """
-    images = image_folder(root / "train")
+    images = training_folder(root)
     if imbalance == 1:
         return per_class(images, count, cache)
     labels, kept = images.labels, []
@@ -39,6 +124,30 @@ def training_images(root: Path, count: int = 0, cache: bool = False, imbalance: 
         kept += members[: max(1, round(len(members) * imbalance ** (-c / max(1, len(images.classes) - 1))))]
     images = images.take(kept)
     return images.cached() if cache else images
+
+
+def labelled_images(args: argparse.Namespace, images: ImageList) -> list[int]:
+    """Numbers of the labelled images, rising; which ones is part of the flags that a resume must repeat."""
+    if args.no_labels:
+        return []
+    if not images.classes:
+        raise UserError(
+            f"{training_root(args.data)}: images without class folders; give those without labels as --unlabelled and "
+            "class folders of a few as --labelled, or --no_labels --lambda_u 0 --calib none"
+        )
+    if args.labels_per_class and args.split_file:
+        raise UserError("--labels_per_class and --split_file exclude each other: both say which images are labelled")
+    if args.labels_per_class:
+        chosen = label_split(images.labels, args.labels_per_class, args.split)
+        counts = torch.bincount(images.labels).tolist()
+        check_frozen(counts, args.labels_per_class, args.split, chosen)
+    else:
+        chosen = labelled_indices(images, args.split_file, args.fraction, training_root(args.data), args.split)
+    missing = set(range(len(images.classes))) - {images.label(i) for i in chosen}
+    if missing:
+        raise UserError(f"class {images.classes[min(missing)]} has no labelled image; every class needs one")
+    args.split_sha256 = split_hash(chosen)
+    return chosen
 
 
 def label_split(labels: Tensor, count: int, split: int) -> list[int]:
@@ -151,6 +260,13 @@ def augmentations(size: int, weak: str, strong: str, flip: bool = True, min_scal
     return {"weak": T.Compose([*crops[weak], *mirror, *tensor]), "strong": T.Compose(recipes[strong])}
 
 
+def unnamed(images: ImageList) -> ImageList:
+    """The same images, without their labels and transform."""
+    images = images.take(slice(None), torch.full((len(images),), -1))
+    images.classes, images.transform = [], None
+    return images
+
+
 class HiddenLabels(RuntimeError):
     """Somebody asked for the labels of unlabelled images."""
 
@@ -164,8 +280,7 @@ class Unlabelled(Dataset):
     """
 
     def __init__(self, images: ImageList, recipes: dict[str, Callable], views: Sequence[str], key_view: str = "strong"):
-        self.images = images.take(slice(None), torch.full((len(images),), -1))
-        self.images.classes, self.images.transform = [], None
+        self.images = unnamed(images)
         self.recipes, self.views, self.key_view = recipes, views, key_view
 
     def __len__(self) -> int:
@@ -202,6 +317,39 @@ class Labelled(Dataset):
     def __getitem__(self, j: int) -> tuple[Tensor, int, int]:
         index = int(self.chosen[j])
         return self.transform(self.images.image(index)), int(self.labels[j]), index
+
+
+class Mixed(ImageList):
+    """Item j: lam_j x + (1 - lam_j) u, a labelled and an unlabelled image, with -1 and j as `features` expects.
+
+    lam ~ Beta(alpha, alpha) and the partner, of the class that the unlabelled image is near to, come from `key`.
+    """
+
+    def __init__(
+        self, images: ImageList, transform: Callable, chosen: Tensor, labelled: Tensor, labels: Tensor, *key: int,
+        alpha: float = 1.0,
+    ):  # fmt: skip
+        """Args: chosen, numbers [C, n]; labelled, numbers [L] of the images with classes `labels` [L]."""
+        super().__init__([], images.classes, transform)
+        self.images, self.mix, self.key = images, transform, key
+        rng = np.random.Generator(np.random.PCG64(mix_key(*key)))
+        by_class = [labelled[labels == c].numpy() for c in range(len(chosen))]
+        there = [c for c, members in enumerate(by_class) if len(members)]
+        self.classes_of = torch.tensor(there).repeat_interleave(chosen.shape[1])  # [J], the class of each mixture
+        self.unlabelled = chosen[there].flatten()  # [J]
+        partners = [rng.choice(by_class[c], chosen.shape[1]) for c in there]
+        self.labelled = torch.from_numpy(np.concatenate(partners))
+        self.lam = rng.beta(alpha, alpha, len(self.labelled))
+
+    def __len__(self) -> int:
+        return len(self.unlabelled)
+
+    def __getitem__(self, j: int) -> tuple[Tensor, int, int]:
+        with sample_rng(*self.key, j):
+            x = self.mix(self.images.image(int(self.labelled[j])))
+            u = self.mix(self.images.image(int(self.unlabelled[j])))
+        lam = float(self.lam[j])
+        return lam * x + (1 - lam) * u, -1, j
 
 
 # ------------------------------------------------------------------------------------------------------------- samplers
@@ -271,3 +419,24 @@ class Pairs:
         if self.labelled is None:
             return ((batch, None) for batch in self.unlabelled)
         return zip(self.unlabelled, self.labelled, strict=True)
+
+
+def open_streams(
+    run: Run, images: ImageList, chosen: Sequence[int], views: Sequence[str]
+) -> tuple[Unlabelled, Labelled | None, Any]:
+    """All images without labels, those of the numbers `chosen` with theirs, and the `Pairs` of both streams."""
+    args, local = run.args, run.args.batch_labelled // run.world
+    recipes = augmentations(args.img_size, args.weak, args.strong, not args.no_flip, args.min_scale)
+    unlabelled = Unlabelled(images, recipes, views, args.key_view)
+    unlabelled.images.transform = augment.plain(args.img_size)  # for the prototypes
+    epochs = EpochSampler(len(unlabelled), args.mu * local, args.seed, run.rank, run.world)
+    loader = run.loader(Keyed(unlabelled, args.seed), epochs)
+    if not chosen:
+        return unlabelled, None, Pairs(loader, epochs, None, None)
+    labelled = Labelled(images, chosen, recipes["weak"])
+    balanced = args.balanced == "on"
+    stream: Any = LabelledStream(
+        labelled.labels, local, epochs.steps_per_epoch, args.seed, run.rank, run.world, balanced
+    )
+    own = run.loader(Keyed(labelled, mix_key(args.seed, 1)), stream)
+    return unlabelled, labelled, Pairs(loader, epochs, own, stream)

@@ -22,7 +22,6 @@ from shared_utils.evaluation import (
     collect,
     freeze,
     gather_rows,
-    open_splits,
     stored_flags,
     topk,
     write_result,
@@ -30,9 +29,9 @@ from shared_utils.evaluation import (
 from shared_utils.flags import Parser, add_machine_flags, positive
 from shared_utils.layout import place
 from shared_utils.run import cli, set_threads
-from sscl.calibration import Alignment, calibrate, equal_coverage, log_similarity
-from sscl.data import training_images
-from sscl.main import labelled_images
+from sscl.calibration import Alignment, calibrate, log_similarity
+from sscl.data import labelled_images, open_evaluation, training_images
+from sscl.watch import equal_coverage
 from sscl.weights import add_network_flags, load_encoder
 
 COVERAGES = (0.2, 0.5, 1.0)
@@ -51,7 +50,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="also top-1 of the calibrated prediction (an extra)",
     )
     a("--batch_size", type=positive, default=256)
-    add_machine_flags(p, output_dir="sscl/cls/default")
+    add_machine_flags(p, output_dir="sscl/cls")
     return p
 
 
@@ -107,6 +106,8 @@ def unlabelled_images(args: argparse.Namespace, flags: Mapping[str, Any]) -> tup
 
     UserError: its flags choose other labelled images here than in training; all images are labelled.
     """
+    if flags.get("labelled"):
+        raise UserError("--pseudo: nobody has labelled the run's unlabelled images; leave it out")
     own = argparse.Namespace(**{**flags, "data": Path(args.data_dir)})
     if args.split_file and not own.split_file:
         raise UserError("--split_file: the run had no list of labelled images; leave it out")
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     device = distributed.init(args.device)
     set_threads(args.threads, args.workers, device)
     flags = stored_flags(args.pretrained)
-    train, val = open_splits(args)
+    train, val = open_evaluation(args, flags)
     classes = len(train.classes)
     networks = Predictor(args, classes, device)
     state = run_state(args.pretrained)
@@ -173,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         result |= pseudo_scores(kinds, truth) | {"unlabelled": int(rest.sum())}
     saved = checkpoint.load(args.pretrained)
     result["minutes"] = round(saved["progress"]["seconds"] / 60, 2)
-    write_result(args.output_dir, result | {"pretrained": args.pretrained, "data_dir": str(args.data_dir)})
+    write_result(args, result | {"pretrained": args.pretrained, "data_dir": str(args.data_dir)})
     return 0
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from shared_utils import UserError, distributed
 from shared_utils.augment import plain
 from shared_utils.data import ImageList, image_folder
-from shared_utils.evaluation import add_data_flags, check_cache, freeze, open_splits, write_result
+from shared_utils.evaluation import add_data_flags, check_cache, freeze, stored_flags, write_result
 from shared_utils.flags import Parser, add_machine_flags, natural, not_negative, positive
 from shared_utils.layout import place
 from shared_utils.neighbours import features, knn_accuracy, neighbours, purity
 from shared_utils.run import cli, set_threads
+from sscl.data import open_evaluation
 from sscl.fewshot import episodes, k_shot, logistic
 from sscl.weights import add_network_flags, load_encoder
 
@@ -39,7 +40,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--episodes", type=positive, default=600)
     a("--l2", type=not_negative, default=1e-4, help="weight decay of the linear probe's logistic regression")
     a("--batch_size", type=positive, default=256)
-    add_machine_flags(p, amp="none", output_dir="sscl/features/default")
+    add_machine_flags(p, amp="none", output_dir="sscl/features")
     a("--seed", type=natural, default=0, help="of the episodes")
     return p
 
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     encoder, report = load_encoder(args, None, args.copy)
     freeze(encoder)
     backbone = place(encoder.backbone, device)
-    train, val = open_splits(args)
+    train, val = open_evaluation(args, stored_flags(args.pretrained))
     if distributed.rank() == 0:
         print(f"sscl/features: {report}; {len(train)} train / {len(val)} val images", flush=True)
 
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
             mean, half = episodes(feats, novel.labels, 5, k, count=args.episodes, seed=args.seed)
             result |= {f"5way_{k}shot": mean, f"5way_{k}shot_ci": half}
     result |= {"copy": args.copy, "pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256}
-    write_result(args.output_dir, result | {"data_dir": str(args.data_dir)})
+    write_result(args, result | {"data_dir": str(args.data_dir)})
     return 0
 
 

@@ -20,8 +20,7 @@ from shared_utils.evaluation import add_data_flags, open_splits, share, stream, 
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
 from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
-from sscl.data import augmentations
-from sscl.main import labelled_images
+from sscl.data import augmentations, labelled_images
 from sscl.weights import add_network_flags, load_encoder
 
 
@@ -49,7 +48,7 @@ def get_parser() -> argparse.ArgumentParser:
         default=256,
         help="images a step, all processes together; at most the labelled ones",
     )
-    add_run_flags(p, "sscl/finetune/default")
+    add_run_flags(p, "sscl/finetune", "pretrained")
     p.set_defaults(split_sha256="", no_labels=False, backbone_sha256="")
     return p
 

@@ -30,6 +30,20 @@ class Chosen(NamedTuple):
     negative: Tensor
 
 
+class Taught(NamedTuple):
+    """What a step learns from, without gradient.
+
+    entries: calibrated pseudo-labels of the unlabelled images; keys: of these [U, D] and of the labelled ones [B, D];
+    p: predictions of weak views [U, C]; aligned: these after distribution alignment; log_q: similarities [U, C].
+    """
+
+    entries: Memory
+    keys: list[Tensor]
+    p: Tensor | None
+    aligned: Tensor | None
+    log_q: Tensor | None
+
+
 @torch.no_grad()
 def choose(anchor: Memory, queue: Memory, num_pos: int, similarity: Tensor | None = None) -> Chosen:
     """P_i without the own key, and N_i, of eq. (7).

@@ -9,59 +9,29 @@ fixmatch --joint_views --bn_momentum 0.001`, joint without exchange `--calib non
 import argparse
 import math
 import time
-from shlex import quote
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from shared_utils import UserError, augment, distributed
-from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key
-from shared_utils.evaluation import labelled_indices
+from shared_utils import distributed
+from shared_utils.data import mix_key
 from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 from sscl import losses, options
-from sscl.arch import Encoder, build
-from sscl.calibration import Alignment, calibrate, entropy, log_similarity, sharpen, threshold
-from sscl.data import (
-    Labelled,
-    LabelledStream,
-    Pairs,
-    Unlabelled,
-    augmentations,
-    check_frozen,
-    label_split,
-    split_hash,
-    training_images,
-)
-from sscl.model import SsCL, Whole
+from sscl.arch import Encoder, build, set_norm_momentum
+from sscl.calibration import Alignment, calibrate, log_similarity, sharpen, threshold
+from sscl.data import Labelled, Unlabelled, open_streams, open_training
+from sscl.losses import Taught
+from sscl.model import SsCL
 from sscl.prototypes import ema_step, refresh, spread
-from sscl.watch import Telemetry, facts, picture
-from sscl.weights import initialise
+from sscl.watch import Telemetry, ending, facts, picture
+from sscl.weights import Whole, initialise
 
 
 def get_parser() -> argparse.ArgumentParser:
     return options.get_parser(__doc__ or "")
-
-
-def labelled_images(args: argparse.Namespace, images: ImageList) -> list[int]:
-    """Numbers of the labelled images, rising; which ones is part of the flags that a resume must repeat."""
-    if args.no_labels:
-        return []
-    if args.labels_per_class and args.split_file:
-        raise UserError("--labels_per_class and --split_file exclude each other: both say which images are labelled")
-    if args.labels_per_class:
-        chosen = label_split(images.labels, args.labels_per_class, args.split)
-        counts = torch.bincount(images.labels).tolist()
-        check_frozen(counts, args.labels_per_class, args.split, chosen)
-    else:
-        chosen = labelled_indices(images, args.split_file, args.fraction, args.data / "train", args.split)
-    missing = set(range(len(images.classes))) - {images.label(i) for i in chosen}
-    if missing:
-        raise UserError(f"class {images.classes[min(missing)]} has no labelled image; every class needs one")
-    args.split_sha256 = split_hash(chosen)
-    return chosen
 
 
 def learning_rate(args: argparse.Namespace, step: int, steps_per_epoch: int) -> float:
@@ -93,20 +63,6 @@ class Arm(NamedTuple):
 def arm_of(args: argparse.Namespace) -> Arm:
     guessing = not args.no_labels and (args.lambda_u > 0 or (args.lambda_c > 0 and args.neighbours == "on"))
     return Arm(guessing, args.lambda_c > 0, args.lambda_c > 0 or (guessing and args.calib != "none"))
-
-
-class Taught(NamedTuple):
-    """What a step learns from, without gradient.
-
-    entries: calibrated pseudo-labels of the unlabelled images; keys: of these [U, D] and of the labelled ones [B, D];
-    p: predictions of weak views [U, C]; aligned: these after distribution alignment; log_q: similarities [U, C].
-    """
-
-    entries: losses.Memory
-    keys: list[Tensor]
-    p: Tensor | None
-    aligned: Tensor | None
-    log_q: Tensor | None
 
 
 @torch.no_grad()
@@ -196,60 +152,32 @@ def step_losses(
     return (loss_x, loss_u, loss_c), picked
 
 
-def step_diagnostics(
-    args: argparse.Namespace, watch: Telemetry, model: SsCL, taught: Taught, picked: losses.Chosen | None, index: Tensor
-) -> dict[str, Tensor]:
-    """Of pseudo-labels, neighbours and prototypes, at steps that are logged; before the step's keys are enqueued."""
-    out: dict[str, Tensor] = {}
-    if taught.p is not None and taught.aligned is not None:
-        out |= watch.pseudo_labels(taught.p, taught.aligned, taught.log_q, index, model.alignment.qbar)
-        out |= {"pl/coverage": taught.entries.conf.float().mean(), "da/entropy": entropy(model.alignment.pbar[None])}
-    if picked is not None and taught.p is not None:
-        if args.neighbours == "off":  # those that the exchange would have chosen
-            picked = nearest(args, model, taught.entries, taught.keys[0])
-        out |= watch.neighbours(picked, model.queue_index, index, model.queue_labelled)
-    if taught.log_q is not None:
-        out["proto/mean_offdiag_cos"] = torch.as_tensor(spread(model.prototypes))
-        out["proto/min_count"] = model.proto_least[0]
-    return out
-
-
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     run = Run(args, "sscl", "train")
     options.resolve(args)
     options.check_flags(args, run.world)
-    local, rank, device = args.batch_labelled // run.world, run.rank, run.device
-
+    device = run.device
     arm = arm_of(args)
     views = arm.views
 
     # Data: an epoch is one of the unlabelled images, that is all images without their labels.
-    images = training_images(args.data, args.per_class, args.cache, args.imbalance)
-    chosen_images = labelled_images(args, images)
-    recipes = augmentations(args.img_size, args.weak, args.strong, not args.no_flip, args.min_scale)
-    unlabelled = Unlabelled(images, recipes, views, args.key_view)
-    unlabelled.images.transform = augment.plain(args.img_size)  # for the prototypes
-    epochs = EpochSampler(len(unlabelled), args.mu * local, args.seed, rank, run.world)
-    labelled, stream, loader = None, None, None
-    if chosen_images:
-        labelled = Labelled(images, chosen_images, recipes["weak"])
-        stream = LabelledStream(
-            labelled.labels, local, epochs.steps_per_epoch, args.seed, rank, run.world, args.balanced == "on"
-        )
-        loader = run.loader(Keyed(labelled, mix_key(args.seed, 1)), stream)  # type: ignore[arg-type]
-    pairs: Any = Pairs(run.loader(Keyed(unlabelled, args.seed), epochs), epochs, loader, stream)
-    watch = Telemetry(args, images.labels.to(device) if args.diagnostics == "on" else None, chosen_images)
+    data = open_training(args)
+    options.check_sizes(args, len(data.images), bool(data.chosen))
+    unlabelled, labelled, pairs = open_streams(run, data.images, data.chosen, views)
+    steps = pairs.steps_per_epoch
+    told = args.diagnostics == "on" and data.images.classes and not args.labelled  # true labels, to be looked at
+    watch = Telemetry(args, data.images.labels.to(device) if told else None, data.chosen)
 
     # Model
-    encoder = Encoder(build(args.arch, args.width, args.stem), len(images.classes), args.dim)
+    classes = max(1, len(data.images.classes))
+    encoder = Encoder(build(args.arch, args.width, args.stem), classes, args.dim)
     report = "scratch" if args.init == "scratch" else initialise(encoder, args.init)
     encoder.proj.requires_grad_(arm.contrasting)
-    encoder.fc.requires_grad_(bool(chosen_images))
-    alignment = Alignment(len(images.classes), args.da, args.da_m)
+    encoder.fc.requires_grad_(labelled is not None)
+    alignment = Alignment(classes, args.da, args.da_m)
     ranked = arm.contrasting and arm.guessing and args.sim == "prob"  # else nobody asks for the queue's probabilities
     model = SsCL(encoder, alignment, args.moco_k, args.moco_m, ranked, args.bn_splits)
-    model.check_batch(args.batch_labelled * (args.mu + (labelled is not None)))
     distributed.convert_norm(model, "split" if args.bn_splits > 1 else "local", args.bn_splits)
     set_norm_momentum(model, args.bn_momentum)
     place(model, device).train()
@@ -258,18 +186,17 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = torch.optim.SGD(
         trained, args.lr, args.momentum, weight_decay=args.wd, nesterov=args.momentum > 0, fused=device.type == "cuda"
     )
-    run.track(state_dict=Whole(model), optimizer=optimizer)
-    steps = epochs.steps_per_epoch
+    run.track(state_dict=Whole(model, data.images.classes), optimizer=optimizer)
     peak = max(learning_rate(args, step, steps) for step in (0, round(args.warmup_epochs * steps)))
-    run.reads(unlabelled.images)
-    run.preflight(facts(run, images, chosen_images, model, steps, peak, report, views))
+    run.reads(*data.read)
+    run.preflight(facts(run, data, model, steps, peak, report, views))
 
     for epoch, (batch, own) in run.batches(pairs, pairs, args.epochs):
         lr = learning_rate(args, run.step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         if arm.keyed and labelled is not None and refresh_due(args, model, epoch):
-            renew_prototypes(run, model, unlabelled, recipes["weak"], labelled)
+            renew_prototypes(run, model, unlabelled, labelled)
         u: dict[str, Any] = {name: follow(batch[name], model) for name in views if name in batch}
         if arm.keyed:
             u.setdefault("key", u.get("weak"))  # --key_view weak
@@ -299,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         total, *means = distributed.all_sum(parts) / run.world  # means over the processes
         watched: dict[str, Any] = dict(zip(("loss/x", "loss/u", "loss/c"), means))
         if run.log_due():
-            watched |= step_diagnostics(args, watch, model, taught, picked, index)
+            watched |= watch.step(model, taught, picked, index)
         if arm.keyed:
             model.enqueue(taught.keys[0], taught.entries, labelled=False)
             if known is not None:
@@ -310,28 +237,15 @@ def main(argv: list[str] | None = None) -> int:
         if views and run.due(args.image_every):
             run.image("views/" + "_".join(views), picture([u[name] for name in views]))
 
-    again = f"--data_dir {quote(str(args.data))}" + (f" --per_class {args.per_class}" if args.per_class else "")
-    run.finish(f"evaluate: python -m sscl.eval_cls --pretrained {quote(f'{run.dir}/checkpoint.pth')} {again}")
+    run.finish(*ending(args, model, arm.guessing), f"next: {options.next_command(args, run.dir)}")
     return 0
-
-
-def set_norm_momentum(model: nn.Module, momentum: float) -> None:
-    """Of the running statistics of every batch norm."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = momentum
-
-
-def nearest(args: argparse.Namespace, model: SsCL, who: losses.Memory, key: Tensor) -> losses.Chosen:
-    """Positives and negatives by pseudo-label of the anchors `who` [N] with own keys [N, D]."""
-    return losses.choose(who, model.memory, args.num_pos, None if args.sim == "prob" else key @ model.queue)
 
 
 def pick(args: argparse.Namespace, model: SsCL, who: losses.Memory, key: Tensor) -> losses.Chosen:
     """The positives and negatives that this arm trains with."""
     if args.neighbours == "off" or args.no_labels:
         return losses.all_negatives(who, model.memory)
-    return nearest(args, model, who, key)
+    return model.nearest(who, key, args.num_pos, args.sim)
 
 
 def refresh_due(args: argparse.Namespace, model: SsCL, epoch: int) -> bool:
@@ -341,14 +255,14 @@ def refresh_due(args: argparse.Namespace, model: SsCL, epoch: int) -> bool:
     return anew and int(model.proto_epoch) != epoch
 
 
-def renew_prototypes(run: Run, model: SsCL, unlabelled: Unlabelled, transform: Any, labelled: Labelled) -> None:
+def renew_prototypes(run: Run, model: SsCL, unlabelled: Unlabelled, labelled: Labelled) -> None:
     """mu_c from the momentum copy in eval mode; from labels alone before pseudo-labels start."""
     args, clock = run.args, time.perf_counter()
     model.share()
     model.encoder_k.eval()
     kind = args.proto if run.epoch >= max(1, args.pl_start) else "labelled"
     mu, least = refresh(
-        model.encoder_k.embed, unlabelled.images, transform, labelled.chosen, labelled.labels,
+        model.encoder_k.embed, unlabelled.images, labelled.transform, labelled.chosen, labelled.labels,
         model.prototypes, kind, args.num_nn, args.tau_s, (args.seed, run.epoch, 2), device=run.device,
         batch_size=args.mu * args.batch_labelled // run.world, workers=args.workers, amp=args.amp == "bf16",
     )  # fmt: skip

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared_utils import UserError, checkpoint, distributed
+from shared_utils import distributed
 from sscl.arch import Encoder
 from sscl.calibration import Alignment
-from sscl.losses import UNKNOWN, Memory
+from sscl.losses import UNKNOWN, Chosen, Memory, choose
 
 
 def interleave(parts: Sequence[Tensor], splits: int) -> Tensor:
@@ -113,10 +113,9 @@ class SsCL(nn.Module):
     def memory(self) -> Memory:
         return Memory(self.queue_label, self.queue_conf, self.queue_prob, self.queue_index)
 
-    def check_batch(self, entries: int) -> None:
-        """UserError unless the queue takes the entries of a step."""
-        if entries > self.k:
-            raise UserError(f"--moco_k {self.k}: a step enqueues {entries} keys; take at least so many")
+    def nearest(self, who: Memory, key: Tensor, num_pos: int, sim: str) -> Chosen:
+        """Positives and negatives by pseudo-label of the anchors `who` [N] with own keys [N, D], ranked by `sim`."""
+        return choose(who, self.memory, num_pos, None if sim == "prob" else key @ self.queue)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, entries: Memory, labelled: bool) -> None:
@@ -143,16 +142,3 @@ class SsCL(nn.Module):
                 if buffer.is_floating_point():
                     buffer.copy_(distributed.all_sum(buffer) / distributed.world())
             torch.distributed.broadcast(self.prototypes, 0)
-
-
-class Whole:
-    """The checkpoint's `state_dict`: the model's tensors under their own names, loaded strictly."""
-
-    def __init__(self, model: SsCL):
-        self.model = model
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        checkpoint.load_strict(self.model, state)

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from shlex import quote
 
 from shared_utils import UserError
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
@@ -12,7 +13,10 @@ from sscl.weights import default_width
 def get_parser(doc: str) -> argparse.ArgumentParser:
     p = Parser(prog="sscl.main", description=doc.splitlines()[0])
     a = p.add_argument
-    a("--data", "--data_dir", type=Path, default=Path("data/imagenet"), help="holds train/CLASS/*.jpg")
+    a("--data", "--data_dir", type=Path, default=Path("data/imagenet"), help="holds train/CLASS/*.jpg, or CLASS/*.jpg, "
+      "of which a part is taken as labelled; with --no_labels any folder of images")  # fmt: skip
+    a("--labelled", type=Path, help="in place of --data: CLASS/*.jpg of the images with labels, all of them")
+    a("--unlabelled", type=Path, help="and the folder of those without, at any depth")
     a("--img_size", type=positive, default=224, help="pixels of a crop")
     a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
     a("--imbalance", type=float, default=1.0, help="the last class keeps so many times fewer images than the first")
@@ -34,7 +38,9 @@ def get_parser(doc: str) -> argparse.ArgumentParser:
     g("--width", type=positive, help="channels of the first stage (default: 64; wrn28: 32, that is WRN-28-2)")
     g("--stem", choices=arch.STEMS, default="imagenet")
     g("--dim", type=positive, default=128, help="D, length of an embedding")
-    g("--init", default="scratch", help="scratch, or a file to start from (MoCo v2, torchvision, a run of ours)")
+    g("--init", default="scratch", metavar="FILE|RUN|timm:NAME", help="start both encoders from these weights: a "
+      "checkpoint (of this workspace, MoCo, torchvision, timm, DINO, SwAV), the folder of a run, or timm:NAME, which "
+      "timm downloads; the class head starts new")  # fmt: skip
     g("--bn_splits", type=positive, default=1, help="batch norm over so many shares of a process's batch, as if each "
       "were a process; on one GPU take 8 for the paper's setting")  # fmt: skip
     g("--bn_momentum", type=float, default=0.1, help="of the running statistics; the momentum copy of an arm without "
@@ -136,3 +142,35 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
         raise UserError("--no_labels: there are no prototypes to calibrate with and no anchors; give --calib none")
     if args.labelled_anchors and args.lambda_c == 0:
         raise UserError("--labelled_anchors needs --lambda_c above 0")
+    if (args.labelled is None) != (args.unlabelled is None):
+        raise UserError("--labelled and --unlabelled go together: class folders, and a folder of the other images")
+    others = ("data", "split_file", "labels_per_class", "split", "fraction", "per_class", "imbalance", "no_labels")
+    for name in others if args.labelled else ():
+        if name in args.given:
+            raise UserError(f"--labelled names the labelled images, all of them: leave --{name} out")
+
+
+def check_sizes(args: argparse.Namespace, images: int, labelled: bool) -> None:
+    """UserError where a step takes more images than there are, or the queue does not hold what a step enqueues."""
+    step = args.mu * args.batch_labelled
+    if step > images:
+        raise UserError(
+            f"--batch_labelled {args.batch_labelled} x --mu {args.mu}: a step takes {step} unlabelled images, there "
+            f"are {images}; lower one of the two"
+        )
+    if (keys := step + labelled * args.batch_labelled) > args.moco_k:
+        raise UserError(f"--moco_k {args.moco_k}: a step enqueues {keys} keys; take at least so many")
+
+
+def next_command(args: argparse.Namespace, run: Path) -> str:
+    """What to do with a finished run: evaluate it where there are test images, else predict the unlabelled ones."""
+    checkpoint = quote(str(run / "checkpoint.pth"))
+    tested = not args.labelled and any((args.data / name).is_dir() for name in ("val", "test"))
+    if tested and (args.data / "train").is_dir():
+        which = f" --per_class {args.per_class}" if args.per_class else ""
+        job = "eval_features" if args.no_labels else "eval_cls"
+        return f"python -m sscl.{job} --pretrained {checkpoint} --data_dir {quote(str(args.data))}{which}"
+    if args.no_labels:
+        return f"python -m sscl.lab.export --pretrained {checkpoint} --out {quote(str(run / 'backbone.safetensors'))}"
+    out = quote(str(run / "predictions.csv"))
+    return f"python -m sscl.predict --pretrained {checkpoint} {quote(str(args.unlabelled or args.data))} --out {out}"

@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared_utils.data import ImageList, mix_key, sample_rng
+from shared_utils.data import ImageList
 from shared_utils.evaluation import subset
 from shared_utils.neighbours import features
 from sscl.calibration import log_similarity
+from sscl.data import Mixed
 
 KINDS = ("labelled", "mixture", "ema")
 
@@ -65,39 +65,6 @@ def nearest_to_classes(z: Tensor, mu: Tensor, tau_s: float, labelled: Tensor, co
         best, order = torch.cat([best, log_q], 1).topk(count, dim=1)
         where = torch.cat([where, numbers], 1).gather(1, order)
     return where.cpu()
-
-
-class Mixed(ImageList):
-    """Item j: lam_j x + (1 - lam_j) u, a labelled and an unlabelled image, with -1 and j as `features` expects.
-
-    lam ~ Beta(alpha, alpha) and the partner, of the class that the unlabelled image is near to, come from `key`.
-    """
-
-    def __init__(
-        self, images: ImageList, transform: Callable, chosen: Tensor, labelled: Tensor, labels: Tensor, *key: int,
-        alpha: float = 1.0,
-    ):  # fmt: skip
-        """Args: chosen, numbers [C, n]; labelled, numbers [L] of the images with classes `labels` [L]."""
-        super().__init__([], images.classes, transform)
-        self.images, self.mix, self.key = images, transform, key
-        rng = np.random.Generator(np.random.PCG64(mix_key(*key)))
-        by_class = [labelled[labels == c].numpy() for c in range(len(chosen))]
-        there = [c for c, members in enumerate(by_class) if len(members)]
-        self.classes_of = torch.tensor(there).repeat_interleave(chosen.shape[1])  # [J], the class of each mixture
-        self.unlabelled = chosen[there].flatten()  # [J]
-        partners = [rng.choice(by_class[c], chosen.shape[1]) for c in there]
-        self.labelled = torch.from_numpy(np.concatenate(partners))
-        self.lam = rng.beta(alpha, alpha, len(self.labelled))
-
-    def __len__(self) -> int:
-        return len(self.unlabelled)
-
-    def __getitem__(self, j: int) -> tuple[Tensor, int, int]:
-        with sample_rng(*self.key, j):
-            x = self.mix(self.images.image(int(self.labelled[j])))
-            u = self.mix(self.images.image(int(self.unlabelled[j])))
-        lam = float(self.lam[j])
-        return lam * x + (1 - lam) * u, -1, j
 
 
 def refresh(

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The arms of the small tier's table: bash sscl/run_arms.sh [mini|small|paper] [flags of sscl.main]
-# ARMS, SEEDS (default: 1 2 3 at the small tier, otherwise 0), SET (cifar10-4, cifar10-25, cifar10-400: labels a class),
+# ARMS, SEEDS (default: 1 2 3 at the small tier, otherwise 0), SET (cifar10-4, cifar10-25, cifar10-400: labels a class;
+# mine: own photographs, $DATA_ROOT/mine/{labelled/CLASS/*,unlabelled/*,test/CLASS/*}),
 # JOBS (arms at once), DATA_ROOT, RUNS. Seed s trains on label split s, every arm alike. What is finished is not run again.
 # paper: DATA_ROOT is the folder of train/ and val/, PERCENT the labels (1 or 10), GPUS the processes of an arm.
 set -euo pipefail
@@ -18,6 +19,8 @@ out=${RUNS:-runs}/sscl/arms/$tier
 loading=(--workers 0 --threads 1)
 arms=${ARMS:-joint full fixmatch neighbours calibration supervised}
 seeds=${SEEDS:-0}
+set_name=
+pseudo=(--pseudo) shots=(--shots 5)
 case "$tier" in
   mini)
     # Every arm once on the generated images, about a minute each.
@@ -39,14 +42,27 @@ case "$tier" in
     seeds=${SEEDS:-1 2 3}
     set_name=${SET:-cifar10-25}
     export SET=$set_name
-    case "$set_name" in cifar10-4 | cifar10-25 | cifar10-400) ;; *)
-      echo "error: unknown SET '$set_name'; choose cifar10-4, cifar10-25 or cifar10-400" >&2
-      exit 2
-      ;;
-    esac
-    export LABELS=${set_name#cifar10-}
-    data=(--data_dir "${DATA_ROOT:-data}/cifar10" --per_class 800 --cache --img_size 32)
     out=$out/$set_name
+    case "$set_name" in
+      cifar10-4 | cifar10-25 | cifar10-400)
+        export LABELS=${set_name#cifar10-}
+        data=(--data_dir "${DATA_ROOT:-data}/cifar10" --per_class 800 --cache --img_size 32)
+        ;;
+      mine)
+        for part in labelled unlabelled test; do
+          if [ -d "${DATA_ROOT:-data}/mine/$part" ]; then continue; fi
+          echo "error: ${DATA_ROOT:-data}/mine/$part: no such folder; expected labelled/CLASS/*, unlabelled/* and" \
+            "test/CLASS/* there" >&2
+          exit 2
+        done
+        data=(--val_dir "${DATA_ROOT:-data}/mine/test")
+        pseudo=() shots=(--protocols "knn,linear") # nobody knows the classes of the unlabelled images
+        ;;
+      *)
+        echo "error: unknown SET '$set_name'; choose cifar10-4, cifar10-25, cifar10-400 or mine" >&2
+        exit 2
+        ;;
+    esac
     ;;
   paper)
     # The same arms on ImageNet, 200 epochs each. GPUS processes; never run here, so no time is given.
@@ -84,12 +100,12 @@ run_one() { # arm seed [flags]
       return 2
       ;;
   esac
-  if [ "$tier" != paper ]; then flags+=(--split "$seed"); fi
+  if [ "$tier" != paper ] && [ "$set_name" != mine ]; then flags+=(--split "$seed"); fi
   bash sscl/run_train.sh "$tier" "${flags[@]}" --seed "$seed" --output-dir "$folder" "$@"
-  "$PYTHON" -m sscl.eval_cls --pretrained "$folder/checkpoint.pth" "${data[@]}" "${loading[@]}" --pseudo \
+  "$PYTHON" -m sscl.eval_cls --pretrained "$folder/checkpoint.pth" "${data[@]}" "${loading[@]}" "${pseudo[@]}" \
     --output-dir "$folder-cls"
   "$PYTHON" -m sscl.eval_features --pretrained "$folder/checkpoint.pth" "${data[@]}" "${loading[@]}" \
-    --shots 5 --output-dir "$folder-linear"
+    "${shots[@]}" --output-dir "$folder-linear"
 }
 
 rm -f "$out/failed" # a job may fail between two looks at the jobs: it leaves its name there

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Evaluate a run: bash sscl/run_eval.sh [mini|small|paper] [flags of sscl.eval_features]
-# CHECKPOINT names the run, otherwise that of run_train.sh; DATA_ROOT, LABELS, PERCENT, RUNS as there.
+# CHECKPOINT names the run, otherwise that of run_train.sh; DATA_ROOT, LABELS, PERCENT, RUNS as there. SET=mine at the
+# small tier: test images with labels, $DATA_ROOT/mine/test/CLASS/*.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,6 +17,7 @@ runs=${RUNS:-runs}
 where=$tier
 loading=(--workers 0 --threads 1)
 more=()
+pseudo=(--pseudo)
 case "$tier" in
   mini)
     # Class head of both copies, pseudo-labels before and after the calibration; kNN, linear probe, few-shot, episodes
@@ -31,6 +33,12 @@ case "$tier" in
     if [ -d "${DATA_ROOT:-data}/cifarfs/test" ]; then
       more=(--protocols "knn,linear,fewshot,episodes" --novel_dir "${DATA_ROOT:-data}/cifarfs/test")
     fi
+    if [ "${SET:-}" = mine ]; then
+      where=small/mine
+      data=(--val_dir "${DATA_ROOT:-data}/mine/test")
+      more=(--protocols "knn,linear")
+      pseudo=()
+    fi
     ;;
   paper)
     # Top-1 of the class head is what the paper reports: 60.2 (1 %), 72.1 (10 %). The linear probe keeps the features of
@@ -42,7 +50,5 @@ case "$tier" in
 esac
 checkpoint=${CHECKPOINT:-$runs/sscl/train/$where/checkpoint.pth}
 
-"$PYTHON" -m sscl.eval_cls --pretrained "$checkpoint" "${data[@]}" "${loading[@]}" --pseudo \
-  --output-dir "$runs/sscl/cls/$where"
-"$PYTHON" -m sscl.eval_features --pretrained "$checkpoint" "${data[@]}" "${loading[@]}" "${more[@]}" \
-  --output-dir "$runs/sscl/features/$where" "$@"
+"$PYTHON" -m sscl.eval_cls --pretrained "$checkpoint" "${data[@]}" "${loading[@]}" "${pseudo[@]}"
+"$PYTHON" -m sscl.eval_features --pretrained "$checkpoint" "${data[@]}" "${loading[@]}" "${more[@]}" "$@"

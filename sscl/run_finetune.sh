@@ -43,13 +43,12 @@ case "$tier" in
     )
     ;;
 esac
-out=$runs/sscl/finetune/$where
 checkpoint=${CHECKPOINT:-$runs/sscl/moco/$where/checkpoint.pth}
 if [ -z "${CHECKPOINT:-}" ]; then
   # MoCo v2's key view is a second strong one, whatever the tier of the method has.
   bash sscl/run_train.sh "$tier" --no_labels --lambda_u 0 --calib none --key_view strong \
-    --output-dir "$runs/sscl/moco/$where" | sed '/^next: /d' # which would evaluate the method's own run
+    --output-dir "$runs/sscl/moco/$where" | sed '/^ *next: /d' # which would evaluate the method's own run
 fi
 
-"${launch[@]}" -m sscl.finetune --pretrained "$checkpoint" --output-dir "$out" "${flags[@]}" "$@"
+"${launch[@]}" -m sscl.finetune --pretrained "$checkpoint" "${flags[@]}" "$@"
 next_job sscl/run_train.sh "$tier" # the method itself

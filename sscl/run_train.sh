@@ -2,6 +2,7 @@
 # Train: bash sscl/run_train.sh [mini|small|paper] [flags of sscl.main]
 # DATA_ROOT names the folder of the data sets (paper: of train/ and val/), LABELS the labelled images of a class at the
 # small tier (25), PERCENT those of the paper tier (1 or 10), GPUS the processes, RUNS the folder of the outputs.
+# SET=mine at the small tier: own photographs, $DATA_ROOT/mine/{labelled/CLASS/*,unlabelled/*}.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -43,6 +44,17 @@ case "$tier" in
       --proto_every 2 --num_nn 20 --lr 0.06 --lr_batch 0 --warmup_epochs 0.5 --wd 5e-4 --amp bf16 --workers 0 --threads 1
       --log-every 5
     )
+    if [ "${SET:-}" = mine ]; then
+      # ResNet-18 at 64 pixels, 60 epochs; of 840 images 780 steps. For a better network --img_size 224, and --init
+      # timm:resnet18, which is downloaded.
+      out=${RUNS:-runs}/sscl/train/small/mine
+      flags=(
+        --labelled "${DATA_ROOT:-data}/mine/labelled" --unlabelled "${DATA_ROOT:-data}/mine/unlabelled" --cache
+        --img_size 64 --key_view weak --arch resnet18 --bn_splits 2 --batch_labelled 16 --mu 4 --epochs 60 --moco_k 512
+        --moco_m 0.99 --lambda_u 1 --da window --theta 0.95 --theta_on raw --lr 0.06 --lr_batch 0 --warmup_epochs 2
+        --wd 5e-4 --amp bf16 --workers 0 --threads 1
+      )
+    fi
     ;;
   paper)
     # ImageNet with 1 % (PERCENT=10: 10 %) of the labels, ResNet-50, 200 epochs, 8 GPUs x (8 labelled + 40 unlabelled);
@@ -58,4 +70,3 @@ case "$tier" in
 esac
 
 "${launch[@]}" -m sscl.main --output-dir "$out" "${flags[@]}" "$@"
-next_job sscl/run_eval.sh "$tier"

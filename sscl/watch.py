@@ -8,18 +8,31 @@ import torch
 from torch import Tensor
 
 from shared_utils import augment
-from shared_utils.data import ImageList
 from shared_utils.layout import follow
 from shared_utils.pictures import make_grid
 from shared_utils.preflight import about, seconds
 from shared_utils.run import Run
 from sscl import losses
-from sscl.calibration import calibrate, equal_coverage
+from sscl.calibration import calibrate
+from sscl.data import Training
 from sscl.model import SsCL
+from sscl.prototypes import spread
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Mean entropy in nats of distributions [N, C]."""
+    return -torch.xlogy(p, p).sum(1).mean()
+
+
+def equal_coverage(p: Tensor, truth: Tensor, share: float) -> Tensor:
+    """Accuracy of argmax p among the most confident `share` of the rows, [] in 0..1. p: [N, C]; truth: [N]."""
+    conf, label = p.max(1)
+    most = conf.topk(max(1, round(share * len(p)))).indices
+    return (label[most] == truth[most]).float().mean()
 
 
 class Telemetry:
-    """What is watched at the steps that are logged. It alone holds the true labels of unlabelled images.
+    """What is watched at the steps that are logged. It alone holds the true labels of unlabelled images, if any.
 
     The unlabelled stream is of all images; accuracies and purity leave out the labelled ones among them, which the
     network knows by heart.
@@ -31,6 +44,24 @@ class Telemetry:
         if true_labels is not None:
             self.hidden = torch.ones(len(true_labels), dtype=torch.bool, device=true_labels.device)
             self.hidden[torch.tensor(labelled, dtype=torch.long, device=true_labels.device)] = False  # [N]
+
+    def step(
+        self, model: SsCL, taught: losses.Taught, picked: losses.Chosen | None, index: Tensor
+    ) -> dict[str, Tensor]:
+        """Of pseudo-labels, neighbours and prototypes; before the keys of the step are enqueued."""
+        args, entries = self.args, taught.entries
+        out: dict[str, Tensor] = {}
+        if taught.p is not None and taught.aligned is not None:
+            out |= self.pseudo_labels(taught.p, taught.aligned, taught.log_q, index, model.alignment.qbar)
+            out |= {"pl/coverage": entries.conf.float().mean(), "da/entropy": entropy(model.alignment.pbar[None])}
+        if picked is not None and taught.p is not None:
+            if args.neighbours == "off":  # those that the exchange would have chosen
+                picked = model.nearest(entries, taught.keys[0], args.num_pos, args.sim)
+            out |= self.neighbours(picked, model.queue_index, index, model.queue_labelled)
+        if taught.log_q is not None:
+            out["proto/mean_offdiag_cos"] = torch.as_tensor(spread(model.prototypes))
+            out["proto/min_count"] = model.proto_least[0]
+        return out
 
     @torch.no_grad()
     def pseudo_labels(
@@ -76,11 +107,10 @@ def picture(views: Sequence[Tensor], count: int = 8) -> Tensor:
 
 
 def facts(
-    run: Run, images: ImageList, chosen: Sequence[int], model: SsCL, steps: int, peak: float, start: str,
-    views: Sequence[str],
-) -> dict[str, str]:  # fmt: skip
+    run: Run, data: Training, model: SsCL, steps: int, peak: float, start: str, views: Sequence[str]
+) -> dict[str, str]:
     """What the preflight prints."""
-    args, classes = run.args, len(images.classes)
+    args, chosen, classes = run.args, data.chosen, len(data.images.classes)
     unlabelled = args.mu * args.batch_labelled
     first = []
     if chosen:
@@ -88,8 +118,7 @@ def facts(
     if args.lambda_c:
         first.append(f"L_c below log(1 + K) = {math.log(1 + args.moco_k):.2f}, which it climbs to as the queue fills")
     out = {
-        "data": f"{args.data}/train: {len(images)} images of {classes} classes, {len(chosen)} with labels "
-        f"(sha256 {args.split_sha256[:16] or 'none'})",
+        "data": data.where,
         "batch": f"{args.batch_labelled if chosen else 0} labelled + {unlabelled} unlabelled, {run.world} processes x "
         f"{args.bn_splits} splits, views {', '.join(views) or 'none'}; {steps} steps an epoch",
         "learning rate": f"{peak:.4g} at its peak ({args.lr} for {args.lr_batch or 'any number of'} unlabelled images)",
@@ -99,11 +128,29 @@ def facts(
         "expected initial loss": "; ".join(first) + f"; L_u is 0 until epoch {args.pl_start}",
         "estimated time": estimate(run, model, steps, views),
     }
+    cautions = []
     if unlabelled // (run.world * args.bn_splits) == unlabelled and args.lambda_c:
-        out["caution"] = (
+        cautions.append(
             "one batch norm over query and key batches lets the contrast cheat: --bn_splits 8, or processes"
         )
-    return out
+    if args.moco_k > len(data.images) and args.lambda_c:
+        cautions.append(f"--moco_k {args.moco_k} is more than the {len(data.images)} images: old keys of each are kept")
+    return out | ({"caution": "; ".join(cautions)} if cautions else {})
+
+
+def ending(args: argparse.Namespace, model: SsCL, guessing: bool) -> list[str]:
+    """Cautions about a finished run, from its queue: collapsed embeddings, no pseudo-label that counted."""
+    there, lines = model.queue_index >= 0, []
+    if int(there.sum()) > 1:
+        std = float(model.queue[:, there].std(1).mean()) * model.queue.shape[0] ** 0.5  # 1: spread over the sphere
+        if std < 0.1:
+            lines.append(f"caution: the embeddings have collapsed (standard deviation {std:.3f} of 1): a lower --lr")
+    if guessing and bool(there.any()) and not bool(model.queue_conf[there & ~model.queue_labelled].any()):
+        lines.append(
+            f"caution: no pseudo-label passes --theta {args.theta:g}, so the unlabelled images have not helped the "
+            f"class branch; lower it, or train longer (they count from epoch {args.pl_start})"
+        )
+    return lines
 
 
 @torch.no_grad()

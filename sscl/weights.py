@@ -1,16 +1,20 @@
-"""Weights of a checkpoint for this folder's encoder: own runs, public MoCo files, torchvision."""
+"""Weights of a checkpoint for this folder's encoder: own runs, public files, timm; and what a checkpoint holds."""
 
 import argparse
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from shared_utils import UserError, checkpoint
+from shared_utils import UserError, checkpoint, init
 from shared_utils.evaluation import stored_flags
 from shared_utils.flags import positive
 from sscl.arch import ARCHS, STEMS, Encoder, build
+from sscl.model import SsCL
 
 MOCO_HEAD = {f"fc.{layer}.{kind}": f"proj.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
 
@@ -27,16 +31,46 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {MOCO_HEAD.get(key, f"backbone.{key}"): value for key, value in state.items()}
 
 
-def initialise(encoder: Encoder, path: str) -> str:
-    """Start from a file: the backbone, and g where the file has one; the class head stays new. Returns a report."""
+class Whole:
+    """The checkpoint's `state_dict`: the model's tensors under their own names, loaded strictly, and class names."""
+
+    def __init__(self, model: SsCL, classes: Sequence[str] = ()):
+        self.model, self.classes = model, list(classes)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        names = torch.tensor(list(json.dumps(self.classes).encode()), dtype=torch.uint8)  # tensors alone are weights
+        return {**self.model.state_dict(), "class_names": names}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        checkpoint.load_strict(self.model, state, drop=("class_names",))
+
+
+def class_names(state: Mapping[str, Tensor]) -> list[str]:
+    """The names that `Whole` has kept; none in checkpoints that are older."""
+    return json.loads(bytes(state["class_names"].tolist())) if "class_names" in state else []
+
+
+def initialise(encoder: Encoder, spec: str) -> str:
+    """Start from --init: the backbone, and g where the file has one of the same shape; the class head stays new.
+
+    Args:
+        spec: a file, the folder of a run, or timm:NAME.
+
+    Returns: a line for the preflight. UserError: no such file or name, or another network's weights.
+    """
+    if spec.startswith("timm:"):
+        return init.initialise(encoder.backbone, spec)
+    path = Path(spec) / "checkpoint.pth" if Path(spec).is_dir() else Path(spec)
     state = {k: v for k, v in renamed(checkpoint.read_weights(path)).items() if not k.startswith("fc.")}
-    new = ["fc.*", "*.num_batches_tracked"]
-    if not any(key.startswith("proj.") for key in state):
-        new.append("proj.*")
+    theirs = {k: v.shape for k, v in state.items() if k.startswith("proj.")}
+    if theirs != {k: v.shape for k, v in encoder.state_dict().items() if k.startswith("proj.")}:
+        state = {k: v for k, v in state.items() if k not in theirs}
+    drop = [f"backbone.{pattern}" for pattern in init.HEADS]
+    new = ["fc.*", "*.num_batches_tracked", *([] if "proj.0.weight" in state else ["proj.*"])]
     try:
-        return checkpoint.load_strict(encoder, state, drop=("backbone.fc.*",), missing_ok=new)
+        return f"{spec}: {checkpoint.load_strict(encoder, state, drop, new)}"
     except UserError as error:
-        raise UserError(f"--init {path}: {error}") from None
+        raise UserError(f"--init {spec}: {error}; --arch, --width and --stem must be those of the file") from None
 
 
 def momentum_copy(path: str) -> dict[str, Tensor]:

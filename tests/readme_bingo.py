@@ -25,8 +25,8 @@ def check(runs: Path) -> None:
     assert bags.shape == (1000, 5) and bags.dtype == np.int64 and bags.min() >= 0 and bags.max() < 1000
     assert not (bags == np.arange(1000)[:, None]).any(), "an image is in its own bag"
 
-    linear = json.loads((bingo / "lincls/mini/result.json").read_text())
+    linear = json.loads((bingo / "pretrain/mini/eval/lincls/result.json").read_text())
     assert linear["linear"] > 13, f"the linear evaluation is near chance, 10 %: {linear['linear']}"
-    (knn,) = bingo.glob("knn/*/result.json")
+    (knn,) = bingo.glob("pretrain/mini/eval/knn/result.json")
     scores = json.loads(knn.read_text())
     assert scores["bag_gap"] > 0.02, f"the student does not keep the teacher's bags together: {scores}"

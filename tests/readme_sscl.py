@@ -1,5 +1,6 @@
 """What the mini runs of sscl's README must have shown; called by test_readme.py on the folder that they wrote."""
 
+import csv
 import json
 from pathlib import Path
 from statistics import fmean
@@ -24,7 +25,12 @@ def check(runs: Path) -> None:
 
     moco = log("moco")
     assert moco[-1]["loss/x"] == moco[-1]["loss/u"] == 0 and moco[-1]["loss/c"] < 4.7, moco[-1]
-    heads, feats = (json.loads((runs / f"sscl/{job}/mini/result.json").read_text()) for job in ("cls", "features"))
+    results = runs / "sscl/train/mini/eval"
+    heads, feats = (json.loads((results / job / "result.json").read_text()) for job in ("cls", "features"))
     assert {"top1", "ema_top1", "raw@50", "aligned@50", "calib@50"} <= set(heads) and heads["unlabelled"] == 960
     assert feats["linear"] > 15 and feats["5way_5shot"] - feats["5way_5shot_ci"] > 22, feats  # chance: 10 and 20
-    assert json.loads((runs / "sscl/finetune/mini/result.json").read_text())["labelled"] == 40
+    assert json.loads((runs / "sscl/moco/mini/eval/finetune/result.json").read_text())["labelled"] == 40
+    with open(runs / "sscl/predictions.csv", newline="") as handle:
+        predicted = list(csv.DictReader(handle))
+    right = sum(Path(row["file"]).parent.name == row["class"] for row in predicted)
+    assert abs(100 * right / len(predicted) - heads["top1"]) < 1, "the CSV is not what the evaluation counts"

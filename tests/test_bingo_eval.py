@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -267,11 +266,11 @@ def test_a_probe_of_weights_that_have_changed_is_not_resumed(data, tmp_path):
         lincls(data, path, tmp_path / "run", *PROBE)
 
 
-def test_two_processes_train_the_probe_of_one(data, weights, tmp_path):
+def test_two_processes_train_the_probe_of_one(data, weights, tmp_path, python):
     probe = [*PROBE, "--batch_size", "20"]  # a last batch of 16
     one = lincls(data, weights, tmp_path / "one", *probe)
     flags = [*SMALL_TRAIN, "--data_dir", str(data), "--pretrained", str(weights), *probe]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command += ["bingo.main_lincls", *flags, "--output-dir", str(tmp_path / "two")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
@@ -296,7 +295,6 @@ def test_two_processes_train_the_probe_of_one(data, weights, tmp_path):
         ("--init_lr 0", "--init_lr must be above 0"),
         ("--img_size 0", "--img_size 0"),
         ("--dataset cifar10", "cifar10 not found or damaged"),
-        ("--batch_size 97", "a global batch of 97 needs as many samples, the data has 96"),
         ("--val_dir {tmp}/val", "its classes are not those of .*first difference: digit"),
     ],
 )
@@ -311,8 +309,8 @@ def test_bad_input(flags, message, data, weights, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_command_line_error_is_one_line_and_exit_code_2(data, tmp_path):
-    command = [sys.executable, "-m", "bingo.main_knn", "--pretrained", str(tmp_path / "no.pth")]
+def test_command_line_error_is_one_line_and_exit_code_2(data, tmp_path, python):
+    command = [python, "-m", "bingo.main_knn", "--pretrained", str(tmp_path / "no.pth")]
     done = subprocess.run(
         [*command, *SMALL, "--data_dir", data, "--device", "cpu"], cwd=ROOT, capture_output=True, text=True
     )

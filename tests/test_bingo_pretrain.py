@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,7 @@ def test_bag_files(corr, data):
         ("--bags kmeans --clusters 51", r"--clusters 51: there are only 50 images"),
         ("--bags kmeans --clusters -1", r"--clusters -1: must not be negative"),
         ("--img_size 0", r"--img_size 0: must be at least 1"),
-        ("--clus_pos_num 50", r"50 neighbours need at least 51 images, there are 50"),
+        ("--clus_pos_num 50", r"--clus_pos_num 50 needs more than so many images, there are 50"),
         ("--bags random --data_dir {one}", r"--bags random needs two images at least, there is one"),
     ],
 )
@@ -266,7 +265,7 @@ def test_terminated_and_resumed_is_bit_identical(step, backend, train, whole_fla
     assert [r["loss"] for r in rows(tmp_path / "whole")] == [r["loss"] for r in rows(tmp_path / "cut")]
 
 
-def test_killed_and_resumed_is_bit_identical_and_a_lost_pointer_is_not(train, whole_flags, tmp_path):
+def test_killed_and_resumed_is_bit_identical_and_a_lost_pointer_is_not(train, whole_flags, tmp_path, python):
     train(tmp_path / "whole", *whole_flags)
     script = (
         "import os, signal; from shared_utils.run import Run, cli; from bingo.main_moco import main; log = Run.log\n"
@@ -274,7 +273,7 @@ def test_killed_and_resumed_is_bit_identical_and_a_lost_pointer_is_not(train, wh
         "    self.step == 8 and os.kill(os.getpid(), signal.SIGKILL)\n"
         "Run.log = patched; cli(main)"
     )
-    command = [sys.executable, "-c", script, *train.flags, "--output-dir", str(tmp_path / "cut"), *whole_flags]
+    command = [python, "-c", script, *train.flags, "--output-dir", str(tmp_path / "cut"), *whole_flags]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
     saved = checkpoint.load(tmp_path / "cut/checkpoint.pth")
     assert saved["progress"]["step"] == 8
@@ -429,11 +428,11 @@ def test_the_preflight_counts_tensors_and_measures_the_teacher(train, data, teac
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_equal_one_with_two_splits(train, data, tmp_path):
+def test_two_processes_equal_one_with_two_splits(train, data, tmp_path, python):
     """Two processes are --bn_splits 2 on one: batch norms, the teacher's shuffled batch, CutMix boxes."""
     flags = ["--teacher_bn", "train", "--init_lr", "0.002"]
     train(tmp_path / "one", *flags, "--bn_splits", "2")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "bingo.main_moco", *train.flags, *flags, "--output-dir", str(tmp_path / "two")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -447,7 +446,7 @@ def test_two_processes_equal_one_with_two_splits(train, data, tmp_path):
             torch.testing.assert_close(value, two[name], rtol=0, atol=2e-3)
 
 
-def test_bags_of_two_processes_are_those_of_one(data, teacher, tmp_path):
+def test_bags_of_two_processes_are_those_of_one(data, teacher, tmp_path, python):
     """Of 49 images the second process has a row less."""
     images = tmp_path / "images"
     for folder in sorted((data / "train").iterdir()):
@@ -465,7 +464,7 @@ def test_bags_of_two_processes_are_those_of_one(data, teacher, tmp_path):
         str(teacher / "checkpoint.pth"),
     ]
     flags += ["--corr_dir", str(tmp_path), "--corr_name", "k.npy", "--feature_file", str(tmp_path / "f.npy")]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "bingo.compute_knn", *DATA, "--data_dir", str(images), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -492,7 +491,10 @@ def test_bags_of_two_processes_are_those_of_one(data, teacher, tmp_path):
         ("--moco_k 30", r"--moco_k 30 is no multiple of --batch_size 8; try --moco_k 32"),
         ("--batch_size 6 --bn_splits 4", r"--batch_size 6 does not divide over 1 processes x 4 --bn_splits"),
         ("--bn_splits 8", r"leaves fewer than 2 images for a batch norm"),
-        ("--batch_size 64 --moco_k 64", r"a global batch of 64 needs as many samples, the data has 50"),
+        (
+            "--batch_size 64 --moco_k 64",
+            r"^--batch_size 64: a step takes 64 images, the data has 50; give --batch_size 32 or",
+        ),
         ("--moco_dim 64", r"--moco_dim 64: the embedding of this teacher has 16 dimensions"),
         ("--lam 0.5", r"--lam \[0.5\]: two weights"),
         ("--moco_t 0", r"--moco_t, --init_lr and --alpha must be above 0"),
@@ -589,8 +591,8 @@ def test_diverged_run_keeps_the_last_good_checkpoint(train, tmp_path, monkeypatc
     assert all(bool(value.isfinite().all()) for key, value in saved.items() if "encoder_k" in key)
 
 
-def test_command_line_prints_one_line_and_exits_with_2(tmp_path):
-    command = [sys.executable, "-m", "bingo.main_moco", "--data_dir", str(tmp_path)]
+def test_command_line_prints_one_line_and_exits_with_2(tmp_path, python):
+    command = [python, "-m", "bingo.main_moco", "--data_dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 

@@ -5,7 +5,6 @@
 
 import json
 import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -274,9 +273,9 @@ Path(sys.argv[2], str(d.rank())).write_text(json.dumps(found))
 """
 
 
-def test_two_processes_deal_as_the_release_does(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    command = [*launch, sys.executable, "-c", TWO, json.dumps(ORDERS[0]), str(tmp_path)]
+def test_two_processes_deal_as_the_release_does(tmp_path, python):
+    launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [*launch, python, "-c", TWO, json.dumps(ORDERS[0]), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
@@ -301,8 +300,8 @@ def test_comparison_names_what_is_wrong_with_a_path(tmp_path, monkeypatch):
         compare.check(tmp_path, URL, FILES, PACKAGES)
 
 
-def test_comparison_is_one_line_on_stderr_and_exit_code_2(tmp_path):
-    command = [sys.executable, "-m", "bingo.lab.compare_release", "--release", str(tmp_path / "nothing")]
+def test_comparison_is_one_line_on_stderr_and_exit_code_2(tmp_path, python):
+    command = [python, "-m", "bingo.lab.compare_release", "--release", str(tmp_path / "nothing")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and not done.stdout
 

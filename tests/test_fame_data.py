@@ -116,10 +116,10 @@ def test_a_folder_of_videos_without_labels(tmp_path):
     assert len(videos) == 3 and videos.labels.tolist() == [-1] * 3 and videos.classes == []
     assert TwoClips(videos, 32)[0]["clips"].shape == (2, 3, 2, 32, 32)
     for extra in (["--target", "background"], ["--per_class", "2"]):
-        with pytest.raises(UserError, match="folder has no labels: leave"):
+        with pytest.raises(UserError, match="folder takes every video: leave"):
             flags(tmp_path, "--dataset", "folder", *extra)
-    with pytest.raises(UserError, match="folder has no labels, and this needs them; give one of k400"):
-        check_data_flags(flags(tmp_path, "--dataset", "folder"), labels=True)
+    with pytest.raises(UserError, match="folder has no training and test part, .*train/CLASS.* for --dataset k400"):
+        check_data_flags(flags(tmp_path, "--dataset", "folder"), split=True)
 
 
 def test_names_in_lists_as_other_tools_write_them(tmp_path):

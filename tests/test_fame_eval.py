@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -233,7 +232,7 @@ def test_retrieval_and_probes_of_a_checkpoint(data, pretrained, tmp_path, capsys
         ("--finetune --val_resize 20", "at least the crop's 32 pixels"),
         ("--finetune --clip_per_video 0", "must be at least 1"),
         ("--finetune --fold 2", "trainlist02.txt: no such file"),
-        ("--finetune -b 9", "a global batch of 9 needs as many samples"),
+        ("--finetune -b 9", "--batch_size 9: the data has 8 training videos; give --batch_size 8"),
     ],
 )
 def test_bad_flags_are_named(extra, expected, data, tmp_path):
@@ -260,7 +259,7 @@ def test_flags_left_to_the_checkpoint(pretrained):
         assert args.val_resize == side
 
 
-def test_the_command_line(data, pretrained, tmp_path):
+def test_the_command_line(data, pretrained, tmp_path, python):
     """Each evaluation as a process: it answers, or ends with one line and code 2."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for module, extra, code, said in (
@@ -268,7 +267,7 @@ def test_the_command_line(data, pretrained, tmp_path):
         ("fame.main_retrieve", [], 0, "r1"),
         ("fame.main_probe", ["--probe", "colour/1"], 2, "error: --target colour: no such column"),
     ):
-        command = [sys.executable, "-m", module, str(data), "--pretrained", str(pretrained), "-cpv", "1", *extra]
+        command = [python, "-m", module, str(data), "--pretrained", str(pretrained), "-cpv", "1", *extra]
         command += ["--index_cache", str(tmp_path / "i.pth"), "--output-dir", str(tmp_path / module), "--workers", "0"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
         assert done.returncode == code, done.stderr[-1500:]

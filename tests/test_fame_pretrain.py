@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -72,10 +71,10 @@ def test_every_arm_trains(arm, data, tmp_path):
 
 
 def test_a_folder_without_labels_trains(data, tmp_path, capsys):
-    """The same videos found below the folder: no word of classes, and pictures of them afterwards."""
-    log = pretrain(data / "data", tmp_path, "--dataset", "folder")
+    """Videos in no class folders: no word of classes, and pictures of them afterwards."""
+    log = pretrain(data / "data/class0", tmp_path, "--dataset", "folder", "-b", "4")
     said = capsys.readouterr().out
-    assert len(log) == 2 and "(folder): 16 videos, 6 to 6 frames" in said
+    assert len(log) == 2 and "(folder): 8 videos, 6 to 6 frames" in said
     assert "look at: python -m fame.main_cam" in said and "main_retrieve" not in said
 
 
@@ -160,7 +159,7 @@ def test_a_killed_run_resumes_to_the_bit(data, tmp_path, monkeypatch):
         pretrain(data, tmp_path / "cut", "--epochs", "3", "--beta", "0.3")
 
 
-def two_processes(data: Path, out: Path, *extra: str, code: int = 0, **environment: str) -> list[dict]:
+def two_processes(python: str, data: Path, out: Path, *extra: str, code: int = 0, **environment: str) -> list[dict]:
     """Two processes of the training script; the rows of the log. With STOP=n the second gets SIGTERM in step n."""
     script = out.with_suffix(".py")
     script.write_text(
@@ -175,7 +174,7 @@ def two_processes(data: Path, out: Path, *extra: str, code: int = 0, **environme
         "train.info_nce = counted\n"
         "sys.exit(train.main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command = [python, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", "localhost:0", str(script), str(data), *SMALL, "--bn_splits", "1", *extra]
     done = subprocess.run(
         [*command, "--index_cache", str(out / "i.pth"), "--output-dir", str(out)],
@@ -189,9 +188,9 @@ def two_processes(data: Path, out: Path, *extra: str, code: int = 0, **environme
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_equal_one_on_the_whole_batch(data, tmp_path):  # with batch norm in train mode too
+def test_two_processes_equal_one_on_the_whole_batch(data, tmp_path, python):  # with batch norm in train mode too
     alone = pretrain(data, tmp_path / "one", "--epochs", "2")
-    together = two_processes(data, tmp_path / "two", "--epochs", "2")
+    together = two_processes(python, data, tmp_path / "two", "--epochs", "2")
     for a, b in zip(alone, together, strict=True):  # what is logged is of the whole batch
         assert a.keys() == b.keys()
         for key in a.keys() - {"data_wait", "data_share"}:
@@ -208,11 +207,11 @@ def test_two_processes_equal_one_on_the_whole_batch(data, tmp_path):  # with bat
     assert not torch.allclose(one["module.queue"], joined["module.queue"], atol=1e-3)
 
 
-def test_two_processes_that_are_stopped_resume_to_the_bit(data, tmp_path):
-    two_processes(data, tmp_path / "whole", "--epochs", "3")
-    two_processes(data, tmp_path / "cut", "--epochs", "3", code=143, STOP="3")
+def test_two_processes_that_are_stopped_resume_to_the_bit(data, tmp_path, python):
+    two_processes(python, data, tmp_path / "whole", "--epochs", "3")
+    two_processes(python, data, tmp_path / "cut", "--epochs", "3", code=143, STOP="3")
     assert checkpoint.load(tmp_path / "cut/checkpoint.pth")["progress"]["step"] == 3
-    two_processes(data, tmp_path / "cut", "--epochs", "3")
+    two_processes(python, data, tmp_path / "cut", "--epochs", "3")
     assert differing(tmp_path / "whole", tmp_path / "cut") == []
 
 
@@ -231,8 +230,9 @@ def test_two_processes_that_are_stopped_resume_to_the_bit(data, tmp_path):
         ("--lr_decay 0", "--lr_decay 0.0: must be above 0"),
         ("--bins 0", "--bins 0: must be at least 1"),
         ("--warmup --schedule", "--warmup climbs up to the first entry"),
-        ("-b 32", "a global batch of 32 needs as many samples, the data has 16"),
-        ("-fpc 40", "16 of 16 videos cannot be used"),
+        ("-b 32", "--batch_size 32: the data has 16 videos; give --batch_size 16"),
+        ("-b 34 --bn_splits 17", "--batch_size 34: the data has 16 videos; give a lower --bn_splits too"),
+        ("-fpc 40", "16 of 16 videos cannot be used.*a lower --stride or --frame_per_clip takes shorter ones"),
     ],
 )
 def test_bad_flags_are_named_before_training(extra, expected, data, tmp_path):
@@ -241,8 +241,8 @@ def test_bad_flags_are_named_before_training(extra, expected, data, tmp_path):
     assert not (tmp_path / "out/log.jsonl").exists()
 
 
-def test_the_command_line_ends_with_one_line_on_an_error(data, tmp_path):
-    command = [sys.executable, "-m", "fame.train", str(data), *SMALL, "-b", "1", "--bn_splits", "1"]
+def test_the_command_line_ends_with_one_line_on_an_error(data, tmp_path, python):
+    command = [python, "-m", "fame.train", str(data), *SMALL, "-b", "1", "--bn_splits", "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "error: 1 clip" in done.stderr
 

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -336,10 +335,10 @@ def test_a_diverged_run_keeps_the_last_good_files(images: Path, tmp_path: Path, 
 # --- processes and bad input -----------------------------------------------------------------------------------------
 
 
-def test_two_processes_equal_one(images: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one(images: Path, tmp_path: Path, python: str) -> None:
     flags = [*SMALL, "--data_dir", str(images), "--stop_epoch", "2", "--recipe", "cosine", "--lr", "0.01"]
     assert main([*flags, "--output-dir", str(tmp_path / "one")]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "flat.train", *flags, "--output-dir", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -363,7 +362,7 @@ def test_two_processes_equal_one(images: Path, tmp_path: Path) -> None:
         ("--num_classes 3", r"--num_classes 3: the data has 4 base classes"),
         ("--base_classes 5", r"--base_classes 5: the data has 4 base classes"),
         ("--holdout 7", r"class train0 has no image left of 7"),
-        ("--batch_size 64", r"a global batch of 64 needs as many samples, the data has 24"),
+        ("--batch_size 64", r"--batch_size 64: the data has 24 training images; give --batch_size 24"),
         ("--batch_size 1", r"--batch_size 1: 1 processes need equal shares of 2 images or more"),
         ("--shrink 1.3", r"--shrink 1.3 --enlarge 1.2: must be above 0 and in this order"),
         ("--aet_shift 4", r"--aet_shift 4: must be below a quarter of --image_size 16"),
@@ -384,8 +383,8 @@ def test_bad_flags_are_one_line(flags: str, message: str, images: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line_on_mini_data_and_with_overlapping_splits(images: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "flat.train", *SMALL, "--num_classes", "24", "--output-dir", str(tmp_path / "out")]
+def test_the_command_line_on_mini_data_and_with_overlapping_splits(images: Path, tmp_path: Path, python: str) -> None:
+    command = [python, "-m", "flat.train", *SMALL, "--num_classes", "24", "--output-dir", str(tmp_path / "out")]
     done = subprocess.run(
         [*command, "--data_dir", str(mini.ensure("fewshot")), "--per_class", "2"],
         cwd=ROOT,
@@ -398,7 +397,7 @@ def test_the_command_line_on_mini_data_and_with_overlapping_splits(images: Path,
     bad = tmp_path / "data"
     shutil.copytree(images, bad)
     shutil.copytree(bad / "train/train0", bad / "test/train0")
-    command = [sys.executable, "-m", "flat.train", *SMALL, "--data_dir", str(bad)]
+    command = [python, "-m", "flat.train", *SMALL, "--data_dir", str(bad)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == f"error: {bad}: class train0 is in train and in test; splits of classes must not overlap\n"

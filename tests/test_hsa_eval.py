@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -202,9 +201,9 @@ def test_bad_input(flags, message, data, weights, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_command_line_error_is_one_line_and_exit_code_2(data, tmp_path):
+def test_command_line_error_is_one_line_and_exit_code_2(data, tmp_path, python):
     flags = ["--pretrained", str(tmp_path / "no.pth"), "--data_dir", str(data), "--device", "cpu"]
-    command = [sys.executable, "-m", "hsa.main_semi", *SMALL, *flags, "--output-dir", str(tmp_path / "out")]
+    command = [python, "-m", "hsa.main_semi", *SMALL, *flags, "--output-dir", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
@@ -401,7 +400,7 @@ def test_without_self_training_and_from_scratch(data, tmp_path):
         call(main_semi, data, "none", tmp_path / "b", *flags, "--threshold", "-1")
 
 
-def test_two_processes_agree_on_the_pseudo_labels(data, weights, tmp_path):
+def test_two_processes_agree_on_the_pseudo_labels(data, weights, tmp_path, python):
     flags = [
         *SMALL_TRAIN,
         "--data_dir",
@@ -414,7 +413,7 @@ def test_two_processes_agree_on_the_pseudo_labels(data, weights, tmp_path):
         "--end_epoch",
         "1",
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command += ["hsa.main_semi", *flags, "--output-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr

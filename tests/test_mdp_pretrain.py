@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -131,14 +130,14 @@ def test_terminated_and_resumed_is_bit_identical(step, data, whole, tmp_path, mo
     assert [[r.get(k) for k in keys] for r in log] == [[r.get(k) for k in keys] for r in rows(whole)]
 
 
-def test_killed_between_checkpoints_and_resumed_is_bit_identical(data, whole, tmp_path):
+def test_killed_between_checkpoints_and_resumed_is_bit_identical(data, whole, tmp_path, python):
     script = (
         "import os, signal; from shared_utils.run import Run, cli; from mdp.main_pretrain import main; log = Run.log\n"
         "def patched(self, *a, **k):\n    log(self, *a, **k)\n"
         "    self.step == 8 and os.kill(os.getpid(), signal.SIGKILL)\n"
         "Run.log = patched; cli(main)"
     )
-    command = [sys.executable, "-c", script, *SMALL, "--data-root", str(data), "--output-dir", str(tmp_path), *FULL]
+    command = [python, "-c", script, *SMALL, "--data-root", str(data), "--output-dir", str(tmp_path), *FULL]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
     assert checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["step"] == 8
     train(data, tmp_path, *FULL)
@@ -146,7 +145,7 @@ def test_killed_between_checkpoints_and_resumed_is_bit_identical(data, whole, tm
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
 
 
-def test_a_signal_to_the_whole_process_group_still_saves(data, whole, tmp_path):
+def test_a_signal_to_the_whole_process_group_still_saves(data, whole, tmp_path, python):
     """As a batch system sends it: the data workers get it too, and must not take the run down before it has saved."""
     script = (
         "import os, signal; from shared_utils.run import Run, cli; from mdp.main_pretrain import main; log = Run.log\n"
@@ -154,7 +153,7 @@ def test_a_signal_to_the_whole_process_group_still_saves(data, whole, tmp_path):
         "Run.log = patched; cli(main)"
     )
     flags = [*SMALL, "--data-root", str(data), "--output-dir", str(tmp_path), *FULL, "--workers", "2"]
-    command = [sys.executable, "-c", script, *flags]
+    command = [python, "-c", script, *flags]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, start_new_session=True).returncode == 143
     assert checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["step"] == 7
     train(data, tmp_path, *FULL)
@@ -247,18 +246,18 @@ def test_a_file_that_breaks_later_is_one_line_too(workers, data, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_the_command_line_prints_one_line_and_exits_with_2(tmp_path):
-    command = [sys.executable, "-m", "mdp.main_pretrain", "--data-root", str(tmp_path / "nowhere")]
+def test_the_command_line_prints_one_line_and_exits_with_2(tmp_path, python):
+    command = [python, "-m", "mdp.main_pretrain", "--data-root", str(tmp_path / "nowhere")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: data root") and done.stderr.count("\n") == 1
 
 
-def test_two_processes_equal_one(data, tmp_path):
+def test_two_processes_equal_one(data, tmp_path, python):
     flags = [*SMALL, "--data-root", str(data), "--mix", "none", "--lr", "0.005"]
     train(data, tmp_path / "one", "--mix", "none", "--lr", "0.005")
     command = [
-        sys.executable,
+        python,
         "-m",
         "torch.distributed.run",
         "--standalone",

@@ -1,15 +1,18 @@
 """The data of mra: the generated set, few labels, long tails, readers of public layouts, masks, few-shot splits."""
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mra import data, main_supervised
+from mra import data, main_fixmatch, main_supervised, strong
 from mra.lab import textures
 from shared_utils import UserError
 from shared_utils.data import sample_rng
@@ -272,6 +275,61 @@ def test_fixmatch_s_operations_by_hand() -> None:
             with sample_rng(seed):
                 ways.add(np.asarray(data.FIXMATCH_OPS[name](picture, 9)).tobytes())
         assert len(ways) == 2  # either way, by the same amount
+
+
+def test_operations_on_batches_are_pil_s_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every operation, level and direction, on noise, on few colours, on one colour and on blocks; also oblong ones."""
+    rng = np.random.default_rng(0)
+    for height, width in ((32, 32), (21, 34)):
+        blocks = np.kron(rng.integers(0, 256, (height // 4 + 1, width // 4 + 1, 3)), np.ones((4, 4, 1)))
+        noise, few = rng.integers(0, 256, (height, width, 3)), rng.integers(90, 140, (height, width, 3))
+        pictures = np.stack([noise, few, np.full_like(few, 77), blocks[:height, :width]]).astype(np.uint8)
+        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+        for name, level, sign in itertools.product(strong.OPERATIONS, range(1, 10), (-1, 1)):
+            monkeypatch.setattr(data, "_sign", lambda sign=sign: sign)
+            wanted = [np.asarray(data.FIXMATCH_OPS[name](Image.fromarray(p), level)) for p in pictures]
+            got = strong.OPERATIONS[name](x, torch.full((4,), level), torch.full((4,), sign))
+            assert np.array_equal(got.permute(0, 2, 3, 1).numpy(), np.stack(wanted)), (name, level, sign)
+    assert set(strong.OPERATIONS) == set(data.FIXMATCH_OPS) - {"identity"}
+
+
+def test_strong_views_made_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn as image by image; each image has its own two operations in their order; two processes share the draws."""
+    draws = strong.draw(20_000, torch.Generator().manual_seed(0))
+    assert np.abs(torch.bincount(draws.operation.flatten()).numpy() / 40_000 - 1 / 14).max() < 0.005
+    assert np.abs(torch.bincount(draws.level.flatten(), minlength=11)[1:10].numpy() / 40_000 - 1 / 9).max() < 0.008
+    assert draws.level.min() == 1 and draws.level.max() == 9 and set(draws.sign.unique().tolist()) == {-1, 1}
+    assert abs(float(draws.apply.float().mean()) - 0.5) < 0.01 and abs(float(draws.sign.float().mean())) < 0.02
+    rng = np.random.default_rng(1)
+    x = torch.from_numpy(rng.integers(0, 256, (64, 3, 24, 24)).astype(np.uint8))
+    draws, before = strong.Draws(*(part[:64] for part in draws)), x.clone()
+    got = strong.augmented(x, draws)
+    assert torch.equal(x, before)
+    for i in range(64):
+        picture = Image.fromarray(x[i].permute(1, 2, 0).numpy())
+        for turn in range(2):
+            monkeypatch.setattr(data, "_sign", lambda i=i, turn=turn: int(draws.sign[i, turn]))
+            if draws.apply[i, turn]:
+                operation = data.FIXMATCH_OPS[strong.NAMES[int(draws.operation[i, turn])]]
+                picture = operation(picture, int(draws.level[i, turn]))
+        assert np.array_equal(got[i].permute(1, 2, 0).numpy(), np.asarray(picture)), i
+    args = main_fixmatch.get_parser().parse_args([])
+
+    def views(part: torch.Tensor, **place: int) -> torch.Tensor:
+        run: Any = SimpleNamespace(args=args, step=3, **place)
+        return main_fixmatch.strengthened(run, part)
+
+    whole = views(x, rank=0, world=1)
+    halves = [views(x[32 * rank : 32 * rank + 32], rank=rank, world=2) for rank in (0, 1)]
+    assert torch.equal(torch.cat(halves), whole) and not torch.equal(whole, data_of(x))
+    args.seed = 1
+    assert not torch.equal(views(x, rank=0, world=1), whole)
+    monkeypatch.setattr(main_fixmatch, "augmented", lambda x, _: x)
+    assert torch.equal(views(x, rank=0, world=1), data_of(x))  # normalised as the loader does
+
+
+def data_of(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack([data.tensor()(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in x])
 
 
 def test_jitter_and_lighting_by_loop() -> None:

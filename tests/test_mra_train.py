@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -586,7 +585,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 LONG = {"pretrain": ["--resident"], "supervised": ["--mask_strategy", "random", "--mra_prob", "0.7", "--mix", "cutmix",
         "--color_jitter", "0.4", "--lighting", "0.1", "--nesterov", "--no-decay_bias_norm", "--warmup_epochs", "1"],
-        "fixmatch": ["--mask_strategy", "random"], "fewshot": ["--epochs", "2"]}  # fmt: skip
+        "fixmatch": ["--mask_strategy", "random", "--strong_batch"], "fewshot": ["--epochs", "2"]}  # fmt: skip
 
 
 @pytest.mark.parametrize("job", list(SCRIPTS))
@@ -621,8 +620,8 @@ def test_another_autoencoder_is_refused_on_resume(images: Path, mae: Path, tmp_p
         train("supervised", images, tmp_path / "out", "--mae_ckpt", str(file))
 
 
-def torchrun(job: str, source: Path, out: Path, *extra: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+def torchrun(python: str, job: str, source: Path, out: Path, *extra: str) -> subprocess.CompletedProcess:
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     command += [f"mra.main_{job}", *COMMON, *FLAGS[job], "--data_path", str(source), "--output-dir", str(out), *extra]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
 
@@ -640,11 +639,11 @@ LAST_OF_FIVE = ["--mix", "cutout", "--per_class", "7"]  # 21 images: the last ba
         ("fewshot", [*SAME, "--mra_on_support"], [*SAME, "--mra_on_support"]),
     ],
 )
-def test_two_processes_are_one_on_the_whole_batch(job, one, two, images, novel, mae, tmp_path) -> None:
+def test_two_processes_are_one_on_the_whole_batch(job, one, two, images, novel, mae, tmp_path, python) -> None:
     source = novel if job == "fewshot" else images
     own = [] if job == "pretrain" else ["--mae_ckpt", str(mae)]
     train(job, source, tmp_path / "one", *own, *one)
-    done = torchrun(job, source, tmp_path / "two", *own, *two)
+    done = torchrun(python, job, source, tmp_path / "two", *own, *two)
     assert done.returncode == 0, done.stderr[-2000:]
     logged = ["loss", "acc/train", "mra/entropy", "loss/labelled", "loss/unlabelled", "fixmatch/mask"]
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
@@ -660,10 +659,10 @@ def test_two_processes_are_one_on_the_whole_batch(job, one, two, images, novel, 
         assert first["1shot"] == pytest.approx(second["1shot"], abs=2)
 
 
-def test_two_processes_resume_to_the_bit(images: Path, mae: Path, tmp_path: Path) -> None:
+def test_two_processes_resume_to_the_bit(images: Path, mae: Path, tmp_path: Path, python: str) -> None:
     """With batch norm of each process, of which the checkpoint holds process 0's statistics alone."""
     extra = ["--mae_ckpt", str(mae), "--mask_strategy", "random", "--save-every", "4"]
-    assert torchrun("fixmatch", images, tmp_path / "whole", *extra).returncode == 0
+    assert torchrun(python, "fixmatch", images, tmp_path / "whole", *extra).returncode == 0
     stop = tmp_path / "stop.py"  # the module, stopped by a signal after its fourth step
     stop.write_text(
         "import os, runpy, signal, sys\nfrom shared_utils.run import Run\nlog = Run.log\n"
@@ -671,12 +670,12 @@ def test_two_processes_resume_to_the_bit(images: Path, mae: Path, tmp_path: Path
         "    if self.step == 3 and self.rank == 0:\n        os.kill(os.getpid(), signal.SIGTERM)\n"
         "Run.log = patched\nrunpy.run_module(sys.argv.pop(1), run_name='__main__')\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(stop)]
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(stop)]
     command += ["mra.main_fixmatch", *COMMON, *FIX, "--data_path", str(images), "--output-dir", str(tmp_path / "cut")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run([*command, *extra], cwd=ROOT, env=env, capture_output=True, text=True)
     assert checkpoint.load(tmp_path / "cut/checkpoint.pth")["progress"]["step"] == 4
-    again = torchrun("fixmatch", images, tmp_path / "cut", *extra)
+    again = torchrun(python, "fixmatch", images, tmp_path / "cut", *extra)
     assert again.returncode == 0 and "at step 4" in again.stdout, again.stderr[-2000:]
     assert differing(tmp_path / "whole", tmp_path / "cut", 40) == []
 
@@ -688,7 +687,7 @@ def test_two_processes_resume_to_the_bit(images: Path, mae: Path, tmp_path: Path
         ("pretrain", "--mask_ratio 1", r"--mask_ratio must lie between 0 and 1"),
         ("pretrain", "--mask_ratio 0.99", r"--mask_ratio 0.99 keeps all or none of 16 patches"),
         ("pretrain", "--input_size 18", r"18 pixels do not divide into patches of 4"),
-        ("pretrain", "--batch_size 64", r"a global batch of 64 needs as many samples, the data has 24"),
+        ("pretrain", "--batch_size 64", r"--batch_size 64 x --accum_iter 1 x 1 processes: a step takes 64"),
         ("supervised", "--data_path {tmp}/nowhere", r"nowhere/train: no such folder"),
         ("supervised", "--mae_ckpt {tmp}/nothing.pth", r"nothing.pth: no such checkpoint file"),
         ("supervised", "--per_class 9", r"--per_class 9: class a has 8 images"),
@@ -709,6 +708,7 @@ def test_two_processes_resume_to_the_bit(images: Path, mae: Path, tmp_path: Path
         ("fixmatch", "--arch resnet12 --input_size 8", r"--input_size 8: resnet12 halves an image four times"),
         ("fixmatch", "--iterations 7", r"--iterations 7 is no multiple of --epoch_steps 3"),
         ("fixmatch", "--ema 1", r"--ema in 0..1"),
+        ("fixmatch", "--strong_batch --strong randaugment", r"--strong_batch has FixMatch's operations alone"),
         ("fixmatch", "--momentum 0", r"--momentum 0.0: Nesterov's must lie"),
         ("fixmatch", "--wd -1", r"--wd -1: must not be negative"),
         ("fixmatch", "--bn_momentum 0", r"--bn_momentum 0.0: must lie above 0"),
@@ -780,7 +780,7 @@ def test_occlusion_and_diagnostics(images: Path, mae: Path, tmp_path: Path) -> N
     train("supervised", images, run, "--mean_std", "half")
     argv = ["--checkpoint", str(run / "checkpoint.pth"), "--cell", "4", "--threads", "1"]
     assert eval_occlusion.main([*argv, "--mae_ckpt", str(mae), "--batch_size", "5"]) == 0
-    found = result(tmp_path / "run-test")
+    found = result(run / "eval" / "occlusion")
     assert found["curves"]["random"][0] == pytest.approx(result(run)["top1"], abs=1e-3)
     assert {len(curve) for curve in found["curves"].values()} == {10} and len(found["curves"]) == 3
     for name, curve in found["curves"].items():
@@ -873,7 +873,7 @@ def test_the_small_tier_mixes_half_of_cifar_s_batches(name: str, expected: list[
     assert found == expected and "--mix_prob" not in (logs / "mixup-seed0.log").read_text()
 
 
-def test_the_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mra.main_supervised", "--data_path", str(tmp_path / "nowhere")]
+def test_the_command_line(tmp_path: Path, python: str) -> None:
+    command = [python, "-m", "mra.main_supervised", "--data_path", str(tmp_path / "nowhere")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

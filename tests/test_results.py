@@ -120,7 +120,7 @@ def test_rendered_then_fresh_then_stale(tmp_path: Path, capsys: pytest.CaptureFi
         ([results.CLAIMED[0], "not testable at this size (3 seeds, 5 needed)"], "shown"),
         ([results.CLAIMED[1], results.CLAIMED[1]], "no effect"),
         ([results.CLAIMED[2]], "contradicted"),
-        ([results.CLAIMED[0], results.CLAIMED[1]], "mixed"),
+        ([results.CLAIMED[1], results.CLAIMED[0]], "shown, no effect"),
         (["not testable at this size (no floor measured)"], "untested"),
         ([], "untested"),
     ],

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -371,9 +370,9 @@ def test_bad_input(module, flags, message, data, weights, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_command_line_error_is_one_line_and_exit_code_2(tmp_path):
+def test_command_line_error_is_one_line_and_exit_code_2(tmp_path, python):
     flags = ["--pretrained", str(tmp_path / "no.pth"), "--data_dir", "data/mini/images", "--device", "cpu", *SMALL]
-    command = [sys.executable, "-m", "sage.main_semi", *flags, "--output-dir", str(tmp_path / "out")]
+    command = [python, "-m", "sage.main_semi", *flags, "--output-dir", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [

@@ -219,6 +219,10 @@ def test_processes_share_the_global_batch():
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(UserError, match="a global batch of 16 needs as many samples, the data has 10"):
         EpochSampler(10, 8, 0, world=2)
+    with pytest.raises(UserError, match="a global batch of 16 needs"):
+        EpochSampler(10, 8, 0, world=2, least=6)
+    parts = [list(EpochSampler(10, 8, 0, rank=r, world=2, least=0)) for r in (0, 1)]  # the last is the first
+    assert [len(part) for part in parts] == [1, 1] and sorted(i for part in parts for _, i in part[0]) == [*range(10)]
 
 
 @pytest.mark.parametrize(("size", "least", "kept"), [(23, None, 0), (23, 0, 7), (23, 3, 7), (23, 4, 0), (24, 0, 8)])

@@ -3,7 +3,6 @@
 import inspect
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -133,11 +132,11 @@ print(f"fine{r}", flush=True)
 """
 
 
-def test_two_processes(tmp_path):
+def test_two_processes(tmp_path, python):
     script = tmp_path / "two.py"
     script.write_text(TWO)
     command = [
-        sys.executable,
+        python,
         "-m",
         "torch.distributed.run",
         "--standalone",

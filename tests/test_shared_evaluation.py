@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from torch import nn
 
 from shared_utils import UserError, checkpoint, distributed, evaluation
 from shared_utils.data import image_folder
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def folder(root: Path, counts: dict[str, int]) -> Path:
@@ -179,8 +182,10 @@ def _buffers(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_buffers_are_those_of_process_0(tmp_path):
-    torch.multiprocessing.spawn(_buffers, (str(tmp_path),), nprocs=2)
+def test_buffers_are_those_of_process_0(tmp_path, python):
+    code = "import sys; from tests.test_shared_evaluation import _buffers; _buffers(int(sys.argv[1]), sys.argv[2])"
+    ranks = [subprocess.Popen([python, "-c", code, str(rank), str(tmp_path)], cwd=ROOT) for rank in (0, 1)]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
     own, other, a, b = (torch.load(tmp_path / f"{when}{rank}") for when in ("before", "after") for rank in (0, 1))
     assert not torch.equal(own[0], other[0])
     assert len(own) == 3 and all(torch.equal(x, y) and torch.equal(x, z) for x, y, z in zip(own, a, b))

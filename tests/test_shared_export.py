@@ -1,14 +1,17 @@
 """Exported backbones: safetensors that load elsewhere by the two lines of their card, detectron2's names."""
 
+import csv
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors import safe_open
 from timm.models import VisionTransformer
 from torch import nn
@@ -33,7 +36,7 @@ import sage.lab.export
 import uvos_dino.lab.export
 import uvos_dino.model_cluster
 import uvos_dino.vision_transformer
-from shared_utils import UserError, checkpoint
+from shared_utils import UserError, augment, checkpoint, embed
 from shared_utils.lab import export
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,8 +197,8 @@ def test_loaded_by_the_lines_of_the_card_the_outputs_are_equal(folder, kind, loa
 @pytest.mark.parametrize("name", export.VITS)
 def test_sizes_by_which_a_vit_is_named_are_those_of_timm(name):
     patch, dim, depth, heads = export.VITS[name]
-    assert export.vit_lines(224, patch, dim, depth, heads)[0] == f'model = timm.create_model("{name}", num_classes=0)'
-    assert "VisionTransformer(img_size=96" in export.vit_lines(96, patch, dim, depth, heads)[0]
+    assert export.vit(224, patch, dim, depth, heads).lines[0] == f'model = timm.create_model("{name}", num_classes=0)'
+    assert "VisionTransformer(img_size=96" in export.vit(96, patch, dim, depth, heads).lines[0]
     with torch.device("meta"):
         named = timm.create_model(name, num_classes=0)
         plain = VisionTransformer(224, patch, embed_dim=dim, depth=depth, num_heads=heads, num_classes=0)
@@ -241,3 +244,131 @@ def test_names_of_files_and_networks_are_checked_before_anything_is_written(tmp_
         flags = ["--format", "safetensors", "--out", str(tmp_path / "file" / "a.safetensors")]
         hsa.lab.export_detection.main(["--pretrained", str(path), *flags])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "w.pth"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [("hsa", "moco"), ("sage", "byol"), ("mdp", "dilated"), ("flat", "ResNet10 64"), ("mra", "mae"),
+     ("mra", "classifier resnet18 imagenet"), ("uvos_dino", "block")],
+)  # fmt: skip
+def test_a_hub_folder_is_read_by_timm_and_tells_nothing_of_the_machine(folder, kind, tmp_path):
+    torch.manual_seed(0)
+    run, out = tmp_path / "home of alice" / "run", tmp_path / "hub"
+    file = run / "checkpoint.pth"
+    more: list[str] = []
+    shape: tuple[int, ...] = (2, 3, 32, 32)
+    net: Any
+    function: Any
+    if folder in MAINS:
+        _, argv = small(folder, file, 64, "imagenet")
+        state = checkpoint.load(file)["state_dict"]
+        plain = {re.sub(r"^(encoder_q\.(backbone\.)?|online_net\.0\.)", "", key): value for key, value in state.items()}
+        net = timm.create_model("resnet18", num_classes=0, output_stride=8 if folder == "mdp" else 32)
+        net.load_state_dict(plain)
+        main, function = MAINS[folder], net
+        more = ["--normalise", "half"] if folder == "sage" else []
+    else:
+        net, function, shape = own(kind, file)
+        argv = ["--pretrained", str(file)]
+        main = {"mra": mra.lab.export.main, "flat": flat.lab.export.main, "uvos_dino": uvos_dino.lab.export.main}[
+            folder
+        ]
+        more = ["--model", "ResNet10", "--image_size", "32", "--width", "64"] if folder == "flat" else []
+    saved = checkpoint.load(file)
+    private = {"seed": 3, "data_dir": f"{tmp_path}/alice/birds", "val_dir": "birds", "weights_of": "~alice/w.pth"}
+    if folder != "flat":  # CloserLookFewShot's files have no flags
+        checkpoint.save(file, saved | {"args": {**saved.get("args", {}), **private}})
+    (run / "config.json").write_text('{"flags": {}, "git_commit": "abc123"}')
+    for place, top1 in (("knn", 31.25), ("knn-data_dir=alice", 29.5)):
+        (run / "eval" / place).mkdir(parents=True)
+        (run / "eval" / place / "result.json").write_text(f'{{"top1": {top1}, "data_dir": "alice/birds"}}')
+    assert main([*argv, *more, "--format", "hub", "--out", str(out)]) == 0
+    assert main([*argv, *more, "--format", "hub", "--out", str(out)]) == 0  # the same folder again
+
+    names = {"model.safetensors", "config.json", "README.md"}
+    names |= {"block.safetensors", "block.md"} if kind == "block" else set()
+    assert {path.name for path in out.iterdir()} == names
+    for path in [*out.glob("*.md"), out / "config.json"]:
+        assert (
+            "alice" not in path.read_text()
+            and "birds" not in path.read_text()
+            and str(tmp_path) not in path.read_text()
+        )
+    card = (out / "README.md").read_text()
+    assert "| knn | top1 | 31.25 |\n| knn | top1 | 29.5 |" in card and "abc123" in card
+    assert ("`--seed 3`" in card) == (folder != "flat")
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    x = torch.randn(shape)
+    with torch.no_grad():
+        net.eval()
+        torch.testing.assert_close(model(x), function(x))
+    mean = {"sage": 0.5, "mra": 0.4914 if "classifier" in kind else 0.485}.get(folder, 0.485)
+    assert model.pretrained_cfg["mean"][0] == pytest.approx(mean)
+    assert model.pretrained_cfg["input_size"][1] == (shape[-1] if folder in ("flat", "mra", "uvos_dino") else 224)
+    assert timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=5)(x).shape == (2, 5)
+
+
+def test_hub_folders_that_cannot_be(tmp_path):
+    moco(hsa.arch.build, 8, "cifar", tmp_path / "run" / "w.pth")
+    flags = ["--pretrained", str(tmp_path / "run" / "w.pth"), "--format", "hub", "--out"]
+    with pytest.raises(UserError, match="timm has no such network .resnet18, width 8"):
+        hsa.lab.export_detection.main([*flags, str(tmp_path / "hub")])
+    with pytest.raises(UserError, match="run: holds something else than a hub folder"):
+        hsa.lab.export_detection.main([*flags, str(tmp_path / "run")])
+    with pytest.raises(UserError, match="hub.safetensors: --format hub writes a folder"):
+        hsa.lab.export_detection.main([*flags, str(tmp_path / "hub.safetensors")])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_features_of_photographs(tmp_path, capsys):
+    file = moco(hsa.arch.build, 64, "imagenet", tmp_path / "w.pth")
+    hub, photos, rng = tmp_path / "my hub", tmp_path / "my photos", np.random.default_rng(0)
+    hsa.lab.export_detection.main(["--pretrained", str(file), "--format", "hub", "--out", str(hub)])
+    sizes = {"a b.PNG": (40, 60), "owls/c.jpg": (300, 200), "owls/deep/d.jpeg": (64, 64), "grey.png": (50, 70)}
+    for name, size in sizes.items():
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 255, size if name == "grey.png" else (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / name)
+    flags = ["--workers", "0", "--device", "cpu", "--batch_size", "3", "--out", str(tmp_path / "out" / "e.v1")]
+    assert embed.main([str(hub), str(photos), *flags]) == 0
+    found = np.load(tmp_path / "out" / "e.v1.npy")
+    with open(tmp_path / "out" / "e.v1.csv", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert found.shape == (4, 512) and found.dtype == np.float32
+    assert [row["file"] for row in rows] == sorted(sizes) and [int(row["row"]) for row in rows] == [0, 1, 2, 3]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["e.v1.csv", "e.v1.npy"]
+    encoder = hsa.arch.build("resnet18").eval()  # the same by this workspace's own transform and network
+    state = checkpoint.load(file)["state_dict"]
+    encoder.load_state_dict({key.removeprefix("encoder_q."): value for key, value in state.items()})
+    for row, features in zip(rows, found, strict=True):
+        x = augment.plain(224)(Image.open(photos / row["file"]).convert("RGB"))
+        with torch.no_grad():
+            np.testing.assert_allclose(features, encoder(x[None], pre_out=True)[0].numpy(), rtol=1e-3, atol=1e-4)
+    with pytest.raises(UserError, match="my photos: no hub folder"):
+        embed.main([str(photos), str(photos), *flags])
+    with pytest.raises(UserError, match="timm:resnet_none: timm cannot load it"):
+        embed.main(["timm:resnet_none", str(photos), *flags])
+    with pytest.raises(UserError, match="no image"):
+        embed.main([str(hub), str(hub), *flags])
+    (photos / "torn.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(UserError, match="torn.jpg"):
+        embed.main([str(hub), str(photos), *flags])
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_the_documented_lines_of_onnx(tmp_path, monkeypatch):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    found = re.search(r"```python\n(import timm, torch\n.*?)```", (ROOT / "docs" / "running.md").read_text(), re.S)
+    assert found
+    file = moco(hsa.arch.build, 64, "imagenet", tmp_path / "w.pth")
+    hsa.lab.export_detection.main(["--pretrained", str(file), "--format", "hub", "--out", str(tmp_path / "hub")])
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(found[1], names)
+    x = torch.randn(2, 3, 224, 224)
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession("model.onnx")
+    (features,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(features, names["model"](x).numpy(), rtol=1e-3, atol=1e-4)

@@ -1,8 +1,11 @@
 """Exact nearest neighbours: against brute force in float64."""
 
 import argparse
+import json
 import os
 import signal
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from shared_utils import UserError, neighbours
 from shared_utils.flags import add_run_flags
 from shared_utils.neighbours import search
 from shared_utils.run import Run
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def features(kind: str, n: int = 700, dim: int = 48) -> Tensor:
@@ -171,7 +176,7 @@ def test_shots_are_those_that_a_mask_for_each_class_picks():
         assert torch.equal(neighbours.draw_shots(labels, 10, draw), torch.cat(masks))
 
 
-def _accuracies(rank: int, folder: str, out: torch.multiprocessing.SimpleQueue) -> None:
+def _accuracies(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     x, y = features("clusters"), torch.arange(700) // 70
     found, searched = neighbours.search, []
@@ -182,22 +187,20 @@ def _accuracies(rank: int, folder: str, out: torch.multiprocessing.SimpleQueue) 
 
     neighbours.search = noted
     numbers = [neighbours.knn_accuracy(x, y, x[:33], y[:33], 20), neighbours.few_shot(x, y, x[:33], y[:33], draws=2)]
-    out.put((rank, numbers, searched))
+    Path(folder, str(rank)).write_text(json.dumps([numbers, searched]))
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_classify_a_share_each(tmp_path):
+def test_two_processes_classify_a_share_each(tmp_path, python):
     x, y = features("clusters"), torch.arange(700) // 70
     expected = [neighbours.knn_accuracy(x, y, x[:33], y[:33], 20), neighbours.few_shot(x, y, x[:33], y[:33], draws=2)]
-    context = torch.multiprocessing.get_context("spawn")
-    out = context.SimpleQueue()
-    ranks = [context.Process(target=_accuracies, args=(rank, str(tmp_path), out)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    assert sorted(out.get() for _ in ranks) == [(0, expected, [17] * 3), (1, expected, [16] * 3)]
+    code = (
+        "import sys; from tests.test_shared_neighbours import _accuracies; _accuracies(int(sys.argv[1]), sys.argv[2])"
+    )
+    ranks = [subprocess.Popen([python, "-c", code, str(rank), str(tmp_path)], cwd=ROOT) for rank in (0, 1)]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    found = [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
+    assert found == json.loads(json.dumps([[expected, [17] * 3], [expected, [16] * 3]]))
 
 
 def test_few_images():

@@ -70,20 +70,20 @@ run.finish()
 """
 
 
-def train(folder: Path, out: Path, **environment: str) -> int:
+def train(python: str, folder: Path, out: Path, **environment: str) -> int:
     """Two processes; what each ends with lies in out/rankN.pth. Returns the exit code."""
     out.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    command += [sys.executable, "-c", TRAIN, "--output-dir", str(folder), "--save-every", "2", "--workers", "0"]
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command += [python, "-c", TRAIN, "--output-dir", str(folder), "--save-every", "2", "--workers", "0"]
     variables = {**os.environ, "OUT": str(out), "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run([*command, "--device", "cpu"], cwd=ROOT, env=variables, capture_output=True).returncode
 
 
-def test_each_process_gets_its_own_statistics_back(tmp_path: Path) -> None:
-    assert train(tmp_path / "whole", tmp_path / "a") == 0
-    assert train(tmp_path / "broken", tmp_path / "b", STOP="3") != 0
+def test_each_process_gets_its_own_statistics_back(tmp_path: Path, python: str) -> None:
+    assert train(python, tmp_path / "whole", tmp_path / "a") == 0
+    assert train(python, tmp_path / "broken", tmp_path / "b", STOP="3") != 0
     assert checkpoint.load(tmp_path / "broken" / "checkpoint.pth")["progress"]["step"] == 2
-    assert train(tmp_path / "broken", tmp_path / "b") == 0
+    assert train(python, tmp_path / "broken", tmp_path / "b") == 0
     ends = [[torch.load(tmp_path / name / f"rank{r}.pth", weights_only=True) for r in (0, 1)] for name in "ab"]
     for whole, resumed in zip(*ends):
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
@@ -146,8 +146,8 @@ cli(main)
 """
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FULL, "--output-dir", str(tmp_path), "--workers", "0", "--device", "cpu"]
+def test_a_full_disk_is_one_line(tmp_path: Path, python: str) -> None:
+    command = [python, "-c", FULL, "--output-dir", str(tmp_path), "--workers", "0", "--device", "cpu"]
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, "--log-every", "1"], env=variables, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
@@ -397,7 +397,7 @@ def test_a_loss_that_is_not_finite_stops_before_a_checkpoint_is_overwritten(tmp_
     assert checkpoint.load(tmp_path / "checkpoint.pth")["progress"]["step"] == 3
 
 
-def test_a_failure_that_follows_from_the_loss_is_told_as_such() -> None:
+def test_a_failure_that_follows_from_the_loss_is_told_as_such(python: str) -> None:
     script = (
         "import sys, torch\nfrom shared_utils.flags import Parser, add_run_flags\n"
         "from shared_utils.run import Run, cli\n"
@@ -407,7 +407,7 @@ def test_a_failure_that_follows_from_the_loss_is_told_as_such() -> None:
         "cli(main)"
     )
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", script, "--output-dir", folder, "--device", "cpu"]
+        command = [python, "-c", script, "--output-dir", folder, "--device", "cpu"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: step 3: the loss is nan"), done.stderr
     assert done.stderr.count("\n") == 1

@@ -11,7 +11,7 @@ import pytest
 
 from shared_utils import checkpoint
 from shared_utils.lab import results
-from sscl import main
+from sscl import main, options
 from sscl.lab import arms
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,6 +138,36 @@ def test_the_arm_of_fixmatch_is_as_published(tier: str, tmp_path: Path) -> None:
     assert tier != "paper" or args.bn_momentum == 0.001
     other = main.get_parser().parse_args(argv[argv.index("sscl.main") + 1 : argv.index("--lambda_c")])
     assert not other.joint_views and other.bn_momentum == 0.1  # what the tier gives to every arm
+
+
+def test_arms_on_own_folders(tmp_path: Path) -> None:
+    """SET=mine: folders of labelled, unlabelled and test images, no flag of a benchmark; what is missing is named."""
+    calls, fake = tmp_path / "calls", tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$*\" >>{calls}\n")
+    fake.chmod(0o755)
+    own = tmp_path / "own data"
+    env = {**os.environ, "PYTHON": str(fake), "ARMS": "full", "RUNS": str(tmp_path / "runs"), "SKIP_ENV": "1"}
+    env |= {"DATA_ROOT": str(own), "SET": "mine", "SEEDS": "1"}
+    command = ["bash", str(ROOT / "sscl/run_arms.sh"), "small"]
+    for part in ("labelled", "unlabelled"):
+        (own / "mine" / part).mkdir(parents=True)
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and f"{own}/mine/test: no such folder" in done.stderr and not calls.exists()
+    (own / "mine/test").mkdir()
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    train, heads, feats, table = calls.read_text().splitlines()
+    words = train.replace(str(own), "own_data").split()
+    args = main.get_parser().parse_args(words[words.index("sscl.main") + 1 :])
+    assert (str(args.labelled), str(args.unlabelled)) == ("own_data/mine/labelled", "own_data/mine/unlabelled")
+    options.resolve(args)
+    options.check_flags(args, 1)  # neither --split nor --labels_per_class
+    assert f"--val_dir {own}/mine/test" in heads and "--pseudo" not in heads
+    assert f"--val_dir {own}/mine/test" in feats and "--protocols knn,linear" in feats
+    assert table.endswith("runs/sscl/arms/small/mine")
+    finish(tmp_path / "full/seed1", 1, calibrated=False)
+    (tmp_path / "full/seed1-linear/result.json").write_text(json.dumps({"knn": 30.0, "linear": 35.0}))
+    told = arms.ARMS.table(arms.ARMS.measured(tmp_path))
+    assert "| 1 | 41.00 | 41.00 |  | 30.00 | 35.00 |" in told  # no 5-shot accuracy, which nobody measured
 
 
 def test_pseudo_rows_of_the_tree_are_what_its_logs_say() -> None:

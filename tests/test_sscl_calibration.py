@@ -14,13 +14,12 @@ from sscl.calibration import (
     CALIBRATIONS,
     Alignment,
     calibrate,
-    entropy,
-    equal_coverage,
     log_similarity,
     sharpen,
     threshold,
 )
 from sscl.prototypes import class_means, ema_step, nearest_to_classes, spread
+from sscl.watch import entropy, equal_coverage
 
 rows = st.integers(0, 2**31 - 1)
 

@@ -20,15 +20,17 @@ from sscl.data import (
     HiddenLabels,
     Labelled,
     LabelledStream,
+    Mixed,
     Pairs,
     Unlabelled,
     augmentations,
     check_frozen,
     label_split,
+    labelled_images,
     split_hash,
     training_images,
 )
-from sscl.prototypes import Mixed, class_means, refresh
+from sscl.prototypes import class_means, refresh
 from tests.sscl_images import write_images
 
 
@@ -89,7 +91,7 @@ def test_forms_of_a_list_of_labelled_images(form, root, tmp_path) -> None:
     mark = "\ufeff" if "\ufeff" in form else ""
     (tmp_path / "list.txt").write_text(mark + "\n".join(lines).replace("\ufeff", "") + "\n\n")
     args = main.get_parser().parse_args(["--data", str(root), "--split_file", str(tmp_path / "list.txt")])
-    assert main.labelled_images(args, training_images(root)) == [3, 20, 40]
+    assert labelled_images(args, training_images(root)) == [3, 20, 40]
     assert args.split_sha256 == split_hash([3, 20, 40])
 
 
@@ -101,7 +103,7 @@ def test_lists_of_labelled_images_that_are_refused(root, tmp_path) -> None:
     def refused(*lines: str, count: int = 0) -> str:
         file.write_text("\n".join(lines))
         with pytest.raises(UserError) as raised:
-            main.labelled_images(main.get_parser().parse_args(argv), training_images(root, count))
+            labelled_images(main.get_parser().parse_args(argv), training_images(root, count))
         return str(raised.value)
 
     assert "class class2 has no labelled image" in refused("00.png", "18.png")
@@ -109,7 +111,7 @@ def test_lists_of_labelled_images_that_are_refused(root, tmp_path) -> None:
     assert "line 3" in refused("00.png", "18.png", "39.png", count=2)
     file.unlink()
     with pytest.raises(UserError, match="no such list file"):
-        main.labelled_images(main.get_parser().parse_args(argv), training_images(root))
+        labelled_images(main.get_parser().parse_args(argv), training_images(root))
 
 
 def test_imbalanced_images(root) -> None:

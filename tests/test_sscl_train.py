@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from shared_utils import UserError, checkpoint
 from shared_utils.data import ImageList
 from shared_utils.lab import mini
 from shared_utils.run import Diverged, Run
+from sscl import data as sscl_data
 from sscl import eval_cls, losses, main, options
 from sscl.arch import Encoder
 from sscl.model import SsCL
@@ -425,7 +425,7 @@ class Guarded(ImageList):
 
 
 def test_a_guarded_label_raises(data):
-    images: Any = main.training_images(data)
+    images: Any = sscl_data.training_images(data)
     images.__class__ = Guarded
     images.guard({2})
     assert images.label(2) == 0
@@ -436,7 +436,7 @@ def test_a_guarded_label_raises(data):
 def test_training_reads_no_label_of_an_unlabelled_image(data, tmp_path, monkeypatch):
     train(data, tmp_path / "plain", "--diagnostics", "on")
     chosen: list[int] = []
-    choose, load = main.labelled_images, main.training_images
+    choose = sscl_data.labelled_images
 
     def choosing(args, images):  # with all labels, as a list file would tell; from then on they are guarded
         chosen.extend(choose(args, images))
@@ -444,8 +444,7 @@ def test_training_reads_no_label_of_an_unlabelled_image(data, tmp_path, monkeypa
         images.guard(set(chosen))
         return chosen
 
-    monkeypatch.setattr(main, "labelled_images", choosing)
-    monkeypatch.setattr(main, "training_images", load)
+    monkeypatch.setattr(sscl_data, "labelled_images", choosing)
     train(data, tmp_path / "guarded", "--diagnostics", "off")
     assert len(chosen) == 12
     weights = differing(tmp_path / "plain", tmp_path / "guarded")
@@ -531,8 +530,8 @@ def test_a_resume_without_a_part_would_not_be_identical(part, data, whole, tmp_p
     if part == "optimizer":
         saved["optimizer"]["state"] = {k: {"momentum_buffer": None} for k in saved["optimizer"]["state"]}
     elif part == "labelled":  # the labelled images go on at another place
-        at = main.LabelledStream.at
-        monkeypatch.setattr(main.LabelledStream, "at", lambda self, epoch, step=0: at(self, epoch + 1, step))
+        at = sscl_data.LabelledStream.at
+        monkeypatch.setattr(sscl_data.LabelledStream, "at", lambda self, epoch, step=0: at(self, epoch + 1, step))
     else:
         saved["state_dict"][part] = saved["state_dict"][part].flip(-1)
     checkpoint.save(tmp_path / "checkpoint.pth", saved)
@@ -557,11 +556,11 @@ def test_a_diverged_run_stops(data, tmp_path):
 
 
 @pytest.mark.parametrize("arm", ["--labelled_anchors", PUBLISHED])
-def test_two_processes_equal_one_with_two_splits(arm, data, tmp_path):
+def test_two_processes_equal_one_with_two_splits(arm, data, tmp_path, python):
     flags = ["--epochs", "2", "--log-every", "1", *arm.split()]
     log = train(data, tmp_path / "one", *flags)
     flags += ["--bn_splits", "1"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "sscl.main", *SMALL, *flags, "--data", str(data), "--output-dir", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -636,7 +635,7 @@ def test_learning_rate():
         ("--no_labels --lambda_u 0", "--no_labels: there are no prototypes to calibrate with"),
         ("--labelled_anchors --lambda_c 0", "--labelled_anchors needs --lambda_c above 0"),
         ("--moco_k 8", "--moco_k 8: a step enqueues 12 keys"),
-        ("--batch_labelled 40", "a global batch of 80 needs as many samples, the data has 48"),
+        ("--batch_labelled 40", "--batch_labelled 40 x --mu 2: a step takes 80 unlabelled images, there are 48"),
         ("--labels_per_class 17", "--labels_per_class 17: class number 0 has 16 images"),
         ("--labels_per_class 0 --split_file {tmp}/nowhere.txt", "nowhere.txt: no such list file"),
         ("--split_file {tmp}/nowhere.txt", "--labels_per_class and --split_file exclude each other"),
@@ -658,7 +657,7 @@ def test_a_list_of_labelled_images(data, tmp_path):
     (tmp_path / "list.txt").write_text("\n".join(path.split("/")[1] for path in names))  # names alone, as SimCLR's
     train(data, tmp_path / "out", *listed, "--epochs", "1")
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["flags"]["split_sha256"] == main.split_hash([0, 5, 16, 21, 32, 37])
+    assert config["flags"]["split_sha256"] == sscl_data.split_hash([0, 5, 16, 21, 32, 37])
     (tmp_path / "list.txt").write_text("\n".join(path.split("/")[1] for path in names[:4]))
     with pytest.raises(UserError, match="class class2 has no labelled image"):
         train(data, tmp_path / "other", *listed)
@@ -673,19 +672,19 @@ def test_all_images_labelled(data, tmp_path):
         eval_cls.main([*words, "--pseudo", "--output-dir", str(tmp_path / "cls")])
 
 
-def test_the_command_line_on_mini_data_and_without_data(tmp_path):
-    command = [sys.executable, "-m", "sscl.main", *SMALL, "--output-dir", str(tmp_path / "out"), "--epochs", "1"]
+def test_the_command_line_on_mini_data_and_without_data(tmp_path, python):
+    command = [python, "-m", "sscl.main", *SMALL, "--output-dir", str(tmp_path / "out"), "--epochs", "1"]
     command += ["--data", str(mini.ensure("images")), "--per-class", "6"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     for line in ("60 images of 10 classes, 40 with labels", "expected initial loss", "estimated time"):
         assert line in done.stdout
-    (again,) = re.findall("evaluate: python -m (.*)", done.stdout)
+    (again,) = re.findall("next: python -m (.*)", done.stdout)
     module, *flags = shlex.split(again)
     assert module == "sscl.eval_cls"
     assert eval_cls.main([*flags, "--output-dir", str(tmp_path / "cls"), "--workers", "0", "--threads", "1"]) == 0
     assert 0 <= json.loads((tmp_path / "cls/result.json").read_text())["top1"] <= 100
-    command = [sys.executable, "-m", "sscl.main", "--data", str(tmp_path / "nowhere")]
+    command = [python, "-m", "sscl.main", "--data", str(tmp_path / "nowhere")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (
         done.returncode == 2

@@ -8,7 +8,6 @@ import random
 import shutil
 import struct
 import subprocess
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -791,8 +790,8 @@ def test_controls_are_scored_with_as_many_clusters_as_asked(davis: Path, weights
             grid.main([*base, *flags.split(), "--save_path", f"{tmp_path}/no"])
 
 
-def test_an_error_ends_the_command_with_code_2(weights: Path) -> None:
-    command = [sys.executable, "-m", "uvos_dino.eval_oneshot", "--resume_path", str(weights), "--basepath", "nosuch"]
+def test_an_error_ends_the_command_with_code_2(weights: Path, python: str) -> None:
+    command = [python, "-m", "uvos_dino.eval_oneshot", "--resume_path", str(weights), "--basepath", "nosuch"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (
         done.returncode == 2

@@ -5,7 +5,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -92,12 +91,12 @@ def test_the_table_notices_a_difference() -> None:
     assert compare.row("x", torch.ones(3), torch.ones(4), 0.0).off == float("inf")
 
 
-def test_what_is_no_checkout_is_named(tmp_path: Path) -> None:
+def test_what_is_no_checkout_is_named(tmp_path: Path, python: str) -> None:
     with pytest.raises(UserError, match="no checkout of the release, src/eval_oneshot.py is missing; git clone"):
         compare.check(tmp_path, URL, FILES, PACKAGES)
     for name in FILES:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    command = [sys.executable, "-m", "uvos_dino.lab.compare_release", "--release", str(tmp_path / "x")]
+    command = [python, "-m", "uvos_dino.lab.compare_release", "--release", str(tmp_path / "x")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no checkout" in done.stderr

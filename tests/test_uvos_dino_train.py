@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -152,11 +151,11 @@ def test_a_killed_run_goes_on_to_the_same_end(davis: Path, tmp_path: Path, monke
     assert differing(tmp_path / "whole", tmp_path / "other")
 
 
-def test_two_processes_equal_one_on_both_batches(davis: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one_on_both_batches(davis: Path, tmp_path: Path, python: str) -> None:
     off = ["--drop", "0", "--attn_drop_t", "0", "--num_train_steps", "2"]
     one = train(davis, tmp_path / "one", *off, "--batch_size", "4")
     argv = [*SMALL, "--basepath", str(davis / "JPEGImages"), "--output-dir", str(tmp_path / "two"), *off]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, "-m", "uvos_dino.train_RGB_cluster", *argv, "--device", "cpu"],
         cwd=ROOT,

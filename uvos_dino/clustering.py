@@ -5,7 +5,7 @@ with the same neighbourhood are smoothed once, and the greedy pass compares lead
 everybody with everybody.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -240,15 +240,18 @@ class Given:
 
 
 @torch.no_grad()
-def cluster(rows: "Rows | Given", frames: int, tau: float = 1.0) -> Clusters:
-    """All three stages. UserError where a row is not finite (weights that have diverged)."""
+def cluster(rows: "Rows | Given", frames: int, tau: float = 1.0, only: Collection[int] | None = None) -> Clusters:
+    """All three stages; with `only`, clusters come from the windows of these numbers alone (stage A), the rest is
+    assigned. UserError where a row is not finite (weights that have diverged).
+    """
     found = []
-    for p in rows:
+    for window, p in enumerate(rows):
         if not bool(torch.isfinite(p.sum())):
             raise UserError(
                 "the attention is not finite: the block's weights have diverged; take an earlier checkpoint"
             )
-        found.append(window_centroids(p, tau))
+        if only is None or window in only:
+            found.append(window_centroids(p, tau))
     centroids = merge(torch.cat(found), tau)
     log_c = centroids.log()
     labels = torch.cat([assign(p, centroids, log_c).cpu() for p in rows])

@@ -4,12 +4,14 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
@@ -17,12 +19,18 @@ from torchvision.transforms.v2 import functional as TF
 
 from shared_utils import UserError
 from shared_utils.augment import MEAN, STD
-from shared_utils.data import load_image, mix_key, read_text, subfolders, walk
+from shared_utils.data import EXTENSIONS, load_image, mix_key, read_text, subfolders, walk
+from shared_utils.evaluation import available_memory
+from uvos_dino import video
 
 NORMS = {
     "imagenet": (MEAN, STD),
     "release": ((0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)),  # Kinetics: the release's inference alone
 }
+JPEG = {".jpg", ".jpeg"}
+LABEL_MAP = "label maps (.png)"  # as the preflight counts them
+IMAGES, FILMS = (rf".*({'|'.join(map(re.escape, sorted(kinds)))})" for kinds in (EXTENSIONS, video.ENDINGS))
+READ = f"{IMAGES}|{FILMS}"
 
 
 class Layout(NamedTuple):
@@ -195,30 +203,105 @@ def files_of(folder: Path, pattern: str) -> list[Path]:
     return sorted((path for path in found if not path.name.startswith(".")), key=natural_order)
 
 
-def training_videos(root: Path) -> list[list[Path]]:
-    """Frames of every folder of JPEGs below `root` (YouTube-VOS's and -VIS's train/JPEGImages, DAVIS's 480p).
+def training_videos(root: Path, unread: Counter[str] | None = None) -> list[list[Path]]:
+    """Frames of every folder of images below `root` (YouTube-VOS's and -VIS's train/JPEGImages, DAVIS's 480p, one's
+    own), and every video file, as a list of that file alone.
 
-    UserError when there is none.
+    Label maps are left out: palette or grey PNGs in a folder of their own, where other folders hold JPEGs, and PNGs
+    under the name of a JPEG beside them. `unread` counts them, and other files by their endings.
+
+    UserError when there is neither.
     """
-    folders = sorted(folder for folder, _ in walk(root)) if root.is_dir() else []
-    videos = [frames for folder in folders if (frames := files_of(folder, r".*\.(jpg|jpeg)"))]
+    jpegs: list[list[Path]] = []  # folders with JPEGs in them
+    others: list[list[Path]] = []
+    films: list[list[Path]] = []
+    left = Counter[str]()
+    for folder, there in sorted(walk(root)) if root.is_dir() else []:
+        files = files_of(folder, IMAGES)
+        left.update(path.suffix.lower() for path in map(Path, there) if not re.fullmatch(READ, path.name, re.I))
+        names = {path.stem for path in files if path.suffix.lower() in JPEG}
+        frames = [path for path in files if path.suffix.lower() in JPEG or path.stem not in names]
+        left.update({LABEL_MAP: len(files) - len(frames)})
+        if frames:
+            (jpegs if names else others).append(frames)
+        films += [[path] for path in files_of(folder, FILMS)]
+    maps = [frames for frames in others if jpegs and _is_map(frames[0])]
+    left.update({LABEL_MAP: sum(map(len, maps))})
+    if unread is not None:
+        unread.update(+left)
+    videos = jpegs + [frames for frames in others if frames not in maps] + films
     if not videos:
-        raise UserError(f"{root}: no folder of *.jpg frames here; expected VIDEO/00000.jpg, ... (--data_dir)")
-    return videos
+        raise UserError(
+            f"{root}: no folder of frames and no video here; expected VIDEO/00000.jpg, ... or VIDEO.mp4 (--data_dir)"
+        )
+    return sorted(videos, key=source_of)
+
+
+def _is_map(path: Path) -> bool:
+    """Whether a PNG holds numbers or grey levels."""
+    try:
+        with Image.open(path) as image:
+            return image.format == "PNG" and image.mode in ("1", "L", "P", "I", "I;16")
+    except (OSError, ValueError, SyntaxError):  # for the reader to judge
+        return False
+
+
+def source_of(files: Sequence[Path]) -> Path:
+    """The folder of a training video, or the file."""
+    return files[0] if video.is_video(files[0]) else files[0].parent
+
+
+def name_of(files: Sequence[Path]) -> str:
+    """Of a training video, without a file's ending."""
+    return files[0].stem if video.is_video(files[0]) else files[0].parent.name
+
+
+def decoded(videos: Sequence[list[Path]], size: tuple[int, int], every: int = 1) -> list[Tensor]:
+    """Every so many-th frame of the videos in memory, 8 bits [T, 3, H, W] each.
+
+    UserError where they would take more than half of the memory that is available.
+    """
+    frame, room = 3 * size[0] * size[1], available_memory() / 2
+    count = sum(len(files[::every]) for files in videos)
+
+    def check() -> None:
+        if count * frame > room:
+            raise UserError(
+                f"{count} images of {size[0]} x {size[1]} take {count * frame / 2**30:.3g} GiB or more, more than half "
+                "of what is available; give a smaller size, fewer videos, or --every where there is such a flag"
+            )
+
+    check()
+    out = []
+    for files in videos:
+        if video.is_video(files[0]):
+            some = islice(video.pictures(files[0]), 0, None, every)
+            out.append(torch.stack([(fit(rgb, size, 1, files[0]) * 255).round().byte() for rgb in some]))
+            count += len(out[-1]) - 1
+            check()
+        else:
+            out.append(torch.empty(len(files[::every]), 3, *size, dtype=torch.uint8))
+            for x, path in zip(out[-1], files[::every]):
+                x.copy_((read_frame(path, size) * 255).round())
+    return out
 
 
 def read_frame(path: Path, size: tuple[int, int], patch: int = 8) -> Tensor:
-    """[3, H, W] in 0..1, stretched to (H, W); (-1, -1): its own size, cut to multiples of `patch` by scaling.
+    """[3, H, W] in 0..1, see `fit`. UserError for a frame that is smaller than a patch."""
+    return fit(np.asarray(load_image(path)), size, patch, path)
 
-    UserError for a frame that is smaller than a patch.
+
+def fit(rgb: np.ndarray, size: tuple[int, int], patch: int, path: Path) -> Tensor:
+    """[H, W, 3] uint8 -> [3, H, W] in 0..1, stretched to `size`; (-1, -1): its own size, cut to multiples of `patch`
+    by scaling. UserError naming `path` where it is smaller than a patch.
     """
-    rgb: Any = np.asarray(load_image(path), np.float32) / 255
     height, width = size if size[0] > 0 else (rgb.shape[0] // patch * patch, rgb.shape[1] // patch * patch)
     if not height or not width:
         raise UserError(f"{path}: {rgb.shape[0]} x {rgb.shape[1]} pixels are less than a patch of {patch}")
-    if rgb.shape[:2] != (height, width):
-        rgb = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_LINEAR)
-    return torch.from_numpy(np.ascontiguousarray(rgb)).permute(2, 0, 1)
+    x: Any = np.divide(rgb, 255, dtype=np.float32)
+    if x.shape[:2] != (height, width):
+        x = cv2.resize(x, (width, height), interpolation=cv2.INTER_LINEAR)
+    return torch.from_numpy(np.ascontiguousarray(x)).permute(2, 0, 1)
 
 
 def read_video(frames: Sequence[Path], size: tuple[int, int], patch: int = 8) -> Tensor:
@@ -345,7 +428,7 @@ class ClipAugment:
 class Clips(Dataset):
     """`items` virtual clips [T, 3, H, W]: a random video, a random centre (see `clip_indices`).
 
-    `cache` decodes and resizes every frame now, to 8 bits, and keeps them in memory.
+    Video files are decoded now, to 8 bits at `size`, and kept in memory; with `cache` all frames are.
     """
 
     def __init__(
@@ -354,18 +437,17 @@ class Clips(Dataset):
     ):  # fmt: skip
         self.videos, self.items, self.frames, self.gap, self.size = videos, items, frames, gap, size
         self.augment = augment
-        self.stored = [self._decode(video) for video in videos] if cache else None
-
-    def _decode(self, video: list[Path]) -> Tensor:
-        return torch.stack([(read_frame(path, self.size) * 255).round().byte() for path in video])
+        numbers = [i for i, files in enumerate(videos) if cache or video.is_video(files[0])]
+        self.stored = dict(zip(numbers, decoded([videos[i] for i in numbers], size)))  # number of the video: frames
+        self.lengths = [len(self.stored.get(i, files)) for i, files in enumerate(videos)]
 
     def __len__(self) -> int:
         return self.items
 
     def __getitem__(self, index: int) -> Tensor:
         number = random.randrange(len(self.videos))
-        chosen = clip_indices(len(self.videos[number]), self.frames, self.gap)
-        if self.stored is not None:
+        chosen = clip_indices(self.lengths[number], self.frames, self.gap)
+        if number in self.stored:
             clip = self.stored[number][chosen].float() / 255
         else:
             clip = read_video([self.videos[number][i] for i in chosen], self.size)

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from shared_utils import UserError, checkpoint
-from shared_utils.flags import Parser, add_machine_flags, at_least, boolean, not_negative, positive, runs_root
+from shared_utils.flags import Parser, add_machine_flags, add_output_flag, at_least, boolean, not_negative, positive
 from shared_utils.pictures import davis_palette
+from shared_utils.provenance import result_folder
 from shared_utils.run import cli, plain, provenance, set_threads
 from uvos_dino import evaluate, metrics
 from uvos_dino.data import LAYOUTS, NORMS, Video, open_videos, read_mask, read_video, said
@@ -39,7 +40,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--memory_gb", type=not_negative, default=4.0, help="attention rows to keep; what is beyond is computed twice")
     a("--frame_batch", type=positive, default=16, help="frames that go through the encoder at once")
     a("--bf16", action="store_true", help="encoder in half precision (the clustering stays float32)")
-    a("--save_path", type=Path, default=runs_root() / "uvos_dino/eval/default", help="folder of the results")
+    add_output_flag(p, "uvos_dino/segment", "resume_path", names=["--save_path"])
     a("--png", type=boolean, default=True, help="write palette PNGs where the clusters fit")
     a("--release_masks", action="store_true", help="write the release's one-hot SEQ.pth instead (large)")
     add_machine_flags(p, workers=None)
@@ -51,7 +52,7 @@ def check_flags(args: argparse.Namespace) -> None:
     """UserError for flags that make no sense, before anything is loaded."""
     if not args.tau > 0:
         raise UserError(f"--tau {args.tau}: must be above 0")
-    if min(args.resolution) < 1 and args.resolution != [-1, -1]:
+    if args.resolution and min(args.resolution) < 1 and args.resolution != [-1, -1]:
         raise UserError(f"--resolution {args.resolution[0]} {args.resolution[1]}: two sizes, or -1 -1")
 
 
@@ -88,13 +89,10 @@ def main(argv: list[str] | None = None) -> int:
     binary = LAYOUTS[args.dataset].binary
     if args.resolution[0] > 0:
         model.encoder.grid(*args.resolution)
+    args.save_path = result_folder(args, "save_path")
     print(f"uvos_dino/eval -> {args.save_path}\n  device: {device}\n  model: {loaded}")
     print(f"  data: {said(args.dataset, args.basepath, args.split, videos)}")
     print("  flags: " + " ".join(f"--{k} {v}" for k, v in plain(args).items() if v is not None), flush=True)
-    try:
-        args.save_path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--save_path {args.save_path}: cannot write here ({error.strerror})") from None
 
     for video in videos:
         started = time.perf_counter()

@@ -1,12 +1,17 @@
-"""A small DINO of our own on frames or images: python -m uvos_dino.main_dino --data_dir FRAMES
+"""A small DINO of our own on images, frames or videos: python -m uvos_dino.main_dino --data_dir FOLDER
 
-Self-distillation with multi-crop, small enough for one CPU core; `--dino_path RUN/checkpoint.pth` takes the teacher.
+Self-distillation with multi-crop, small enough for one CPU core, without labels; `--dino_path RUN/checkpoint.pth` takes
+the teacher.
 """
 
 import argparse
 import copy
 import math
+from bisect import bisect_right
+from collections import Counter
+from itertools import accumulate
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -14,20 +19,21 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from shared_utils import UserError, augment, distributed
-from shared_utils.data import EpochSampler, mix_key
-from shared_utils.evaluation import available_memory
+from shared_utils.data import EpochSampler, mix_key, tell
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils.init import add_init_flag
 from shared_utils.pictures import make_grid
 from shared_utils.run import Run, cli
 from uvos_dino import vision_transformer
-from uvos_dino.data import read_frame, training_videos
+from uvos_dino.data import decoded, training_videos
 from uvos_dino.dino import DinoLoss, Network, views
 
 
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="uvos_dino.main_dino", description=__doc__.splitlines()[0])
     a = p.add_argument
-    a("--data_dir", type=Path, default=Path("data/frames"), help="folders of *.jpg anywhere below it")
+    a("--data_dir", type=Path, default=Path("data/frames"), help="holds train/, or "
+      "images and videos anywhere below it")  # fmt: skip
     a(
         "--image_size",
         type=positive,
@@ -36,7 +42,7 @@ def get_parser() -> argparse.ArgumentParser:
         metavar=("H", "W"),
         help="images are kept at this size",
     )
-    a("--every", type=positive, default=1, help="take every so many-th image of a folder")
+    a("--every", type=positive, default=1, help="take every so many-th image of a folder, or of a video")
     a("--arch", choices=list(vision_transformer.ARCHS), default="vit_little")
     a("--patch_size", type=positive, default=8)
     a("--drop_path", type=float, default=0.1, help="stochastic depth of the student")
@@ -58,6 +64,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--freeze_last", type=float, default=0.02, help="share of the steps in which the prototypes stay")
     a("--wd", "--weight_decay", type=not_negative, default=0.04)
     a("--clip_grad", type=float, default=3.0)
+    add_init_flag(p)
     add_run_flags(p, "uvos_dino/dino/default")
     return p
 
@@ -80,23 +87,35 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
 class Frames(Dataset):
     """All images in memory, 8 bits [N, 3, H, W]; indexed by the sampler's (epoch, index). UserError if too many."""
 
-    def __init__(self, folders: list[list[Path]], size: tuple[int, int], every: int):
-        self.paths = paths = [path for folder in folders for path in folder[::every]]
-        need = len(paths) * 3 * size[0] * size[1]
-        if need > available_memory() / 2:
-            raise UserError(
-                f"{len(paths)} images of {size[0]} x {size[1]} take {need / 2**30:.0f} GiB, more than half of what is "
-                "available; give --every or a smaller --image_size"
-            )
-        self.images = torch.empty(len(paths), 3, *size, dtype=torch.uint8)
-        for image, path in zip(self.images, paths):
-            image.copy_((read_frame(path, size) * 255).round())
+    def __init__(self, videos: list[list[Path]], size: tuple[int, int], every: int):
+        self.paths = [path for files in videos for path in files[::every]]
+        self.parts = decoded(videos, size, every)  # one a folder or video
+        self.ends = list(accumulate(map(len, self.parts)))
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self.ends[-1]
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        return self.images[key[1]]
+        part = bisect_right(self.ends, key[1])
+        return self.parts[part][key[1] - self.ends[part]]  # from its end
+
+
+def start(args: argparse.Namespace) -> tuple[vision_transformer.VisionTransformer, str]:
+    """The student's backbone and a line about its weights: new, or those of --init, whose position table it then has.
+
+    UserError where --arch and --patch_size do not name the network of the file.
+    """
+    if not args.init:
+        return vision_transformer.build(args.arch, args.patch_size, args.global_size, args.drop_path), "new weights"
+    given, loaded = vision_transformer.load(args.init, args.arch, args.patch_size, "--init")
+    if (given.embed_dim, given.depth) != vision_transformer.ARCHS[args.arch] or given.patch_size != args.patch_size:
+        fitting = [name for name, size in vision_transformer.ARCHS.items() if size == (given.embed_dim, given.depth)]
+        name = fitting[0] if fitting else f"of width {given.embed_dim} and depth {given.depth}, which is none of these"
+        raise UserError(f"--init {args.init}: give --arch {name} --patch_size {given.patch_size}")
+    side = math.isqrt(given.pos_embed.shape[1] - 1) * given.patch_size
+    backbone = vision_transformer.build(args.arch, args.patch_size, side, args.drop_path)
+    backbone.load_state_dict(given.state_dict())
+    return backbone, loaded
 
 
 def schedule(args: argparse.Namespace, step: int, steps: int) -> tuple[float, float]:
@@ -112,12 +131,14 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     run = Run(args, "uvos_dino", "dino")
     check_flags(args, run.world)
-    frames = Frames(training_videos(args.data_dir), tuple(args.image_size), args.every)
+    unread = Counter[str]()
+    root = args.data_dir / "train" if (args.data_dir / "train").is_dir() else args.data_dir
+    frames = Frames(training_videos(root, unread), tuple(args.image_size), args.every)
     sampler = EpochSampler(len(frames), args.batch_size // run.world, args.seed, run.rank, run.world)
     loader = run.loader(frames, sampler)
     steps = args.epochs * sampler.steps_per_epoch
 
-    backbone = vision_transformer.build(args.arch, args.patch_size, args.global_size, args.drop_path)
+    backbone, weights = start(args)
     student = Network(backbone, args.out_dim, args.hidden_dim, args.bottleneck_dim).to(run.device)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     criterion = DinoLoss(args.out_dim, args.student_temp, args.teacher_temp).to(run.device)
@@ -130,7 +151,10 @@ def main(argv: list[str] | None = None) -> int:
     run.reads(frames.paths)
     run.preflight(
         {
-            "data": f"{args.data_dir}: {len(frames)} images at {args.image_size[0]} x {args.image_size[1]}",
+            "data": f"{root}: {len(frames)} images at {args.image_size[0]} x {args.image_size[1]}, from "
+            f"{len(frames.parts)} folders or videos",
+            **({"not read": tell(unread)} if unread else {}),
+            "encoder": weights,
             "batch": f"{args.batch_size}, {sampler.steps_per_epoch} steps an epoch, {steps} in all; "
             f"2 crops of {args.global_size} and {args.local_crops} of {args.local_size}",
             "learning rate": f"{args.lr}; DINO's .0005 for 256 images would be {0.0005 * args.batch_size / 256:.3g}",
@@ -178,7 +202,8 @@ def main(argv: list[str] | None = None) -> int:
                 "views/two_global", make_grid(augment.denormalise(shown).cpu(), nrow=min(8, len(images)), padding=2)
             )
 
-    run.finish(f"train the block on it: --dino_path {run.dir}/checkpoint.pth")
+    here, file = quote(str(args.data_dir)), quote(f"{run.dir}/checkpoint.pth")
+    run.finish(f"next, on frames or videos: python -m uvos_dino.train_RGB_cluster --basepath {here} --dino_path {file}")
     return 0
 
 

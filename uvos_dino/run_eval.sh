@@ -42,4 +42,4 @@ case "$tier" in
     ;;
 esac
 checkpoint=${CHECKPOINT:-$runs/uvos_dino/train/$where/checkpoint.pth}
-"$PYTHON" -m uvos_dino.eval_oneshot --resume_path "$checkpoint" --save_path "$runs/uvos_dino/eval/$where" "${flags[@]}" "$@"
+"$PYTHON" -m uvos_dino.eval_oneshot --resume_path "$checkpoint" "${flags[@]}" "$@"

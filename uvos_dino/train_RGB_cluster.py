@@ -6,6 +6,7 @@ Also torchrun --nproc-per-node 8 -m uvos_dino.train_RGB_cluster ...; the arms of
 import argparse
 import math
 import time
+from collections import Counter
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from shared_utils import UserError, checkpoint, distributed
-from shared_utils.data import EpochSampler, Keyed, mix_key
+from shared_utils.data import EpochSampler, Keyed, mix_key, tell
 from shared_utils.flags import Parser, add_run_flags, boolean, natural, not_negative, positive
 from shared_utils.run import Run, cli
 from uvos_dino import losses, metrics, vision_transformer
@@ -25,11 +26,13 @@ from uvos_dino.data import (
     ClipAugment,
     Clips,
     Video,
+    name_of,
     open_videos,
     read_mask,
     read_names,
     read_video,
     said,
+    source_of,
     training_videos,
 )
 from uvos_dino.inference import segment
@@ -39,7 +42,8 @@ from uvos_dino.model_cluster import AttEncoder
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="uvos_dino.train_RGB_cluster", description=__doc__.splitlines()[0])
     a = p.add_argument
-    a("--basepath", "--data_dir", type=Path, default=Path("data/ytvis/train/JPEGImages"), help="holds VIDEO/*.jpg")
+    a("--basepath", "--data_dir", type=Path, default=Path("data/ytvis/train/JPEGImages"), help="folders "
+      "of frames, or videos, anywhere below it")  # fmt: skip
     a("--train_list", type=Path, help="file of the videos (folder names) to take; default: all")
     a("--cache", action="store_true", help="decode all frames once and keep them in memory, 8 bits")
     a(
@@ -211,7 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     # Data: virtual clips, drawn by (seed, index) alone
-    videos = chosen_videos(args.basepath, args.train_list)
+    unread = Counter[str]()
+    videos = chosen_videos(args.basepath, args.train_list, unread)
     augment = ClipAugment(tuple(args.resolution), args.seed, args.augment)
     items = max(1, steps) * args.batch_size * run.world
     clips = Clips(videos, items, T, args.gap, tuple(args.resolution), augment, args.cache)
@@ -221,7 +226,9 @@ def main(argv: list[str] | None = None) -> int:
 
     run.track(model_state_dict=model, optimizer_state_dict=optimizer, iteration=Iteration(run))
     run.reads([path for video in videos for path in video], *([probe.files] if probe else []))
-    told = facts(run, videos, model, counts, grid, loaded)
+    told = facts(run, videos, sum(clips.lengths), model, counts, grid, loaded)
+    if unread:
+        told["not read"] = tell(unread)
     run.preflight({**told, "probed": f"the first {len(probe.videos)} of {probe.data}"} if probe else told)
     if not steps:  # the random block
         run.save()
@@ -256,28 +263,33 @@ def main(argv: list[str] | None = None) -> int:
             kept = {"iteration": run.step + 1, "model_state_dict": model.state_dict(), "loss": float(loss.detach())}
             checkpoint.save(run.dir / f"checkpoint_{run.step + 1}.pth", {**kept, "args": {"num_heads": args.num_heads}})
 
-    run.finish(
-        f"next: python -m uvos_dino.eval_oneshot --basepath DAVIS --resume_path {quote(str(run.dir))}/checkpoint.pth"
-    )
+    file = quote(f"{run.dir}/checkpoint.pth")
+    hint = f"segment {quote(str(source_of(videos[0])))}"
+    if probe:
+        hint = f"eval_oneshot --basepath {quote(str(args.val_basepath))} --dataset {args.dataset}"
+        hint += (
+            f" --split {quote(args.split)} --resolution {args.resolution[0]} {args.resolution[1]} --eval_norm imagenet"
+        )
+    run.finish(f"next: python -m uvos_dino.{hint} --resume_path {file} --ratio {args.ratio} --tau {args.tau}")
     return 0
 
 
-def chosen_videos(root: Path, file: Path | None) -> list[list[Path]]:
+def chosen_videos(root: Path, file: Path | None, unread: Counter[str] | None = None) -> list[list[Path]]:
     """Frames of the training videos, of those that `file` names. UserError for a name without frames."""
-    videos = training_videos(root)
+    videos = training_videos(root, unread)
     if file is None:
         return videos
     if not file.is_file():
         raise UserError(f"--train_list {file}: no such file")
     by_name: dict[str, list[Path]] = {}
     for video in videos:
-        folder = video[0].parent
-        if folder.name in by_name:
+        name = name_of(video)
+        if name in by_name:
             raise UserError(
-                f"--train_list {file}: {folder} and {by_name[folder.name][0].parent} have one name; give --basepath "
-                "the folder that holds one of them"
+                f"--train_list {file}: {video[0].parent} and {by_name[name][0].parent} have {name} both; give "
+                "--basepath the folder that holds one of them"
             )
-        by_name[folder.name] = video
+        by_name[name] = video
     names = read_names(file)
     absent = [name for name in names if name not in by_name]
     if absent or not names:
@@ -286,13 +298,19 @@ def chosen_videos(root: Path, file: Path | None) -> list[list[Path]]:
 
 
 def facts(
-    run: Run, videos: list[list[Path]], model: AttEncoder, counts: losses.Counts, grid: tuple[int, int], loaded: str
+    run: Run,
+    videos: list[list[Path]],
+    frames: int,
+    model: AttEncoder,
+    counts: losses.Counts,
+    grid: tuple[int, int],
+    loaded: str,
 ) -> dict[str, str]:
     """What the preflight prints."""
     args = run.args
     return {
         "data": f"{args.basepath}: {len(videos)} videos"
-        f"{f' named by {args.train_list}' if args.train_list else ''}, {sum(map(len, videos))} frames, stretched to "
+        f"{f' named by {args.train_list}' if args.train_list else ''}, {frames} frames, stretched to "
         f"{args.resolution[0]} x {args.resolution[1]} = {grid[0]} x {grid[1]} patches",
         "encoder": loaded,
         "batch": f"{args.batch_size * run.world} clips of {args.num_frames} frames = {run.world} processes x "

@@ -185,19 +185,19 @@ def for_weights(state: Mapping[str, Tensor], source: str) -> VisionTransformer:
     return VisionTransformer(patch, dim, depth, math.isqrt(table) * patch)
 
 
-def load(source: str, arch: str, patch_size: int) -> tuple[VisionTransformer, str]:
-    """The encoder of `--dino_path` and a line that says what was loaded.
+def load(source: str, arch: str, patch_size: int, flag: str = "--dino_path") -> tuple[VisionTransformer, str]:
+    """The encoder of `--dino_path`, or of another flag, and a line that says what was loaded.
 
     Args:
-        source: a file (DINO or DINOv2 backbone, DINO full checkpoint: its teacher, a run of main_dino; FILE.onnx: an
-            export of torch), `timm:NAME` for hub weights such as timm:vit_small_patch8_224.dino or
+        source: a file (DINO or DINOv2 backbone, DINO full checkpoint: its teacher, a run of main_dino, or its folder;
+            FILE.onnx: an export of torch), `timm:NAME` for hub weights such as timm:vit_small_patch8_224.dino or
             timm:vit_small_patch14_dinov2.lvd142m, or `none`: random weights of `arch`.
 
     Raises:
         UserError: a file that is no DINO ViT or lacks a single tensor; nothing is left random in silence.
     """
     if source == "none":
-        return build(arch, patch_size), f"{arch}, patch {patch_size}, RANDOM weights (--dino_path none)"
+        return build(arch, patch_size), f"{arch}, patch {patch_size}, RANDOM weights ({flag} none)"
     if source.startswith("timm:"):
         import timm
 
@@ -205,27 +205,29 @@ def load(source: str, arch: str, patch_size: int) -> tuple[VisionTransformer, st
             state = dict(timm.create_model(source[5:], pretrained=True, num_classes=0).state_dict())
         except Exception as error:  # unknown name, or no network: timm and its hub raise many kinds
             reason = " ".join(str(error).split())[:120]
-            raise UserError(f"--dino_path {source}: timm cannot provide it ({reason}); give a local file") from None
+            raise UserError(f"{flag} {source}: timm cannot provide it ({reason}); give a local file") from None
     else:
+        if (Path(source) / "checkpoint.pth").is_file():
+            source = str(Path(source) / "checkpoint.pth")
         if not Path(source).is_file():
             raise UserError(
-                f"--dino_path {source}: no such file; give DINO's dino_deitsmall8_pretrain.pth or a run of "
+                f"{flag} {source}: no such file; give DINO's dino_deitsmall8_pretrain.pth or a run of "
                 "uvos_dino/run_dino.sh, timm:vit_small_patch8_224.dino, or none for random weights"
             )
         try:
             state = weights.read_onnx(source) if source.endswith(".onnx") else checkpoint.read_weights(source)
         except UserError as error:
-            raise UserError(f"--dino_path {error}") from None
+            raise UserError(f"{flag} {error}") from None
     others = weights.other_parts(state)
     try:
         state = weights.as_dino(state, source)
         encoder = for_weights(state, source)
     except UserError as error:
-        raise UserError(f"--dino_path {error}") from None
+        raise UserError(f"{flag} {error}") from None
     try:
         report = checkpoint.load_strict(encoder, state, drop=("head.*",))
     except UserError as error:
-        raise UserError(f"--dino_path {source}: {error}") from None
+        raise UserError(f"{flag} {source}: {error}") from None
     what = f"width {encoder.embed_dim}, depth {encoder.depth}, patch {encoder.patch_size}"
     beside = f"; {len(others)} tensors of another part left out ({others[0]}, ...)" if others else ""
     return encoder, f"{source}: {what}; {report}{beside}"

@@ -22,6 +22,10 @@ def read(folder: Path) -> dict[str, float] | None:
     if not probe.is_file():
         return None
     found = json.loads(probe.read_text())
+    if "inside" in found:  # videos of one's own, in class folders or not
+        own = {"inside": found["inside"]}
+        classes = "linear/class/1" in found
+        return own | ({"linear": found["linear/class/1"], "r1": found["r1/class/1"]} if classes else {})
     if "linear/class/2" in found and "linear/class/1" in found:  # motion: list 1 has tied and swapped backgrounds
         return {
             "linear": found["linear/class/1"], "r1": found["r1/class/1"],
@@ -63,6 +67,7 @@ ARMS = Arms(
         "finetuned": "fine-tuned top-1 of the action",
         "blind": "error of a linear probe of the background or source (more: less of it in the features)",
     },
+    shown={"inside": "activation inside FAME's mask (needs no classes)"},
     sets={
         "motion": "generated motions, backgrounds tied in training and swapped in test, 300 videos, 48 px",
         "fight": "fight clips, about 180 a split by source, 48 px",

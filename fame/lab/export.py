@@ -9,7 +9,7 @@ import argparse
 from fame.backbone import build
 from fame.network import add_weights_flags, from_checkpoint, load
 from shared_utils.flags import Parser
-from shared_utils.lab.export import add_export_flags, check, write_backbone
+from shared_utils.lab.export import Made, add_export_flags, check, write_backbone
 from shared_utils.run import cli
 
 # What torchvision's networks do after their last map. s3d's own pool needs 2 x 7 x 7 of it, ours takes any.
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     lines = [f"model = {made}", *(f"model.{head} = torch.nn.Identity()" for head in HEADS.get(args.arch, ()))]
     lines.append("model.load_state_dict(load_file(FILE))")
     name = f"{args.arch}, clips of {args.frame_per_clip} x {args.crop_size} x {args.crop_size}, normalised by Kinetics"
-    print(write_backbone(args, network.state_dict(), "fame", name, lines))
+    print(write_backbone(args, network.state_dict(), "fame", name, Made(lines)))
     return 0
 
 

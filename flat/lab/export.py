@@ -5,21 +5,17 @@ their own. Classifier, decoder and the noise of `--aet avt` stay behind.
 """
 
 import argparse
-import re
 from pathlib import Path
 
 from torch import Tensor
 
 from flat import save_features
-from flat.backbone import WIDTHS, Encoder
+from flat.backbone import WIDTHS, Encoder, torchvision_names
 from shared_utils.flags import Parser, natural
-from shared_utils.lab.export import add_export_flags, check, write_backbone
+from shared_utils.lab.export import Input, Made, add_export_flags, check, write_backbone
 from shared_utils.run import cli
 
 BLOCKS = {"ResNet10": 1, "ResNet18": 2}  # of each of the four stages
-STEM = {"0": "conv1", "1": "bn1"}
-INNER = {"C1": "conv1", "BN1": "bn1", "C2": "conv2", "BN2": "bn2", "shortcut": "downsample.0", "BNshortcut":
-         "downsample.1"}  # fmt: skip
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -29,27 +25,17 @@ def get_parser() -> argparse.ArgumentParser:
     a("--model", help="this and the following default to the checkpoint's own flags")
     a("--width", type=natural)
     a("--image_size", "--img_size", type=natural)
-    add_export_flags(p, ["safetensors"], "safetensors")
+    add_export_flags(p, ["safetensors", "hub"], "safetensors")
     return p
-
-
-def torchvision_name(key: str, blocks: int) -> str:
-    """`trunk.N.C1.weight` of CloserLookFewShot -> `layerS.B.conv1.weight`; the trunk's blocks start at 4."""
-    found = re.fullmatch(r"trunk\.(\d+)\.(?:([A-Z]\w+|shortcut)\.)?(\w+)", key)
-    assert found, key
-    number, inner, last = found.groups()
-    if inner is None:
-        return f"{STEM[number]}.{last}"
-    stage, block = divmod(int(number) - 4, blocks)
-    return f"layer{stage + 1}.{block}.{INNER[inner]}.{last}"
 
 
 def names_and_lines(encoder: Encoder, model: str, size: int, width: int) -> tuple[dict[str, Tensor], list[str]]:
     """The encoder's tensors under the names they are exported with, and how they are loaded."""
     state = {key: value for key, value in encoder.state_dict().items() if not key.startswith("noise.")}
     made = f"flat.backbone.build({model!r}, {size}, {width})"
-    if model in BLOCKS and width in (0, WIDTHS[model]):
-        state = {torchvision_name(key, BLOCKS[model]): value for key, value in state.items()}
+    view = torchvision_names(encoder)
+    if view is not None and width in (0, WIDTHS[model]):
+        state = view.state_dict()
         block = "timm.models.resnet.BasicBlock"
         made = f"timm.models.resnet.ResNet({block}, {(BLOCKS[model],) * 4}, num_classes=0)"
     return state, [f"model = {made}", "model.load_state_dict(load_file(FILE))"]
@@ -63,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     encoder, _, flags, _ = save_features.load(Path(args.pretrained), given)
     state, lines = names_and_lines(encoder, flags.model, flags.image_size, flags.width)
     name = f"{flags.model}, input of {flags.image_size} pixels, normalised by {flags.mean_std}"
-    print(write_backbone(args, state, "flat", name, lines))
+    timm = {"architecture": "resnet18", "num_classes": 0, "model_args": {"layers": [BLOCKS.get(flags.model)] * 4}}
+    x = Input(flags.image_size, *save_features.data.MEAN_STD[flags.mean_std])
+    print(write_backbone(args, state, "flat", name, Made(lines, timm if " = timm." in lines[0] else None), x))
     return 0
 
 

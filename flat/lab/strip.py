@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flat import aet, data
 from flat.episodes import EpisodeDrawer
-from flat.methods.baselinefinetune import proto
+from flat.methods.baselinefinetune import predict
 from flat.options import build_model, family, has_decoder
 from flat.options import get_parser as training_parser
 from shared_utils import UserError, checkpoint
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     episode = drawer.draw(np.array([args.draw]))
     support, query = (torch.stack([novel[i][0] for i in part.flatten().tolist()]) for part in episode[:2])
     f_s, f_q = (model.feature(data.normalise(y, flags.mean_std)) for y in (support, query))  # [5, D], [15, D]
-    given = proto(f_s.view(1, 5, 1, -1), f_q.view(1, 5, 3, -1))[0]  # [15]
+    given = predict("proto", f_s.view(1, 5, 1, -1), f_q.view(1, 5, 3, -1), np.zeros(1, np.int64), 0)[0]  # [15]
     right = given == torch.arange(5).repeat_interleave(3)
     classes = []
     for way in range(5):

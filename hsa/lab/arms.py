@@ -6,24 +6,27 @@ with last, where it had some, for the `--bags` of hsa.main_knn.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 
 from shared_utils import checkpoint
-from shared_utils.lab.arms import Arms
+from shared_utils.lab.arms import Arms, evaluations
 from shared_utils.run import cli
 
 
 def read(folder: Path) -> dict[str, float] | None:
-    """Metrics of the run in `folder` from its two evaluations, None while they are not complete."""
-    files = [folder.with_name(f"{folder.name}-{job}") / "result.json" for job in ("knn", "linear")]
-    if not all(file.is_file() for file in files):
+    """Metrics of the run in `folder` from its two evaluations, None while they are not complete.
+
+    Nearest neighbours that left one image out at a time are all there is: the set has no validation images.
+    """
+    knn, linear = evaluations(folder, "knn", "linear")
+    if knn is None or linear is None:
         return None
-    knn, linear = (json.loads(file.read_text()) for file in files)
-    blocks = linear["blocks"]
-    result = {**knn, "linear_last": linear["linear_last"], "linear3": blocks[min(blocks, key=int)]["last"]}
+    result = dict(knn)
+    if linear:
+        blocks = linear["blocks"]
+        result |= {"linear_last": linear["linear_last"], "linear3": blocks[min(blocks, key=int)]["last"]}
     return {name: result[name] for name in (*ARMS.metrics, *ARMS.shown) if name in result}
 
 

@@ -11,7 +11,7 @@ from hsa.arch import DEPTHS as ARCHS
 from hsa.arch import DROP, STEMS, build
 from shared_utils.evaluation import add_network_flags, load_backbone
 from shared_utils.flags import Parser
-from shared_utils.lab.export import INPUT, add_export_flags, check, resnet_lines, write_backbone, write_detectron2
+from shared_utils.lab.export import INPUT, add_export_flags, check, resnet, write_backbone, write_detectron2
 from shared_utils.run import cli
 
 MEAN_STD = "MODEL.PIXEL_MEAN [123.675,116.280,103.530] MODEL.PIXEL_STD [58.395,57.120,57.375]"
@@ -20,7 +20,7 @@ MEAN_STD = "MODEL.PIXEL_MEAN [123.675,116.280,103.530] MODEL.PIXEL_STD [58.395,5
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="hsa.lab.export_detection", description=__doc__.splitlines()[0])
     add_network_flags(p, list(ARCHS), STEMS, "resnet50")
-    add_export_flags(p, ["torchvision", "detectron2", "safetensors"], "detectron2")
+    add_export_flags(p, ["torchvision", "detectron2", "safetensors", "hub"], "detectron2")
     return p
 
 
@@ -35,8 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         print("release: SyncBN and an extra norm after res5 (R50-C4), TEST.PRECISE_BN True; VOC 24k, COCO 2x schedule")
     else:
         name = f"{args.arch}, width {args.width}, stem {args.stem}, {INPUT}"
-        lines = resnet_lines(*network, "hsa.arch.build")
-        print(write_backbone(args, state, "hsa", name, lines))
+        print(write_backbone(args, state, "hsa", name, resnet(*network, "hsa.arch.build")))
     return 0
 
 

@@ -13,9 +13,11 @@ from hsa import arch
 from hsa.builder import CsMl, ReleaseKeys
 from hsa.cutmix import draw_box, paste
 from hsa.data import Neighbours, training_images
+from hsa.main_moco import INIT_DROP
 from hsa.main_moco import get_parser as training_parser
 from shared_utils.augment import denormalise, plain
 from shared_utils.flags import Parser, natural
+from shared_utils.init import initialise
 from shared_utils.lab import tiles
 from shared_utils.neighbours import features
 from shared_utils.run import cli, seed_everything, set_threads
@@ -40,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     nearby.load_state_dict(saved["neighbours"])
     seed_everything(flags.seed)
     encoder = arch.build(flags.arch, flags.width, flags.stem)
+    if flags.init:
+        initialise(encoder, flags.init, drop=INIT_DROP)
     model = CsMl(encoder, flags.moco_dim, flags.moco_k, flags.moco_m, flags.inter_head if flags.inter_weight else None)
 
     def searched() -> torch.Tensor:
@@ -62,21 +66,24 @@ def main(argv: list[str] | None = None) -> int:
     middle = []
     for name, index in stages.items():
         nearby.set(index, held)
-        rows = [tiles.words(f"{name}: {nearby.purity:.0f} %")]
+        rows = [tiles.words(name if nearby.purity is None else f"{name}: {nearby.purity:.0f} %")]
         for a in args.anchors:
             cells = [
-                tiles.tile(images.image(m), 64, "", tiles.GREEN if label[m] == label[a] else tiles.GREY)
+                tiles.tile(images.image(m), 64, "", tiles.GREEN if label[m] == label[a] >= 0 else tiles.GREY)
                 for m in index[a, :shown].tolist()
             ]
             rows.append(tiles.row(cells, 1))
         middle.append(tiles.column(rows))
-    counts = torch.bincount(label).double()
-    chance = 100 * float((counts * (counts - 1)).sum()) / (len(images) * (len(images) - 1))
+    share = ""
+    if images.has_labels:
+        counts = torch.bincount(label).double()
+        chance = 100 * float((counts * (counts - 1)).sum()) / (len(images) * (len(images) - 1))
+        share = f"; %: share of all {len(images)} x {kept.shape[1]} that are of their image's class (green; chance "
+        share += f"{chance:.0f} %)"
     strip = tiles.row([tiles.column(columns[0]), *middle, tiles.column(columns[1])], 12)
     foot = tiles.words(
-        f"Nearest images in the momentum encoder's features become positives beside the image's own view; %: share of "
-        f"all {len(images)} x {kept.shape[1]} that are of their image's class (green; chance {chance:.0f} %). A blend "
-        "of image and neighbour has both as positives.", 13, width=strip.width,
+        f"Nearest images in the momentum encoder's features become positives beside the image's own view{share}. A "
+        "blend of image and neighbour has both as positives.", 13, width=strip.width,
     )  # fmt: skip
     print(tiles.save(tiles.column([strip, foot], 6), args.out))
     return 0

@@ -17,7 +17,16 @@ from pathlib import Path
 from mdp.transfer import FORMATS, export
 from shared_utils import UserError, checkpoint
 from shared_utils.flags import Parser
-from shared_utils.lab.export import INPUT, add_export_flags, check, write_detectron2, write_safetensors
+from shared_utils.lab.export import (
+    INPUT,
+    LOADED,
+    Made,
+    add_export_flags,
+    by_timm,
+    check,
+    write_backbone,
+    write_detectron2,
+)
 from shared_utils.run import cli
 
 
@@ -25,7 +34,7 @@ def get_parser() -> Parser:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", type=Path, help="checkpoint.pth of python -m mdp.main_pretrain")
     p.add_argument("--branch", choices=["q", "k"], default="q", help="query encoder, or its moving average")
-    add_export_flags(p, [*FORMATS, "detectron2", "safetensors"], "mmseg")
+    add_export_flags(p, [*FORMATS, "detectron2", "safetensors", "hub"], "mmseg")
     return p
 
 
@@ -45,12 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.format == "detectron2":
         line = write_detectron2(state, args.out, arch, width, "imagenet", author="mdp")
         print(f"{line} MODEL.PIXEL_MEAN [123.675,116.280,103.530] MODEL.PIXEL_STD [58.395,57.120,57.375]")
-    elif args.format == "safetensors":
-        make = f"mdp.models.ResNet({arch.removeprefix('resnet')}, {width})"
-        if width == 64:
-            make = f'timm.create_model("{arch}", num_classes=0, output_stride=8)'
-        lines = [f"model = {make}", "model.load_state_dict(load_file(FILE))"]
-        print(write_safetensors(state, args.out, "mdp", f"{arch}, width {width}, {INPUT}", lines, str(args.checkpoint)))
+    elif args.format in ("safetensors", "hub"):
+        make = Made([f"model = mdp.models.ResNet({arch.removeprefix('resnet')}, {width})", LOADED])
+        args.pretrained = args.checkpoint
+        made = by_timm(arch, output_stride=8) if width == 64 else make
+        print(write_backbone(args, state, "mdp", f"{arch}, width {width}, {INPUT}", made))
     else:
         checkpoint.save(args.out, state)
     dropped = len(obj["state_dict"]) - len(state)

@@ -8,11 +8,11 @@ import argparse
 
 import torch
 
-from mra import models_mae, nets
+from mra import data, models_mae, nets
 from shared_utils import checkpoint
 from shared_utils.evaluation import stored_flags
 from shared_utils.flags import Parser, positive
-from shared_utils.lab.export import INPUT, add_export_flags, check, vit_lines, write_backbone
+from shared_utils.lab.export import INPUT, LOADED, Input, Made, add_export_flags, by_timm, check, vit, write_backbone
 from shared_utils.run import cli
 
 ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
@@ -24,7 +24,7 @@ def get_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--input_size", "--img_size", type=positive, help="pixels, for an encoder; default: the checkpoint's, else 224"
     )
-    add_export_flags(p, ["safetensors"], "safetensors")
+    add_export_flags(p, ["safetensors", "hub"], "safetensors")
     return p
 
 
@@ -35,10 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(saved, dict) and "classes" in saved.get("info", {}):
         network, told = nets.load_run(args.pretrained, torch.device("cpu"))
         arch, classes, width, stem = told["arch"], len(told["classes"]), told["width"], told["stem"]
-        made = f"mra.nets.build({arch!r}, {classes}, {width}, {stem!r})"
+        made = Made([f"model = mra.nets.build({arch!r}, {classes}, {width}, {stem!r})", LOADED])
         if arch in nets.IMAGENET and stem == "imagenet":
-            made = f'timm.create_model("{arch}", num_classes={classes})'
-        lines = [f"model = {made}", "model.load_state_dict(load_file(FILE))"]
+            made = by_timm(arch, classes)
+        x = Input(told["input_size"], *data.STATS[told["mean_std"]])
         name = f"{arch}, stem {stem}, {classes} classes, input of {told['input_size']} pixels"
         name += f", normalised by {told['mean_std']}"
         state = network.state_dict()
@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         mae, report, *_ = models_mae.load(args.pretrained, size, norm_pix="no")  # the encoder alone is taken
         print(report)
         state = {key: value for key, value in mae.state_dict().items() if key.startswith(ENCODER)}
-        lines = vit_lines(size, mae.p, *mae.size.enc)
+        made, x = vit(size, mae.p, *mae.size.enc), Input(size, fixed=True)
         name = f"encoder, patch {mae.p}, width and depth {mae.size.enc[:2]}, input of {size} pixels, {INPUT}"
-    print(write_backbone(args, state, "mra", name, lines))
+    print(write_backbone(args, state, "mra", name, made, x))
     return 0
 
 

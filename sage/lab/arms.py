@@ -5,11 +5,10 @@ compact logs into sage/lab/logs/.
 """
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
-from shared_utils.lab.arms import Arms
+from shared_utils.lab.arms import Arms, evaluations
 from shared_utils.run import cli
 
 # Evaluations beside a run: {job: the numbers that are taken from its result.json}.
@@ -30,15 +29,15 @@ def has_attributes(root: Path) -> bool:
 def read(folder: Path) -> dict[str, float] | None:
     """Metrics of the run in `folder` from the evaluations beside it, None while they are not complete.
 
+    Nearest neighbours that left one image out at a time are all there is: the set has no validation images.
     `explained` is what the freshly trained decoder removes of the mean image's error, in per cent.
     """
     out: dict[str, float] = {}
-    for job, numbers in (FACTORS if has_attributes(folder.parent.parent) else LABELS).items():
-        file = folder.with_name(f"{folder.name}-{job}") / "result.json"
-        if not file.is_file():
+    jobs = FACTORS if has_attributes(folder.parent.parent) else LABELS
+    for (_, numbers), result in zip(jobs.items(), evaluations(folder, *jobs)):
+        if result is None:
             return None
-        result = json.loads(file.read_text())
-        out |= {number: result[number] for number in numbers}
+        out |= {number: result[number] for number in numbers if result}
         if "recon" in result:
             out["explained"] = 100 * (1 - result["recon"] / result["recon_mean_image"])
     return out

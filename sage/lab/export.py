@@ -13,9 +13,9 @@ from torch import Tensor
 from sage.arch import DEPTHS, STEMS, build
 from sage.weights import DROP, NORMS, input_norm
 from shared_utils import UserError, checkpoint
-from shared_utils.evaluation import add_network_flags, load_backbone
+from shared_utils.evaluation import add_network_flags, load_backbone, stored_flags
 from shared_utils.flags import Parser
-from shared_utils.lab.export import add_export_flags, check, resnet_lines, write_backbone, write_detectron2
+from shared_utils.lab.export import Input, add_export_flags, check, resnet, write_backbone, write_detectron2
 from shared_utils.run import cli
 
 # normalisation of the input: in words, and as detectron2's config
@@ -40,7 +40,7 @@ def get_parser() -> argparse.ArgumentParser:
     add_network_flags(p, list(DEPTHS), STEMS, "resnet50")
     p.add_argument("--normalise", choices=["auto", *NORMS], default="auto", help="what the backbone's input had in "
       "training, where the file does not tell")  # fmt: skip
-    add_export_flags(p, ["torchvision", "detectron2", "release", "safetensors"], "torchvision")
+    add_export_flags(p, ["torchvision", "detectron2", "release", "safetensors", "hub"], "torchvision")
     return p
 
 
@@ -77,7 +77,11 @@ def main(argv: list[str] | None = None) -> int:
         print("R50-C4 2x (an extra norm after res5, SyncBN) or R50-FPN 1x; batch 16, lr 0.02, 90k iterations")
         return 0
     name = f"{args.arch}, width {args.width}, stem {args.stem}, input of {said}"
-    print(write_backbone(args, plain, "sage", name, resnet_lines(*network, "sage.arch.build")))
+    if args.format == "hub" and norm is None:
+        raise UserError(f"{args.pretrained}: does not tell the normalisation of its input; give --normalise")
+    size = stored_flags(args.pretrained).get("img_size") or 224
+    x = Input(size, (0.5,) * 3, (0.5,) * 3) if norm == "half" else Input(size)
+    print(write_backbone(args, plain, "sage", name, resnet(*network, "sage.arch.build"), x))
     if args.format == "torchvision":
         print(
             f"the input has {said}; mmsegmentation: a dilated ResNet-50 with "

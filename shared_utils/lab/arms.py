@@ -94,6 +94,17 @@ def facts(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def evaluations(folder: Path, *jobs: str) -> list[dict[str, Any] | None]:
+    """What the evaluations beside the run in `folder` found, in the order of `jobs`; None: not finished.
+
+    Where the set has no validation images, `knn` left one image out at a time and no other job has run: {}.
+    """
+    files = [folder.with_name(f"{folder.name}-{job}") / "result.json" for job in jobs]
+    found = [json.loads(file.read_text()) if file.is_file() else None for file in files]
+    alone = any(str((result or {}).get("protocol", "")).startswith("leave-one-out") for result in found)
+    return [{} if alone and result is None else result for result in found]
+
+
 @dataclass
 class Arms:
     """What a folder says of its arms.

@@ -1,35 +1,65 @@
-"""A trained backbone for other programs: torchvision's names, detectron2's, or safetensors with a model card.
+"""A trained backbone for other programs: torchvision's names, detectron2's, safetensors with a card, or a hub folder.
 
 `torchvision` and `detectron2` write .pth files of tensors alone (detectron2's checkpointer reads them as it does its
 .pkl files). `safetensors` writes the plain names, which timm and torchvision share, and beside the file a model card
 of the same name that ends in .md: the paper, how to load, the flags of the training, what this workspace measured.
+`hub` writes a folder that timm reads (`local-dir:FOLDER`, and `hf-hub:NAME` once it is uploaded): model.safetensors,
+config.json, and a README.md with the results of this very run and no paths of this machine.
 """
 
 import argparse
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from shared_utils import UserError, checkpoint
+from shared_utils.compare_runs import read, results_of
 from shared_utils.evaluation import stored_flags
 from shared_utils.lab import results
+from shared_utils.provenance import DATA_FLAGS, RUNTIME_FLAGS
 
 DETECTRON2 = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
 INPUT = "input in ImageNet's mean and standard deviation"
 SUFFIXES = {"safetensors": ".safetensors"}
 
 
+class Made(NamedTuple):
+    """How a network is built elsewhere: lines of Python, and what timm's config.json says where timm has it."""
+
+    lines: list[str]
+    timm: dict[str, Any] | None = None
+
+
+class Input(NamedTuple):
+    """What a network's input is: pixels of a side, mean and standard deviation of each channel; whether no other size
+    will do."""
+
+    size: int = 224
+    mean: Sequence[float] = (0.485, 0.456, 0.406)
+    std: Sequence[float] = (0.229, 0.224, 0.225)
+    fixed: bool = False
+
+
 def add_export_flags(p: argparse.ArgumentParser, formats: Sequence[str], default: str) -> None:
-    p.add_argument("--format", choices=formats, default=default)
-    p.add_argument("--out", type=Path, required=True, help="file to write: .safetensors for that format, else .pth")
+    p.add_argument("--format", choices=formats, default=default, help="hub: a folder that timm reads")
+    text = "file to write: .safetensors for that format, else .pth; hub: a folder"
+    p.add_argument("--out", type=Path, required=True, help=text)
 
 
 def check(pretrained: str, out: Path, kind: str) -> None:
     """UserError unless there are weights to export and the name of the file fits the format."""
     if pretrained == "none":
         raise UserError("--pretrained none: there is nothing to export; give a checkpoint")
+    if kind == "hub":
+        if out.suffix in (".pth", ".safetensors", ".pkl") or (out.exists() and not out.is_dir()):
+            raise UserError(f"{out}: --format hub writes a folder; give the name of one")
+        if out.is_dir() and any(out.iterdir()) and "architecture" not in read(out / "config.json"):
+            raise UserError(f"{out}: holds something else than a hub folder; give the name of a new one")
+        return
     suffix = SUFFIXES.get(kind, ".pth")
     if out.suffix != suffix:
         why = " (detectron2 unpickles a .pkl file by other code)" if out.suffix == ".pkl" else ""
@@ -63,12 +93,22 @@ def write_detectron2(
     return line + "INPUT.FORMAT RGB" + (" MODEL.RESNETS.RES2_OUT_CHANNELS 64" if DETECTRON2[arch] < 50 else "")
 
 
-def resnet_lines(arch: str, width: int, stem: str, build: str) -> list[str]:
+def by_timm(architecture: str, classes: int = 0, **args: Any) -> Made:
+    """A network that timm.create_model makes."""
+    words = "".join(f", {name}={value}" for name, value in args.items())
+    lines = [f'model = timm.create_model("{architecture}", num_classes={classes}{words})', LOADED]
+    return Made(lines, {"architecture": architecture, "num_classes": classes, "model_args": args})
+
+
+LOADED = "model.load_state_dict(load_file(FILE))"
+
+
+def resnet(arch: str, width: int, stem: str, build: str) -> Made:
     """How a ResNet is loaded: by timm where it has the network, else by the folder's `build` (`hsa.arch.build`)."""
     if arch in DETECTRON2 and stem == "imagenet" and width == 64:
-        return [f'model = timm.create_model("{arch}", num_classes=0)', "model.load_state_dict(load_file(FILE))"]
+        return by_timm(arch)
     module, name = build.rsplit(".", 1)
-    return [f"model = {module}.{name}({arch!r}, {width}, {stem!r})", "model.load_state_dict(load_file(FILE))"]
+    return Made([f"model = {module}.{name}({arch!r}, {width}, {stem!r})", LOADED])
 
 
 # timm's ViTs for 224 pixels: patch, width, depth, heads
@@ -80,13 +120,15 @@ VITS = {
 }  # fmt: skip
 
 
-def vit_lines(img_size: int, patch: int, dim: int, depth: int, heads: int) -> list[str]:
+def vit(img_size: int, patch: int, dim: int, depth: int, heads: int) -> Made:
     """How a ViT is loaded by timm: under a name where it has that network, else by its sizes."""
     name = next((k for k, v in VITS.items() if (img_size, v) == (224, (patch, dim, depth, heads))), None)
-    sizes = f"img_size={img_size}, patch_size={patch}, embed_dim={dim}, depth={depth}, num_heads={heads}"
-    made = f'timm.create_model("{name}", num_classes=0)'
-    made = made if name else f"timm.models.VisionTransformer({sizes}, num_classes=0)"
-    return [f"model = {made}", "model.load_state_dict(load_file(FILE))"]
+    if name:
+        return by_timm(name)
+    sizes = {"img_size": img_size, "patch_size": patch, "embed_dim": dim, "depth": depth, "num_heads": heads}
+    words = ", ".join(f"{key}={value}" for key, value in sizes.items())
+    lines = [f"model = timm.models.VisionTransformer({words}, num_classes=0)", LOADED]
+    return Made(lines, {"architecture": "vit_base_patch16_224", "num_classes": 0, "model_args": sizes})
 
 
 def model_card(paper: str, network: str, out: Path, lines: Sequence[str], flags: Mapping[str, object]) -> str:
@@ -111,7 +153,10 @@ def model_card(paper: str, network: str, out: Path, lines: Sequence[str], flags:
         "",
         "## Training",
         "",
-        *([f"`--{k.replace('_', '-')} {v}`" + "  " for k, v in sorted(flags.items())] or ["No flags in the file."]),
+        *(
+            [f"`--{k.replace('_', '-')} {v}`" + "  " for k, v in public_flags(flags).items()]
+            or ["No flags in the file."]
+        ),
         "",
         "## Measured",
         "",
@@ -144,11 +189,92 @@ def write_safetensors(
     return f"{len(plain)} tensors -> {out}; model card -> {card}"
 
 
-def write_backbone(
-    args: argparse.Namespace, state: Mapping[str, Tensor], paper: str, network: str, lines: Sequence[str]
+def public_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that tell nothing of a machine: neither where things lie nor how fast they went."""
+
+    def path(value: Any) -> bool:
+        return bool(re.search(r"[/\\~]", str(value)))
+
+    hidden = RUNTIME_FLAGS | DATA_FLAGS
+    return {k: v for k, v in sorted(flags.items()) if k not in hidden and not path(v) and v not in (None, "")}
+
+
+def own_results(run: Path) -> list[tuple[str, str, str]]:
+    """(evaluation, metric, number) of all results beside a run; names of folders without the flags in them."""
+    rows = []
+    for key, value in results_of(run).items():
+        where, _, metric = key.rpartition("/")
+        found = re.match(r"([^=]*?)(-[^-=/]+=.*)?$", where)
+        rows.append((found[1] if found else "", metric, f"{value:.4g}"))
+    return rows
+
+
+def hub_card(paper: str, network: str, pretrained: str, made: Made, x: Input) -> str:
+    """README.md of a hub folder: the paper, how to load, the results of this run, its flags without paths."""
+    about = results.paper(Path(__file__).resolve().parents[2] / paper)
+    run = Path(pretrained).parent
+    config = read(run / "config.json")
+    commit = f"commit {config['git_commit']}" if config.get("git_commit") else "a commit that was not noted"
+    text = [
+        "---", "library_name: timm", "tags: [image-feature-extraction, timm]", "---", f"# {about.title}: {network}", "",
+        f"Trained by `{paper}` ({commit}), which reproduces the paper (arXiv {about.arxiv}; the authors' own release: "
+        f"{about.release}). The weights carry whatever terms the data have that they were trained on.", "",
+        "```python", "import timm", "", 'model = timm.create_model("local-dir:FOLDER", pretrained=True)', "```", "",
+        f"Input: {x.size} x {x.size} pixels{', no other size' if x.fixed else ''}; mean "
+        f"{', '.join(f'{v:.4g}' for v in x.mean)}, standard deviation {', '.join(f'{v:.4g}' for v in x.std)}.", "",
+        "## Results of this run", "",
+    ]  # fmt: skip
+    rows = own_results(run) if config else []
+    if rows:
+        text += ["| evaluation | metric | value |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    else:
+        text += ["None was found beside the checkpoint."]
+    flags = public_flags(stored_flags(pretrained))
+    text += ["", "## Training", "", *([f"`--{k} {v}`" + "  " for k, v in flags.items()] or ["No flags in the file."])]
+    return "\n".join(text) + "\n"
+
+
+def write_hub(
+    state: Mapping[str, Tensor], out: Path, paper: str, network: str, made: Made, x: Input, pretrained: str
 ) -> str:
-    """As --format says: safetensors and a card, or the same names in a .pth file; returns what was written."""
+    """The folder that timm reads; returns what was written. UserError: timm does not have the network."""
+    from safetensors.torch import save
+
+    if made.timm is None:
+        raise UserError(f"--format hub: timm has no such network ({network}); --format safetensors takes any")
+    size, vit = [3, x.size, x.size], "vit" in made.timm["architecture"]
+    config = made.timm | {
+        "num_features": made.timm["model_args"].get("embed_dim"),
+        "pretrained_cfg": {
+            "input_size": size, "fixed_input_size": x.fixed, "interpolation": "bilinear", "crop_pct": 0.875,
+            "crop_mode": "center", "mean": list(x.mean), "std": list(x.std), "num_classes": made.timm["num_classes"],
+            "first_conv": "patch_embed.proj" if vit else "conv1", "classifier": "head" if vit else "fc",
+        },
+    }  # fmt: skip
+    config = {k: v for k, v in config.items() if v is not None}
+    blob = save({k: v.contiguous() for k, v in state.items()}, metadata={"format": "pt"})
+    files = {"model.safetensors": blob, "config.json": json.dumps(config, indent=1).encode() + b"\n"}
+    files["README.md"] = hub_card(paper, network, pretrained, made, x).encode()
+
+    def put(name: str, content: bytes) -> None:
+        checkpoint.write(out / name, lambda handle: handle.write(content))
+
+    for name, content in files.items():
+        put(name, content)
+    return f'{len(state)} tensors -> {out}: timm.create_model("local-dir:{out}", pretrained=True)'
+
+
+def write_backbone(
+    args: argparse.Namespace, state: Mapping[str, Tensor], paper: str, network: str, made: Made, x: Input | None = None
+) -> str:
+    """As --format says: a hub folder, safetensors and a card, or the same names in a .pth file; says what was written.
+
+    `x`: the input, where it is not ImageNet's at the size that the checkpoint was trained with.
+    """
+    if args.format == "hub":
+        size = stored_flags(str(args.pretrained)).get("img_size") or 224
+        return write_hub(state, args.out, paper, network, made, x or Input(size), str(args.pretrained))
     if args.format == "safetensors":
-        return write_safetensors(state, args.out, paper, network, lines, str(args.pretrained))
+        return write_safetensors(state, args.out, paper, network, made.lines, str(args.pretrained))
     checkpoint.save(args.out, {key: value.contiguous() for key, value in state.items()})
     return f"{len(state)} tensors -> {args.out}"

@@ -256,9 +256,9 @@ def _published(row: dict[str, str]) -> str:
 
 
 def word(rows: Sequence[dict[str, str]], about: Paper) -> str:
-    """The verdict on a folder's claims in a word: that of the claims that could be tested."""
+    """The verdicts on those of a folder's claims that could be tested, each once, in words."""
     found = {WORDS[row["status"]] for row in claim_rows(rows, about) if row["status"] in CLAIMED}
-    return "untested" if not found else found.pop() if len(found) == 1 else "mixed"
+    return ", ".join(word for word in WORDS.values() if word in found) or "untested"
 
 
 def short(text: str, limit: int = CELL) -> str:

@@ -53,7 +53,8 @@ def read(folder: Path) -> dict[str, float] | None:
         return None
     heads, feats = (json.loads(file.read_text()) for file in files)
     out = {name: heads[name] for name in ("top1", "ema_top1")}
-    out |= {name: feats[name] for name in ("knn", "linear")} | {"few_shot": feats["5shot_lr"]}
+    out |= {name: feats[name] for name in ("knn", "linear")}
+    out |= {"few_shot": feats["5shot_lr"]} if "5shot_lr" in feats else {}  # own folders may have fewer
     out |= course(folder / "log.jsonl")
     if "early_all_calib" in out:  # the arm has an embedding to calibrate with
         out |= {f"end{share}_{name}": heads[f"{name}@{share}"] for share in (20, 50, 100) for name in COLUMNS}

@@ -7,7 +7,7 @@ file of tensors alone. Both heads stay behind.
 import argparse
 
 from shared_utils.flags import Parser
-from shared_utils.lab.export import INPUT, add_export_flags, check, resnet_lines, write_backbone
+from shared_utils.lab.export import INPUT, add_export_flags, check, resnet, write_backbone
 from shared_utils.run import cli
 from sscl.weights import add_network_flags, load_encoder
 
@@ -15,7 +15,7 @@ from sscl.weights import add_network_flags, load_encoder
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="sscl.lab.export", description=(__doc__ or "").splitlines()[0])
     add_network_flags(p.add_argument)
-    add_export_flags(p, ["torchvision", "safetensors"], "safetensors")
+    add_export_flags(p, ["torchvision", "safetensors", "hub"], "safetensors")
     p.add_argument("--copy", choices=["query", "momentum"], default="query", help="whose backbone")
     return p
 
@@ -26,8 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     encoder, report = load_encoder(args, None, args.copy)
     print(report)
     name = f"{args.arch}, width {args.width}, stem {args.stem}, {INPUT}"
-    lines = resnet_lines(args.arch, args.width, args.stem, "sscl.arch.build")
-    print(write_backbone(args, encoder.backbone.state_dict(), "sscl", name, lines))
+    made = resnet(args.arch, args.width, args.stem, "sscl.arch.build")
+    print(write_backbone(args, encoder.backbone.state_dict(), "sscl", name, made))
     return 0
 
 

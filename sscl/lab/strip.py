@@ -16,8 +16,8 @@ from sscl.arch import Encoder, build
 from sscl.calibration import Alignment, calibrate, log_similarity, sharpen
 from sscl.data import Unlabelled, augmentations, training_images
 from sscl.main import get_parser as training_parser
-from sscl.main import nearest
-from sscl.model import SsCL, Whole
+from sscl.model import SsCL
+from sscl.weights import Whole
 
 COMMAND = "bash sscl/run_train.sh"
 SIDE = 64
@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     saved, flags = tiles.open_run(args.pretrained, training_parser(), COMMAND, ["state_dict"])
     if flags.no_labels or flags.calib == "none" or flags.neighbours == "off" or not flags.lambda_c:
         raise UserError(f"{args.pretrained}: an arm without the exchange of both branches; take another run")
+    if flags.labelled:
+        raise UserError(f"{args.pretrained}: on own folders, whose true classes nobody knows; take another run")
     set_threads(0, 0, torch.device("cpu"))
     images = training_images(flags.data, flags.per_class, False, flags.imbalance)
     tiles.check_numbers(args.anchors, len(images))
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     tilde = sharpen(calibrate(aligned, log_q, flags.calib, model.alignment.qbar, flags.calib_weight), flags.sharpen_t)
     sure = torch.ones(len(p), dtype=torch.bool)  # whom they would choose, were they sure of themselves
     who = losses.Memory(tilde.argmax(1), sure, tilde, torch.tensor(args.anchors))
-    chosen = nearest(flags, model, who, z)
+    chosen = model.nearest(who, z, flags.num_pos, flags.sim)
 
     header = ["unlabelled", "prediction p", "similarity q", "calibrated", "positives from the queue"]
     rows: list[list] = [header]

@@ -8,7 +8,16 @@ import argparse
 
 from shared_utils import checkpoint
 from shared_utils.flags import Parser
-from shared_utils.lab.export import INPUT, add_export_flags, check, vit_lines, write_safetensors
+from shared_utils.lab.export import (
+    INPUT,
+    LOADED,
+    Input,
+    add_export_flags,
+    check,
+    vit,
+    write_backbone,
+    write_safetensors,
+)
 from shared_utils.run import cli
 from uvos_dino.inference import load_model
 from uvos_dino.vision_transformer import for_weights
@@ -17,7 +26,7 @@ from uvos_dino.vision_transformer import for_weights
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="uvos_dino.lab.export", description=(__doc__ or "").splitlines()[0])
     p.add_argument("--pretrained", required=True, help="checkpoint of a run, the released one, or a DINO file")
-    add_export_flags(p, ["safetensors"], "safetensors")
+    add_export_flags(p, ["safetensors", "hub"], "safetensors")
     return p
 
 
@@ -34,14 +43,15 @@ def main(argv: list[str] | None = None) -> int:
         report = f"{args.pretrained}: {checkpoint.load_strict(encoder, state, drop=('head.*',))}"
     print(report)
     side = encoder.patch_size * int((encoder.pos_embed.shape[1] - 1) ** 0.5)
-    lines = vit_lines(side, encoder.patch_size, encoder.embed_dim, encoder.depth, encoder.num_heads)
+    made = vit(side, encoder.patch_size, encoder.embed_dim, encoder.depth, encoder.num_heads)
     name = f"encoder, patch {encoder.patch_size}, width {encoder.embed_dim}, depth {encoder.depth}, {INPUT}"
-    print(write_safetensors(encoder.state_dict(), args.out, "uvos_dino", name, lines, args.pretrained))
+    print(write_backbone(args, encoder.state_dict(), "uvos_dino", name, made, Input(side, fixed=True)))
     if blocks is not None:
         heads = blocks[0].attn.num_heads  # type: ignore[union-attr]
-        made = f"uvos_dino.attention.Block({encoder.embed_dim}, {heads}) for _ in range({len(blocks)})"
-        lines = [f"model = torch.nn.ModuleList({made})", "model.load_state_dict(load_file(FILE))"]
+        blocks_made = f"uvos_dino.attention.Block({encoder.embed_dim}, {heads}) for _ in range({len(blocks)})"
+        lines = [f"model = torch.nn.ModuleList({blocks_made})", LOADED]
         out = args.out.with_stem(f"{args.out.stem}-block")
+        out = args.out / "block.safetensors" if args.format == "hub" else out
         name = f"spatio-temporal block, width {encoder.embed_dim}, {heads} heads"
         print(write_safetensors(blocks.state_dict(), out, "uvos_dino", name, lines, args.pretrained))
     return 0
