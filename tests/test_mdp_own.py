@@ -335,6 +335,12 @@ def test_hints_name_this_run_and_run(sets: dict[str, Path], pretrained: Path, tm
     assert (tmp_path / "maps/food/labels" / f"{photo.stem}.png").is_file()
 
 
+def test_a_run_from_the_config_of_another(sets: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
+    assert main(["--config", str(pretrained), "--output-dir", str(tmp_path), "--epochs", "1"]) == 0
+    flags = json.loads((tmp_path / "config.json").read_text())["flags"]
+    assert flags["datasets"] == "street,food" and flags["data"] == [f"{name}={path}" for name, path in sets.items()]
+
+
 def test_the_card_names_the_checkpoint_of_its_run(tmp_path: Path) -> None:
     stub = tmp_path / "python"
     stub.write_text("#!/bin/sh\n")
