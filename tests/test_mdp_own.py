@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ SMALL = (
     "--arch resnet18 --base-channels 8 --head-channels 16 --dilations 1,2 --dim 16 --crop-size 32 --batch-size 4 "
     "--bank-size 8 --workers 0 --threads 1 --lr 0.05 --log-every 1 --epochs 2"
 ).split()
+ROOT = Path(__file__).resolve().parents[1]
 COLOURS = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [200, 200, 60]])
 # Portrait, landscape, square, and smaller than a crop.
 SIZES = [(40, 64), (72, 48), (48, 48), (30, 24), (50, 34)]
@@ -267,7 +270,7 @@ def test_a_moved_set_resumes_and_another_does_not(sets: dict[str, Path], pretrai
 
 
 def test_init_from_a_run_its_file_and_a_backbone(
-    sets: dict[str, Path], pretrained: Path, tmp_path: Path, capsys: Any
+    sets: dict[str, Path], pretrained: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = checkpoint.load(pretrained / "checkpoint.pth")["state_dict"]
     flags = [*SMALL, *words(sets, "street"), "--epochs", "1", "--lr", "1e-12", "--wd", "0", "--output-dir"]
@@ -289,6 +292,13 @@ def test_init_from_a_run_its_file_and_a_backbone(
     checkpoint.save(tmp_path / "plain.pth", {**backbone, "fc.weight": torch.zeros(1)})
     of_file = started(str(tmp_path / "plain.pth"))
     assert same(of_file, "backbone") and not same(of_file, "decode_head")
+
+    class Published:
+        def state_dict(self) -> dict[str, torch.Tensor]:
+            return backbone
+
+    monkeypatch.setattr("timm.create_model", lambda name, **more: Published())
+    assert same(started("timm:resnet18"), "backbone")
     with pytest.raises(UserError, match=r"--init .*my run: the weights do not fit Encoder: .*--arch and its like"):
         main([*flags, str(tmp_path / "wide"), "--init", str(pretrained), "--base-channels", "16"])
     with pytest.raises(UserError, match="to train longer, start a new run from its weights: --init '.*my run/check"):
@@ -323,6 +333,24 @@ def test_hints_name_this_run_and_run(sets: dict[str, Path], pretrained: Path, tm
     call[call.index("maps")] = str(tmp_path / "maps")
     assert predict.main([*call, "--threads", "1"]) == 0
     assert (tmp_path / "maps/food/labels" / f"{photo.stem}.png").is_file()
+
+
+def test_a_run_from_the_config_of_another(sets: dict[str, Path], pretrained: Path, tmp_path: Path) -> None:
+    assert main(["--config", str(pretrained), "--output-dir", str(tmp_path), "--epochs", "1"]) == 0
+    flags = json.loads((tmp_path / "config.json").read_text())["flags"]
+    assert flags["datasets"] == "street,food" and flags["data"] == [f"{name}={path}" for name, path in sets.items()]
+
+
+def test_the_card_names_the_checkpoint_of_its_run(tmp_path: Path) -> None:
+    stub = tmp_path / "python"
+    stub.write_text("#!/bin/sh\n")
+    stub.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(stub), "SKIP_ENV": "1"}
+    for words, file in ((["--output-dir", "/a b"], "/a\\ b"), (["small", "--log_dir=/c"], "/c")):
+        command = ["bash", "mdp/run_pretrain.sh", *words]
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        tier = "small" if "small" in words else "mini"
+        assert said.endswith(f"bash mdp/run_finetune.sh {tier} --checkpoint {file}/checkpoint.pth\n")
 
 
 def test_predictions_of_a_pretraining(sets: dict[str, Path], pretrained: Path, tmp_path: Path, capsys: Any) -> None:
