@@ -36,18 +36,7 @@ IMPORTED = (
     "torch.distributed.launcher.api", "torch.distributed.elastic.agent.server.local_elastic_agent",
     "cv2", "PIL.Image", "scipy.optimize", "sklearn.linear_model", "timm", "matplotlib.pyplot", "av",
 )  # fmt: skip
-LOADED = (
-    "OMP_",
-    "MKL_",
-    "KMP_",
-    "GOMP_",
-    "ATEN_",
-    "ONEDNN_",
-    "DNNL_",
-    "LD_PRELOAD",
-    "PYTHONHASHSEED",
-    "PYTHONWARNINGS",
-)
+LOADED = ("OMP_", "MKL_", "ATEN_", "ONEDNN_", "DNNL_", "LD_PRELOAD", "PYTHONHASHSEED", "PYTHONWARNINGS")
 
 CLIENT = """#!{python} -IS
 import array, json, os, signal, socket, sys

@@ -1,6 +1,8 @@
 """The method of hsa: losses, CutMix, the two encoders and their queues, levels."""
 
 import copy
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -388,3 +390,23 @@ def test_initialisation_and_stems():
     assert arch.build("resnet10", 4).num_features == 32 and arch.build("resnet50", 64).num_features == 2048
     with pytest.raises(UserError, match="unknown --arch resnet9"):
         arch.build("resnet9")
+
+
+def _norms(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    model = CsMl(arch.build("resnet10", 4, "cifar_pool"), dim=8, k=16)
+    model.encoder_k(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(rank)))
+    before = [buffer.clone() for buffer in model.encoder_k.buffers()]
+    model.share_norms()
+    torch.save([before, list(model.encoder_k.buffers())], Path(folder, str(rank)))
+    torch.distributed.destroy_process_group()
+
+
+def test_features_are_taken_with_the_statistics_of_the_first_process(python, tmp_path):
+    code = "import sys; from tests.test_hsa_method import _norms; _norms(int(sys.argv[1]), sys.argv[2])"
+    root = Path(__file__).resolve().parents[1]
+    ranks = [subprocess.Popen([python, "-c", code, str(rank), str(tmp_path)], cwd=root) for rank in (0, 1)]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    (first, own), (other, shared) = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
+    assert not torch.equal(first[0], other[0])
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(first, own, shared, strict=True))

@@ -48,7 +48,7 @@ def pretrained(path: Path, arch: str = "resnet10", width: int = 8, stem: str = "
     net = build(arch, width, stem)
     net.fc = mlp_head(net.num_features, 16)
     with torch.no_grad():
-        for _ in range(10):
+        for _ in range(10 if width < 64 else 2):
             net(torch.randn(16, 3, 32, 32))
     state = {f"module.encoder_q.{k}": v for k, v in net.state_dict().items()}
     state |= {f"module.encoder_k.{k}": v + 1 for k, v in net.state_dict().items()}

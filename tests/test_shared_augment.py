@@ -105,6 +105,10 @@ def test_an_image_that_no_crop_fits_gets_torchvisions_centre():
         assert box == list(T.RandomResizedCrop.get_params(image, recipe.scale, recipe.ratio))
 
 
+def test_the_strength_of_simclr_is_that_of_all_four_colours():
+    assert augment.simclr(16, strength=0.5).jitter == pytest.approx((0.4, 0.4, 0.4, 0.1))
+
+
 def test_switches_orders_and_strengths_have_their_distributions():
     count = 24000
     recipe = augment.byol(16, 1)
