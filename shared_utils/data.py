@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -31,8 +31,10 @@ HELPERS |= {"__pycache__", "system volume information", "thumbs.db", "ehthumbs.d
 HASHED = 20_000  # files of a list whose sizes its fingerprint reads, at most
 
 
-def load_image(path: str | os.PathLike, mode: str | None = "RGB") -> Image.Image:
+def load_image(path: str | os.PathLike, mode: str | None = "RGB", turn: bool = False) -> Image.Image:
     """Decode the whole file; `mode=None` is for label maps. UserError names a file that cannot be read.
+
+    `turn`: as the file's EXIF orientation says, for photos that no label map belongs to; else as it is stored.
 
     16-bit greys become 8-bit ones by their high byte, where PIL would clip them to white. With `mode=None` the stored
     mode and the stored numbers are kept: PIL spreads 2- and 4-bit greys over 0..255, here they stay 0..3 and 0..15.
@@ -41,6 +43,8 @@ def load_image(path: str | os.PathLike, mode: str | None = "RGB") -> Image.Image
         with Image.open(path) as image:
             bits = _grey_bits(image)
             image.load()
+            if turn and image.info.get("exif"):
+                image = ImageOps.exif_transpose(image)
             if mode is None and image.mode == "L" and bits in (2, 4):
                 stored = Image.fromarray(np.asarray(image) // (255 // (2**bits - 1)))
                 stored.info["bits"] = bits  # numbers for certain, where 8 bits may be brightness
@@ -335,11 +339,11 @@ class ImageList(Dataset):
         if self._pixels is not None:
             first, (height, width) = int(self._first[index]), self._sizes[index].tolist()
             return self._pixels[first : first + 3 * height * width].view(height, width, 3).numpy()
-        return np.array(load_image(self.file(index)))
+        return np.array(load_image(self.file(index), turn=True))
 
     def image(self, index: int) -> Image.Image:
         """The decoded image, RGB."""
-        return Image.fromarray(self.pixels(index)) if self.decoded else load_image(self.file(index))
+        return Image.fromarray(self.pixels(index)) if self.decoded else load_image(self.file(index), turn=True)
 
     def __getitem__(self, index: int) -> tuple[Any, int, int]:
         image = self.image(index)

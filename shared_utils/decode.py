@@ -15,8 +15,19 @@ from PIL import Image
 from shared_utils.data import load_image
 
 
+def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """[H, W, 3] as EXIF's orientation (1 to 8; others count as 1) wants it shown."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
 class Encoded:
-    """A file whose header is read: `height`, `width`; `pixels()` decodes it. UserError names a file that is broken."""
+    """A file whose header is read: `height`, `width` as shown; `pixels()` decodes it. UserError names a broken file."""
 
     def __init__(self, path: str | os.PathLike):
         self.path, self.data, self.simple = path, b"", False
@@ -25,6 +36,9 @@ class Encoded:
                 self.data = handle.read()
             with Image.open(io.BytesIO(self.data)) as image:
                 self.width, self.height = image.size
+                self.orientation = image.getexif().get(0x0112, 1) if image.info.get("exif") else 1
+                if self.orientation in (5, 6, 7, 8):
+                    self.width, self.height = self.height, self.width
                 whole = self.data.rstrip(b"\0")[-2:] == b"\xff\xd9"  # one cut short is for Pillow to judge
                 self.simple = image.format == "JPEG" and image.mode in ("RGB", "L") and whole
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
@@ -34,7 +48,7 @@ class Encoded:
     def pixels(self, reduced: int = 1) -> np.ndarray:
         """uint8 [H, W, 3]; `reduced` 2, 4, 8: of a `simple` file about that part of the sides, rounded up, much faster.
 
-        Stored orientation, whatever the EXIF entry says.
+        Turned as the EXIF entry says.
         """
         if self.simple:
             import cv2
@@ -45,10 +59,10 @@ class Encoded:
             }[reduced]  # fmt: skip
             out = cv2.imdecode(np.frombuffer(self.data, np.uint8), flags)
             if out is not None:
-                return out if reduced == 1 else cv2.cvtColor(out, cv2.COLOR_BGR2RGB)
+                return turned(out if reduced == 1 else cv2.cvtColor(out, cv2.COLOR_BGR2RGB), self.orientation)
         if reduced != 1:
             raise ValueError(f"{self.path}: only a JPEG decodes at a part of its size")
-        return np.asarray(load_image(self.path))
+        return np.asarray(load_image(self.path, turn=True))
 
 
 def read_pixels(path: str | os.PathLike) -> np.ndarray:

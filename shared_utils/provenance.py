@@ -29,7 +29,7 @@ RUNTIME_FLAGS |= {"synthetic"}  # of older runs: mini data that the script made 
 # Flags that say where data lies: what counts is what is there, which a run compares by `fingerprint` (for the bags of
 # bingo by a flag of their own). Without anything to compare they are method flags.
 DATA_FLAGS = {"data", "data_dir", "data_path", "data_root", "basepath", "val_dir", "val_basepath", "corr_npy"}
-DATA_FLAGS |= {"list_file", "train_list", "val_list", "split_file", "labels"}
+DATA_FLAGS |= {"list_file", "train_list", "val_list", "split_file", "labels", "labelled", "unlabelled"}
 
 RESULTS = ("result.json", "eval.json", "episodes.pt")  # files of an evaluation
 

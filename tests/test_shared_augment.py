@@ -295,8 +295,8 @@ def odd_images(root: Path) -> dict[str, Path]:
 def test_every_kind_of_file_decodes_as_pillow_decodes_it(tmp_path):
     for name, path in odd_images(tmp_path).items():
         pixels = read_pixels(path)
-        assert pixels.dtype == np.uint8 and pixels.shape == (37, 50, 3), name
-        assert (pixels == np.asarray(load_image(path))).all(), name
+        assert pixels.dtype == np.uint8 and pixels.shape[:2] == ((50, 37) if name == "turned.jpg" else (37, 50)), name
+        assert (pixels == np.asarray(load_image(path, turn=True))).all(), name
         assert Encoded(path).simple == (name in ("rgb.jpg", "fine.jpg", "turned.jpg", "grey.jpg", "named.png")), name
 
 

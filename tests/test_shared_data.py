@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
-from shared_utils import UserError
+from shared_utils import UserError, decode
 from shared_utils.data import (
     ArrayImages,
     EpochSampler,
@@ -506,3 +506,29 @@ def test_fingerprints_are_of_the_content_and_not_of_the_place(tmp_path):
     empty = fingerprint([tmp_path / "frames"])
     write(tmp_path / "frames/1.png")
     assert fingerprint([tmp_path / "frames"]) != empty and fingerprint([])[0] == 0
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("tag", range(1, 9))
+def test_photos_of_image_lists_are_turned_as_their_tag_says(tmp_path, ending, tag):
+    """By both loaders, whole and at a part of the size; another program's view (ImageOps) is the truth."""
+    pixels = np.zeros((48, 80, 3), np.uint8)
+    pixels[:24, :40], pixels[24:, 40:], pixels[:24, 40:] = (200, 20, 20), (20, 200, 20), (20, 20, 200)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = tag
+    file = tmp_path / f"a.{ending}"
+    Image.fromarray(pixels).save(file, exif=exif, quality=95)
+    with Image.open(file) as image:
+        shown = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    images = flat_folder(tmp_path)
+    assert np.array_equal(np.asarray(images.image(0)), shown)
+    assert np.array_equal(images.pixels(0), shown)
+    encoded = decode.Encoded(file)
+    assert (encoded.height, encoded.width) == shown.shape[:2] and np.array_equal(encoded.pixels(), shown)
+    if encoded.simple:
+        small, (height, width) = encoded.pixels(2), shown.shape[:2]
+        assert small.shape[:2] == (height // 2, width // 2)
+        for y, x in ((1, 1), (1, 3), (3, 1), (3, 3)):  # the middles of the quarters
+            pair = small[y * height // 8, x * width // 8], shown[y * height // 4, x * width // 4]
+            assert abs(pair[0].astype(int) - pair[1]).max() < 12
+    assert np.asarray(load_image(file)).shape == pixels.shape, "a reader of photos with label maps sees them as stored"
