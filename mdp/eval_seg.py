@@ -3,7 +3,7 @@
     python -m mdp.eval_seg --run runs/mdp/finetune/camvid/scratch-seed0 --split test --data-root $DATA_ROOT
     python -m mdp.eval_seg --protocol prototype --checkpoint runs/mdp/pretrain/mini/checkpoint.pth
 
-Own sets are found where they lay in training; ``--data NAME=FOLDER`` says where they lie now.
+Own sets are found where they lay in training; ``--own_data NAME=FOLDER`` says where they lie now.
 ``--protocol mmseg`` scores a fine-tuned run inside mmsegmentation, single scale, no flip. ``--protocol prototype``
 needs no fine-tuning: each pixel of a validation image of a pretraining set takes the class of its nearest prototype
 among that set's own classes ([inferred], a diagnostic of ours).

@@ -72,21 +72,21 @@ class Datasets(argparse.Action):
         if self.dest == "datasets":
             namespace.datasets = ",".join(names)
         elif len(own) < len(names):
-            raise UserError(f"--data {' '.join(values)}: give NAME=FOLDER")
+            raise UserError(f"--own_data {' '.join(values)}: give NAME=FOLDER")
         merged = {**own_folders(namespace.data), **own}
         namespace.data = [f"{name}={folder}" for name, folder in merged.items()] or None
 
 
 def add_datasets_flags(parser: argparse.ArgumentParser, default: str | None, text: str) -> None:
-    """--datasets, and --data for sets that have moved since a checkpoint was written."""
+    """--datasets, and --own_data for sets that have moved since a checkpoint was written."""
     form = "NAME=FOLDER"
     parser.add_argument("--datasets", nargs="+", action=Datasets, default=default, metavar=form, help=text)
     moved = "where own sets of --datasets lie now, of a run that knows their names"
-    parser.add_argument("--data", nargs="+", action=Datasets, default=None, metavar=form, help=moved)
+    parser.add_argument("--own_data", dest="data", nargs="+", action=Datasets, default=None, metavar=form, help=moved)
 
 
 def own_folders(data: Sequence[str] | None) -> dict[str, Path]:
-    """What `--data` holds as {name: folder}."""
+    """What `--own_data` holds as {name: folder}."""
     pairs = (word.partition("=") for word in data or [])
     return {name: Path(folder).expanduser() for name, _, folder in pairs}
 

@@ -85,7 +85,7 @@ def pretrained(sets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 def test_words_of_datasets() -> None:
     assert split_words(["voc,ade", "a=/x/b, c=d", "coco"]) == (["voc", "ade", "a", "coco"], {"a": "/x/b, c=d"})
-    args = get_parser().parse_args(["--datasets", "voc", "mine=x y", "--data", "mine=z", "other=w"])
+    args = get_parser().parse_args(["--datasets", "voc", "mine=x y", "--own_data", "mine=z", "other=w"])
     assert (args.datasets, args.data) == ("voc,mine", ["mine=z", "other=w"])
     assert (get_parser().parse_args(["--datasets", "voc,ccp"]).datasets, args.defaults["datasets"]) == (
         "voc,ccp",
@@ -100,7 +100,7 @@ def test_words_of_datasets() -> None:
         with pytest.raises(UserError, match=message):
             split_words([word])
     with pytest.raises(UserError, match="give NAME=FOLDER"):
-        get_parser().parse_args(["--data", "mine"])
+        get_parser().parse_args(["--own_data", "mine"])
 
 
 def test_a_set_with_splits_and_one_without(sets: dict[str, Path]) -> None:
