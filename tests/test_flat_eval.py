@@ -364,3 +364,11 @@ def test_a_closerlook_checkpoint_gives_features(tmp_path: Path, python: str) -> 
     torch.testing.assert_close(saved["features"][7], encoder(x)[0].detach(), rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match=r"399.tar, taken as ResNet18 for 32 pixels: the weights do not fit"):
         save_features.main([*command[3:5], "--model", "ResNet18", *command[7:]])
+
+
+def test_the_episodes_of_a_seed_stay_the_same() -> None:
+    """Recorded accuracies are of these."""
+    found = EpisodeDrawer(torch.arange(24) % 4, 2, 1, 2, 0, list("abcd")).draw(np.arange(2))
+    shots, queries, classes = (part.tolist() for part in found)
+    assert shots == [[[16], [13]], [[0], [13]]] and classes == [[0, 1], [0, 1]]
+    assert queries == [[[20, 4], [9, 1]], [[8, 20], [1, 21]]]
