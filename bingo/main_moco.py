@@ -37,6 +37,7 @@ from shared_utils.augment import moco_v1, moco_v2, plain
 from shared_utils.data import EpochSampler, ImageList, mix_key, per_class
 from shared_utils.flags import Parser, add_aug_flag, add_run_flags, floats, natural, not_negative, positive
 from shared_utils.init import add_init_flag, initialise
+from shared_utils.knn_watch import add_knn_flag, watch
 from shared_utils.layout import follow, place
 from shared_utils.neighbours import features, neighbours, purity
 from shared_utils.preflight import check_images, queue_caution
@@ -94,6 +95,7 @@ def get_parser() -> Parser:
     add_schedule_flags(p, 0.03, 200, "120,160")
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_aug_flag(p)
+    add_knn_flag(p)
     add_init_flag(p)
     add_run_flags(p, "bingo/pretrain/default")
     p.set_defaults(images_sha256="", bags_sha256="")  # of the data: a run is not resumed on others
@@ -221,6 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     teacher_is = check_teacher(teacher, images, args.check_teacher, args.img_size, run) if args.check_teacher else ""
     model.train()
     run.reads(images)
+    watch(run, model.encoder_q, images, plain(args.img_size, args.aug_backend))
     run.preflight(
         {
             "data": f"{args.data_dir}: {images.told()}",

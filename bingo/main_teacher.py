@@ -24,10 +24,11 @@ from bingo.options import (
 )
 from bingo.visualize import views_picture
 from shared_utils import UserError, distributed, feed
-from shared_utils.augment import moco_v1, moco_v2
+from shared_utils.augment import moco_v1, moco_v2, plain
 from shared_utils.data import EpochSampler, mix_key
 from shared_utils.flags import Parser, add_aug_flag, add_run_flags, natural, not_negative, positive
 from shared_utils.init import add_init_flag, initialise
+from shared_utils.knn_watch import add_knn_flag, watch
 from shared_utils.layout import follow, place
 from shared_utils.preflight import ONE_NORM, check_images, queue_caution
 from shared_utils.run import Run, cli
@@ -59,6 +60,7 @@ def get_parser() -> Parser:
     add_schedule_flags(p, 0.03, 200, "120,160")
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_aug_flag(p)
+    add_knn_flag(p)
     add_init_flag(p)
     add_run_flags(p, "bingo/teacher/default")
     p.set_defaults(images_sha256="")  # of the data: a run is not resumed on other images
@@ -104,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     if run.world * args.bn_splits == 1:
         caution["CAUTION, batch norm"] = ONE_NORM
     run.reads(images)
+    watch(run, model.encoder_q, images, plain(args.img_size, args.aug_backend))
     run.preflight(
         {
             "data": f"{args.data_dir}: {images.told()}",

@@ -34,6 +34,7 @@ from shared_utils.flags import (
     positive,
 )
 from shared_utils.init import HEADS, add_init_flag, initialise
+from shared_utils.knn_watch import add_knn_flag, watch
 from shared_utils.layout import follow, place
 from shared_utils.neighbours import features
 from shared_utils.pictures import make_grid
@@ -98,6 +99,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--wd", "--weight_decay", type=not_negative, default=1e-4)
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_aug_flag(p)
+    add_knn_flag(p)
     add_init_flag(p)
     add_run_flags(p, "hsa/pretrain/default")
     return p
@@ -235,6 +237,7 @@ def main(argv: list[str] | None = None) -> int:
         run.track(neighbours=nearby)
         loader = Refreshing(loader, run, model, images, nearby)
     run.reads(images)
+    watch(run, model.encoder_q, images, augment.plain(args.img_size, args.aug_backend))
     run.preflight(facts(run, images, model, sampler.steps_per_epoch) | started)
     run.compile(model.encoder_q, model.encoder_k, method="levels")
 

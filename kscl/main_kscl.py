@@ -21,6 +21,7 @@ from shared_utils import UserError, augment, checkpoint, distributed, feed
 from shared_utils.data import EpochSampler, ImageList, mix_key
 from shared_utils.flags import Parser, add_aug_flag, add_run_flags, boolean, ints, natural, not_negative, positive
 from shared_utils.init import add_init_flag, initialise
+from shared_utils.knn_watch import add_knn_flag, watch
 from shared_utils.layout import follow, place
 from shared_utils.pictures import make_grid
 from shared_utils.preflight import ONE_NORM, about, check_images, queue_caution, seconds
@@ -75,6 +76,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--wd", "--weight_decay", type=not_negative, default=1e-4)
     a("--image_every", type=positive, default=500, help="steps between pictures in tensorboard")
     add_aug_flag(p)
+    add_knn_flag(p)
     add_init_flag(p)
     add_run_flags(p, "kscl/pretrain/default")
     return p
@@ -178,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     run.track(state_dict=ReleaseKeys(model), optimizer=optimizer)
     run.reads(images)
+    watch(run, model.encoder_q, images, augment.plain(args.img_size, args.aug_backend))
     run.preflight(facts(run, images, model, sampler.steps_per_epoch) | started)
     run.compile(model.encoder_q, model.encoder_k)
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from sage import arch
 from sage.builder import Evaluator, SaGe, calibrate, evaluator_weights, has_projector, load_evaluator
-from sage.data import Views, drawn, normalise, training_images
+from sage.data import Views, drawn, normalise, plain, training_images
 from sage.gallery import Gallery
 from sage.lars import LARS, parameter_groups
 from sage.losses import WEIGHTS
@@ -32,6 +32,7 @@ from shared_utils import UserError, checkpoint, distributed, feed
 from shared_utils.data import EpochSampler, ImageList
 from shared_utils.flags import Parser, add_aug_flag, add_run_flags, natural, not_negative, positive
 from shared_utils.init import HEADS, add_init_flag, initialise
+from shared_utils.knn_watch import add_knn_flag, watch
 from shared_utils.layout import follow, place
 from shared_utils.pictures import make_grid
 from shared_utils.preflight import check_images
@@ -105,6 +106,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     a("--stages", type=positive, default=5, help="how often, evenly over the run")
     add_aug_flag(p)
+    add_knn_flag(p)
     add_init_flag(p)
     add_run_flags(p, "sage/pretrain/default")
     p.set_defaults(evaluator_sha256="")
@@ -243,6 +245,8 @@ def main(argv: list[str] | None = None) -> int:
         gallery = Gallery(drawn(views, chosen, args.seed, args.aug_backend), total // interval, args.stages)
         run.track(gallery=gallery)
     run.reads(images)
+    backbone: Any = model.online_net[0]
+    watch(run, backbone, images, plain(args.img_size, "half", args.aug_backend), backbone.pooled)
     run.preflight(
         facts(run, images, model, sampler.steps_per_epoch, evaluator_report) | ({"init": started} if started else {})
     )

@@ -85,7 +85,7 @@ def facts(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         state = "end not noted"
     loss = end.get("loss")
     loss = row.get("loss") if loss is None else loss
-    more = {k: v for k, v in row.items() if re.match(r"loss[_/]", k)}
+    more = {k: v for k, v in row.items() if re.match(r"loss[_/]", k)} | end.get("tests", {})
     commit = f"{config.get('git_commit') or '?'}{'+changes' if config.get('git_dirty') else ''}"
     return {"state": state, "loss": loss, "minutes": end.get("minutes"), "commit": commit, **more}
 

@@ -23,7 +23,16 @@ from shared_utils.flags import plain
 
 # Flags that say where and how fast a run goes, not what it computes: they may change on a resume.
 RUNTIME_FLAGS = {"output_dir", "data_root", "device", "workers", "threads", "log_every", "save_every", "resume"}
-RUNTIME_FLAGS |= {"overwrite", "cache", "index_cache", "feature_dir", "image_every", "compile", "save_path"}
+RUNTIME_FLAGS |= {
+    "overwrite",
+    "cache",
+    "index_cache",
+    "feature_dir",
+    "image_every",
+    "compile",
+    "save_path",
+    "knn_every",
+}
 RUNTIME_FLAGS |= {"synthetic"}  # of older runs: mini data that the script made itself
 
 # Flags that say where data lies: what counts is what is there, which a run compares by `fingerprint` (for the bags of

@@ -26,7 +26,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import IO, Any, NoReturn
@@ -164,6 +164,8 @@ class Run:
         self._sum, self._count = 0.0, 0  # of the epoch's losses
         self._mean = math.nan  # loss of the last whole epoch
         self._row: dict[str, Any] = {}  # the last line of the log
+        self.after_epoch: tuple[int, Callable[[], dict[str, float]]] | None = None  # every so many epochs, a test
+        self._tested: dict[str, float] = {}  # what it found last
         self._began = 0  # the step at which this process took over
         self._lock: IO[str] | None = None
         self._handlers: dict[int, Any] = {}  # what the signals did before
@@ -376,8 +378,19 @@ class Run:
             if not sys.stderr.isatty() and (self.epoch == epochs or self.epoch % max(1, epochs // 20) == 0):
                 done = f"epoch {self.epoch}/{epochs}, step {self.step}, {self.minutes():.1f} min"
                 self.say(f"  {done}: mean loss {mean:.6g}; last line: {self._last}")
+            self._test(epochs)
 
     _last = ""
+
+    def _test(self, epochs: int) -> None:
+        """What `after_epoch` asks for, where it is due; after saving, so that nothing is lost by a stop meanwhile."""
+        if self.after_epoch is None or (self.epoch % self.after_epoch[0] and self.epoch != epochs):
+            return
+        self._tested = self.after_epoch[1]()
+        self.say(f"  epoch {self.epoch}: " + ", ".join(f"{name} {value:.2f}" for name, value in self._tested.items()))
+        if self._writer is not None:
+            for name, value in self._tested.items():
+                self._writer.add_scalar(name, value, self.step)
 
     def look(self, *values: Tensor | float) -> list[float]:
         """Read the losses that are still on the device, and `values` with them: one wait.
@@ -518,6 +531,7 @@ class Run:
         if self.rank == 0 and self._writer is not None:
             end: dict[str, Any] = {"state": state, "step": self.step, "steps": self._total, "epoch": self.epoch}
             end |= {"minutes": round(self.minutes(), 3), "loss": self._mean if math.isfinite(self._mean) else None}
+            end |= {"tests": self._tested} if self._tested else {}
             with contextlib.suppress(OSError, UserError):  # a full disk
                 checkpoint.write(self.dir / "end.json", lambda handle: handle.write(json.dumps(end).encode() + b"\n"))
 
