@@ -43,8 +43,8 @@ def photos(tmp_path_factory):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_tests_are_the_evaluations_and_change_nothing(name, photos, tmp_path, capsys):
-    train, evaluate, flags, key = SCRIPTS[name]
-    flags = [*flags.split(), "--data_dir", str(photos)]
+    train, evaluate, words, key = SCRIPTS[name]
+    flags = [*words.split(), "--data_dir", str(photos)]
     torch.manual_seed(0)
     assert train([*flags, "--output-dir", str(tmp_path / "with"), "--knn_every", "2"]) == 0
     said = capsys.readouterr().out
@@ -54,8 +54,8 @@ def test_tests_are_the_evaluations_and_change_nothing(name, photos, tmp_path, ca
     assert "knn/top1" not in capsys.readouterr().out
 
     told = json.loads((tmp_path / "with/end.json").read_text())["tests"]["knn/top1"]
-    words = ["--pretrained", str(tmp_path / "with/checkpoint.pth"), "--data_dir", str(photos), "--workers", "0"]
-    assert evaluate([*words, "--threads", "1", "--device", "cpu", "--output-dir", str(tmp_path / "knn")]) == 0
+    given = ["--pretrained", str(tmp_path / "with/checkpoint.pth"), "--data_dir", str(photos), "--workers", "0"]
+    assert evaluate([*given, "--threads", "1", "--device", "cpu", "--output-dir", str(tmp_path / "knn")]) == 0
     assert told == pytest.approx(json.loads((tmp_path / "knn/result.json").read_text())[key], abs=1e-9)
 
 
