@@ -121,7 +121,7 @@ def load_bags(path: Path, images: ImageList, clus_pos_num: int) -> tuple[Bags, s
     if not path.is_file() and (Path("imgs_corr") / path).is_file():  # where the release looks
         path = Path("imgs_corr") / path
     if not path.is_file():
-        raise UserError(f"{path}: no such correlation file; make it with bingo/run_knn.sh")
+        raise UserError(f"{path}: no such correlation file; make it with bingo/run_knn.sh or bingo.compute_knn")
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:

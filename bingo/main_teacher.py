@@ -4,7 +4,10 @@ The release takes its teachers from elsewhere; with this one the mini and small 
 has MoCo's keys and loads by `--pretrain_alg moco`.
 """
 
+import argparse
 import math
+from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import nn
@@ -147,8 +150,17 @@ def main(argv: list[str] | None = None) -> int:
             run.image("views/query_key", views_picture({"query": im_q, "key": im_k}))
         model.enqueue(k)
         run.log(loss=distributed.all_sum(loss) / run.world, lr=optimizer.param_groups[0]["lr"], **watched)
-    run.finish(next_command(args, images, run.dir))
+    run.finish(next_command(args, images, run.dir), bags_command(args, run.dir))
     return 0
+
+
+def bags_command(args: argparse.Namespace, folder: Path) -> str:
+    """The bags of the training images by the network that a run wrote into `folder`."""
+    flags = f"--data_dir {quote(str(args.data_dir))} --img_size {args.img_size} --arch {args.arch}"
+    flags += f" --t_width {args.width}" * (args.width != 64) + f" --t_stem {args.stem}" * (args.stem != "imagenet")
+    flags += f" --per_class {args.per_class}" * bool(args.per_class)
+    where = f"--ckpt_name {quote(f'{folder}/checkpoint.pth')} --corr_dir {quote(str(folder))} --corr_name bags.npy"
+    return f"its bags, if it is to teach: python -m bingo.compute_knn {flags} {where}"
 
 
 if __name__ == "__main__":

@@ -98,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.select == "val" and not found["val"]:
         raise UserError(f"--select val: {args.data_dir} has no val/CLASS/* to select by")
     val = data.as_list(found["val"], cache=args.cache) if args.select == "val" else None
+    if len(names) < 2:
+        raise UserError(f"{args.data_dir}: one base class, {names[0]}; a classifier needs two at the least")
     if args.num_classes < len(names):
         raise UserError(f"--num_classes {args.num_classes}: the data has {len(names)} base classes")
     if args.method != "protonet" and not args.epoch_steps and args.batch_size > len(images):

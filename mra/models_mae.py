@@ -271,7 +271,10 @@ def size_of(state: Mapping[str, Tensor], flags: Mapping[str, Any], heads: Sequen
               "decoder_pos_embed", "decoder_norm.weight", "decoder_pred.weight")  # fmt: skip
     absent = [key for key in needed if key not in state]
     if absent:
-        only = " (an encoder-only file, of no use here: take mae_visualize_vit_*.pth or one of run_pretrain.sh)"
+        take = "take mae_visualize_vit_*.pth or a run of mra.main_pretrain"
+        if "patch_embed.proj.weight" in absent and "pos_embed" in absent:
+            raise UserError(f"weights of another network, no masked autoencoder: {take}")
+        only = f" (an encoder-only file, of no use here: {take})"
         raise UserError(f"no {absent[0]}" + (only if any("decoder" in key for key in absent) else ""))
     p = state["patch_embed.proj.weight"].shape[-1]
     de, dd = state["cls_token"].shape[2], state["mask_token"].shape[2]

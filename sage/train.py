@@ -328,7 +328,8 @@ def next_command(args: argparse.Namespace, images: ImageList, run: Run) -> str:
     else:
         out = f"backbone: python -m sage.lab.export --pretrained {weights} --out {quote(f'{run.dir}/backbone.pth')}"
     if args.mode == "byol":
-        out += f"; or train SaGe with it: --evaluator {weights}"
+        again = f"--config {quote(f'{run.dir}/config.json')} --mode sage --evaluator {weights}"
+        out += f"; or train SaGe with it: python -m sage.train {again}"
     return out
 
 

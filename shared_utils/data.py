@@ -438,12 +438,16 @@ def training_folder(
     UserError: neither folder is there, it holds no image, or `count` where there are no classes.
     """
     root = Path(data_dir) / "train"
-    if not root.is_dir() and Path(data_dir).is_dir():
+    if not root.is_dir():
+        if not Path(data_dir).is_dir():
+            need_folder(root, f"expected {root}/CLASS/*.jpg, or images of your own in {data_dir}")
         root = Path(data_dir)
-    if root.is_dir() and any(e.suffix.lower() in EXTENSIONS and not is_helper(e.name) for e in root.iterdir()):
+    entries = [entry for entry in root.iterdir() if not is_helper(entry.name)]
+    if any(e.suffix.lower() in EXTENSIONS for e in entries) or not any(e.is_dir() for e in entries):
+        images = flat_folder(root, transform)  # where there is none, it says what lies there
         if count:
             raise UserError(f"--per_class {count}: the images of {root} lie in no class folders; leave it away")
-        return per_class(flat_folder(root, transform), 0, cache)
+        return per_class(images, 0, cache)
     return per_class(image_folder(root, transform), count, cache)
 
 

@@ -150,9 +150,12 @@ if [ "${GPUS:-1}" -gt 1 ] || [ -n "${PET_NNODES:-}" ]; then
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
 
-# Prints the job that comes next, with what was set for this one.
+# Prints the job that comes next, with what was set for this one. A next job that is told of no checkpoint knows nothing
+# of data and folders that flags of this one have named: the run has printed what goes on from them.
+case " $* " in *" --data_dir"* | *" --data-dir"* | *" --output-dir"* | *" --output_dir"*) elsewhere=1 ;; *) elsewhere= ;; esac
 next_job() {
   local line="next:" name
+  if [ -n "$elsewhere" ] && [ $# -le 2 ]; then return 0; fi
   for name in RUNS DATA_ROOT SET LABELS PERCENT GPUS; do
     if [ -n "${!name:-}" ]; then line+=" $name=$(printf %q "${!name}")"; fi
   done

@@ -381,7 +381,11 @@ def test_the_printed_evaluation_runs(train, data, tmp_path, capsys):
     teacher = "--arch resnet10 --width 4 --stem cifar --batch_size 8 --moco_k 32 --end_epoch 1 --output-dir".split()
     main_teacher.main([*DATA, "--data_dir", str(data), *teacher, str(tmp_path / "teacher")])
     train(tmp_path / "student", "--end_epoch", "1")
-    commands = re.findall("evaluate: python -m (.*)", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    module, *flags = shlex.split(re.findall("if it is to teach: python -m (.*)", said)[0])
+    assert module == "bingo.compute_knn" and compute_knn.main([*flags, "--workers", "0", "--threads", "1"]) == 0
+    assert (tmp_path / "teacher/bags.npy").is_file()
+    commands = re.findall("evaluate: python -m (.*)", said)
     for command, name in zip(commands, ("teacher", "student"), strict=True):
         module, *flags = shlex.split(command)
         assert module == "bingo.main_knn" and flags[-2:] == ["--per_class", "5"]

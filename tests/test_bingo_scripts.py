@@ -83,3 +83,10 @@ def test_the_next_line_repeats_what_was_set(name, then, script):
     assert said == f"next: RUNS=/my\\ runs DATA_ROOT=/data SET=tiny_imagenet50 GPUS=2 bash {then} small\n"
     clean = {"RUNS": "", "DATA_ROOT": ""}
     assert script(name, "mini", **clean)[0] == f"next: bash {then} mini\n"
+
+
+@pytest.mark.parametrize("flags", [["--data_dir", "/my photos"], ["--output-dir=/mine"]])
+def test_no_next_line_sends_to_other_data_or_folders_than_the_flags_named(flags, script):
+    for name in ("bingo/run_pretrain.sh", "hsa/run_pretrain.sh", "sage/run_evaluator.sh", "kscl/run_pretrain.sh"):
+        said, calls = script(name, "paper", *flags)
+        assert "next:" not in said and flags[0] in " ".join(calls)

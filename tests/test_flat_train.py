@@ -361,6 +361,7 @@ def test_two_processes_equal_one(images: Path, tmp_path: Path, python: str) -> N
         ("--image_size 8", r"--image_size 8: Conv4 halves"),
         ("--num_classes 3", r"--num_classes 3: the data has 4 base classes"),
         ("--base_classes 5", r"--base_classes 5: the data has 4 base classes"),
+        ("--base_classes 1", r"one base class, train\d; a classifier needs two at the least"),
         ("--holdout 7", r"class train0 has no image left of 7"),
         ("--batch_size 64", r"--batch_size 64: the data has 24 training images; give --batch_size 24"),
         ("--batch_size 1", r"--batch_size 1: 1 processes need equal shares of 2 images or more"),

@@ -558,6 +558,12 @@ def test_an_incomplete_file_is_refused(drop: str, message: str, tmp_path: Path) 
     assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
 
 
+def test_a_checkpoint_of_another_network_is_called_that(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(4, 3, 7, 7)}}, tmp_path / "resnet.pth")
+    with pytest.raises(UserError, match="weights of another network, no masked autoencoder: take .*mra.main_pretrain"):
+        models_mae.load(tmp_path / "resnet.pth", S)
+
+
 def test_learned_positions_and_unknown_heads_are_refused(tmp_path: Path) -> None:
     mae = tiny()
     with pytest.raises(UserError, match="give --mae_heads"):

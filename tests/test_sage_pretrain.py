@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -103,9 +105,13 @@ def test_defaults_are_the_release_s():
     assert {name: getattr(args, name) for name in expected} == expected
 
 
-def test_an_evaluator_of_another_run(data, tmp_path):
+def test_an_evaluator_of_another_run(data, tmp_path, capsys):
     train(data, tmp_path / "byol", "--mode", "byol", "--hid_channels", "24", "--width", "8")
     file = tmp_path / "byol/checkpoint.pth"
+    (again,) = re.findall("train SaGe with it: python -m sage.train (.*)", capsys.readouterr().out)
+    asked = get_parser().parse_args(shlex.split(again))
+    assert (asked.mode, asked.evaluator, asked.width, asked.w_f1) == ("sage", str(file), 8, None)
+    assert asked.output_dir != tmp_path / "byol"
     train(data, tmp_path / "sage", "--evaluator", str(file), "--total_epochs", "2")  # its own, other widths
     byol, sage = (checkpoint.load(tmp_path / name / "checkpoint.pth")["state_dict"] for name in ("byol", "sage"))
     frozen = {k.removeprefix("r_function."): v for k, v in sage.items() if k.startswith("r_function.")}

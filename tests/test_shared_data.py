@@ -31,6 +31,7 @@ from shared_utils.data import (
     read_text,
     sample_rng,
     tell,
+    training_folder,
 )
 from shared_utils.evaluation import labelled_indices
 from tests.bench import own_memory
@@ -55,6 +56,13 @@ def test_bad_folders_are_named(tmp_path):
         image_folder(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no class folder; expected"):
         image_folder(tmp_path)
+    with pytest.raises(UserError, match="nowhere/train: no such folder; expected .*or images of your own in .*nowhere"):
+        training_folder(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no image .*; add some"):
+        training_folder(tmp_path)
+    (tmp_path / "1.heic").touch()
+    with pytest.raises(UserError, match="no image .*; 1 .heic is there; convert them"):
+        training_folder(tmp_path, count=2)
     (tmp_path / "empty_class").mkdir()
     with pytest.raises(UserError, match="empty_class: no image"):
         image_folder(tmp_path)
