@@ -154,8 +154,10 @@ def main(argv: list[str] | None = None) -> int:
     clips = TwoClips(videos, args.crop_size, args.min_scale, args.hflip)
     if args.batch_size > len(videos):
         fits = len(videos) // (run.world * splits) * run.world * splits
+        queue = max(2, min(args.moco_k, 2 * len(videos)) // max(1, fits)) * fits  # check_batch and the plan accept it
         raise UserError(
-            f"--batch_size {args.batch_size}: the data has {len(videos)} videos; give --batch_size {fits}"
+            f"--batch_size {args.batch_size}: the data has {len(videos)} videos; give --batch_size {fits} and "
+            f"--moco_k {queue}"
             if fits >= 2 * run.world * splits
             else f"--batch_size {args.batch_size}: the data has {len(videos)} videos; give a lower --bn_splits too"
         )

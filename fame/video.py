@@ -485,11 +485,15 @@ def _place(video: Video, picture: Any, expected: int) -> int:
 
 
 def _rgb(picture: Any, convert: Any) -> np.ndarray:
-    """[H, W, 3] uint8. Chroma of deeper pictures is interpolated at full resolution: swscale's quick way for them is
-    wrong by up to 4 levels. Pictures of 8 bits are converted as PyAV and torchvision do.
+    """[H, W, 3] uint8, turned as the file's rotation tag says.
+
+    Chroma of deeper pictures is interpolated at full resolution: swscale's quick way for them is wrong by up to 4
+    levels. Pictures of 8 bits are converted as PyAV and torchvision do.
     """
     from av.video.reformatter import Interpolation
 
     deep = any(component.bits > 8 for component in picture.format.components)
     how = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT if deep else None
-    return convert.reformat(picture, format="rgb24", interpolation=how, threads=1).to_ndarray()
+    stored = convert.reformat(picture, format="rgb24", interpolation=how, threads=1).to_ndarray()
+    turns = round(picture.rotation / 90) % 4  # counterclockwise
+    return np.ascontiguousarray(np.rot90(stored, turns)) if turns else stored

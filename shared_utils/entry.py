@@ -63,7 +63,10 @@ def _say(error: Exception) -> tuple[int, bool]:
 
 
 def cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
-    """Run an entry point; a UserError becomes one line on stderr and exit code 2 (diverged: 1); a full disk too."""
+    """Run an entry point; a UserError becomes one line on stderr and exit code 2 (diverged: 1); a full disk too.
+
+    Ctrl-C: one line and 130.
+    """
     at_once, threading.excepthook = False, _thread_died
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text that it can write
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -73,6 +76,11 @@ def cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:  # outside the steps of a run, which save first
+        print("stopped by SIGINT", file=sys.stderr)
+        code, at_once = 128 + signal.SIGINT, True
+        for run in open_runs:
+            run.note("stopped by SIGINT")
     except Exception as error:
         error = _cause(error)
         code, at_once = _say(error)

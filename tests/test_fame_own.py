@@ -181,8 +181,12 @@ def test_the_linear_probe_never_sees_what_it_is_tested_on(own: Path, tmp_path: P
 
 def test_small_sets_are_told_what_to_give(own: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(own), *NET, *SMALL, "--dataset", "folder", "--bad_videos", "skip"]
-    with pytest.raises(UserError, match="--batch_size 32: the data has 10 videos; give --batch_size 10"):
-        run("fame.train", *words, "--output-dir", str(tmp_path / "a"), "-b", "32")
+    with pytest.raises(
+        UserError, match="--batch_size 32: the data has 10 videos; give --batch_size 10 and --moco_k 20$"
+    ):
+        run("fame.train", *words, "--output-dir", str(tmp_path / "a"), "-b", "32", "--moco_k", "64")
+    run("fame.train", *words, "--output-dir", str(tmp_path / "c"), "-b", "10", "--moco_k", "20", "--epochs", "0")
+    assert "caution, queue" not in capsys.readouterr().out
     run("fame.train", *words, "--output-dir", str(tmp_path / "b"), "--moco_k", "64", "--epochs", "0")
     said = capsys.readouterr().out
     assert "caution, queue: --moco_k 64 holds more than the 20 keys of an epoch of 10 videos" in said

@@ -1,5 +1,6 @@
 """Reading clips: frames by number from files and folders, what is decoded for them, damaged and short videos."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +229,25 @@ def test_a_file_that_was_cut_is_named(tmp_path, avi):
     found = inspect(cut)  # a little is missing: the last picture
     assert found.count == 29 and numbers(read(found, range(29))) == list(range(29))
     assert np.array_equal(read(found, [20, 28]), read(whole, [20, 28]))
+
+
+@pytest.mark.parametrize(("tag", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
+def test_a_rotation_tag_turns_the_pictures(tag, turns, tmp_path):
+    """Phones store a portrait lying on its side, and say so in the track's matrix."""
+    path = tmp_path / "phone.mp4"
+    scene = np.zeros((48, 64, 3), np.uint8)
+    scene[:24, :32] = 255  # one bright corner
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"g": "6"})
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for _ in range(12):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(scene, format="rgb24")))
+        container.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    a, b, c, d = (value << 16 for value in tag)
+    at = data.index(b"tkhd") + 44
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    for wanted in ([0], [9]):  # from the start, and after a seek
+        (image,) = read(inspect(path), wanted)
+        assert np.abs(image.astype(int) - np.rot90(scene, turns)).mean() < 8

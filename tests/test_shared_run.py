@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from shared_utils import UserError, checkpoint
 from shared_utils.data import EpochSampler, Keyed, image_folder
 from shared_utils.flags import Parser, add_run_flags
-from shared_utils.run import Diverged, Run
+from shared_utils.run import Diverged, Run, cli
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -185,6 +185,19 @@ def test_a_reader_that_has_gone_is_no_traceback() -> None:
     started.stdout.close()
     assert (started.stderr.read(), started.wait()) == (b"", 141)
     started.stderr.close()
+
+
+def test_ctrl_c_outside_the_steps_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    def leave(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as stop:
+        cli(interrupted)
+    assert stop.value.code == 130 and capsys.readouterr().err == "stopped by SIGINT\n"
 
 
 # --- resuming by another version, and with the data in another place ------------------------------------------------

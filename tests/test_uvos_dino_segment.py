@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -248,6 +249,27 @@ def test_bad_input_is_one_line_before_anything_is_written(weights: Path, tmp_pat
     for source, folder in ((film, film.parent), (frames, tmp_path)):
         with pytest.raises(UserError, match="the results would overwrite"):
             segment.main([str(source), "--resume_path", str(weights), "--save_path", str(folder)])
+
+
+def test_a_cut_video_and_a_lone_cluster_are_said(weights: Path, tmp_path: Path, capsys) -> None:
+    """The index lies first and names every frame: what was cut off behind it is not decoded in silence."""
+    film = tmp_path / "cut.mp4"
+    container = av.open(str(film), "w", options={"movflags": "faststart"})
+    stream = container.add_stream("mpeg4", rate=25, width=80, height=48, pix_fmt="yuv420p")
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        noise = rng.integers(0, 255, (48, 80, 3), np.uint8)
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+    container.mux(stream.encode())
+    container.close()
+    whole = film.read_bytes()
+    film.write_bytes(whole[: len(whole) * 2 // 3])
+    run(weights, tmp_path / "out", film, "--tau", "1000")
+    said = capsys.readouterr().out
+    assert f"caution: {film}: its header names 30 frames, " in said
+    assert f"caution: {film}: one cluster everywhere separates nothing; give a lower --tau than 1000" in said
+    run(weights, tmp_path / "out", write_video(tmp_path / "x.mp4", [scene(t) for t in range(3)]))
+    assert "caution" not in capsys.readouterr().out
 
 
 # --- training --------------------------------------------------------------------------------------------------------

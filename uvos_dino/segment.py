@@ -236,6 +236,12 @@ def segment_clip(args: argparse.Namespace, clip: Clip, model: AttEncoder, device
     anew = f", {numbers.lost} numbers given anew" if numbers.lost else ""
     print(f"  {clip.path}: {count} frames, {numbers.window} windows, {len(results.rows)} clusters{anew}, "
           f"{time.perf_counter() - started:.1f} s -> {results.folder}, {results.movie.path}", flush=True)  # fmt: skip
+    if count < total:
+        print(f"  caution: {clip.path}: its header names {total} frames, {count} could be decoded; copy it again, if "
+              "it was cut")  # fmt: skip
+    if len(results.rows) == 1:
+        print(f"  caution: {clip.path}: one cluster everywhere separates nothing; give a lower --tau than "
+              f"{args.tau:g}, or train longer")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
