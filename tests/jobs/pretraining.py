@@ -90,7 +90,7 @@ def command(folder: str, words: str, runs: Path, out: Path | None = None) -> lis
         stub, said = Path(work) / "python", Path(work) / "arguments"
         stub.write_text(
             "#!/usr/bin/env bash\n"
-            f'case "$2" in *mini) exec {shlex.quote(sys.executable)} "$@" ;; esac\n'
+            f'case "$2" in *.lab.*) exec {shlex.quote(sys.executable)} "$@" ;; esac\n'
             'printf "%s\\0" "$@" >"$SAID"\n'
         )
         stub.chmod(0o755)
