@@ -18,7 +18,7 @@ from fame.fame import make_mask, stretch
 from fame.network import add_network_flags, resolve, trunk
 from shared_utils import UserError, distributed
 from shared_utils.flags import Parser, positive, runs_root
-from shared_utils.pictures import make_grid
+from shared_utils.pictures import make_grid, save_picture
 from shared_utils.run import cli, seed_everything, set_threads
 
 
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = [frames, mask[n].float().expand_as(frames), overlay(frames, heat[n][at])]
         picture = (make_grid(torch.cat(rows).cpu(), nrow=4, padding=2) * 255).byte().permute(1, 2, 0).numpy()
         name = videos.classes[videos.labels[i]] if videos.classes else videos.videos[i].path.stem
-        Image.fromarray(picture).save(args.out / f"{n:02d}_{name}.png")
+        save_picture(Image.fromarray(picture), args.out / f"{n:02d}_{name}.png")
     print(f"fame/cam: {report}")
     print(f"  {100 * share:.1f} % of the activation lies inside masks of {100 * args.beta:.0f} % -> {args.out}/*.png")
     return 0

@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsa.arch import DEPTHS, DROP, STEMS, build
-from shared_utils import UserError, distributed, feed
+from shared_utils import UserError, checkpoint, distributed, feed
 from shared_utils.augment import linear_train, plain
 from shared_utils.data import EpochSampler, ImageList
 from shared_utils.evaluation import (
@@ -231,15 +230,8 @@ def label(run: Run, network: Any, train: ImageList, rest: list[int], file: Path)
         rows, labels = pseudo_labels(sure, run.args.threshold)
         found = [(rest[row], y) for row, y in zip(rows.tolist(), labels.tolist())]
     if run.rank == 0:
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({"source": source, "threshold_bits": run.args.threshold, "labels": found}))
-            os.replace(temporary, file)
-        except OSError as error:
-            raise UserError(f"{file}: cannot be written ({error.strerror}); free space and retry") from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        text = json.dumps({"source": source, "threshold_bits": run.args.threshold, "labels": found})
+        checkpoint.write(file, lambda handle: handle.write(text.encode()))
     distributed.barrier()
     return found
 

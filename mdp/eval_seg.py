@@ -12,7 +12,6 @@ among that set's own classes ([inferred], a diagnostic of ours).
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -247,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     for title, result in done["results"].items():
         show(title, result)
     record = {"results": done["results"], "seconds": round(time.time() - started, 1), "flags": plain(args)}
-    (done["out"] / "eval.json").write_text(json.dumps({**record, **provenance()}, indent=1))
+    checkpoint.write_json(done["out"] / "eval.json", {**record, **provenance()})
     print(f"written: {done['out'] / 'eval.json'}")
     return 0
 

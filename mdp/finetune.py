@@ -308,7 +308,7 @@ def run(args: argparse.Namespace, implied: dict[str, Any], state: dict[str, Tens
         classes = Taxonomy.of(describe_named(cfg.data.name, own_folders(args.data))).stored()
         scale = list(test_scale(cfg))
         checkpoint.save(out / "model.pth", {"state_dict": weights, "args": flags, "sets": [classes], "scale": scale})
-        (out / "result.json").write_text(json.dumps(result, indent=1))
+        checkpoint.write_json(out / "result.json", result)
         print(f"  early mIoU {result['early']['mIoU']:.2f} (iteration {early}), final {result['final']['mIoU']:.2f}")
         print(f"  next: python -m mdp.predict PHOTO_OR_FOLDER --pretrained {quote(str(out))} --out maps")
         print(f"  next: python -m mdp.eval_seg --run {quote(str(out))} --data-root {quote(str(args.data_root))}")
@@ -353,8 +353,7 @@ def claim(out: Path, flags: dict[str, Any], overwrite: bool) -> None:
             names = ", ".join(f"{k} was {stored.get(k)}" for k in changed if k != "model") or "the model differs"
             raise UserError(f"{out}: holds a run with other flags ({names}); --overwrite, --tag or --output-dir")
         return
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"flags": flags, **provenance()}, indent=1))
+    checkpoint.write_json(path, {"flags": flags, **provenance()})
 
 
 def compare(args: argparse.Namespace, implied: dict[str, Any], pretrained: dict[str, Any]) -> None:

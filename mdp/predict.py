@@ -37,7 +37,7 @@ from mdp.visualize import MEAN, STD
 from shared_utils import UserError, checkpoint, distributed
 from shared_utils.data import EXTENSIONS, list_images, load_image, tell
 from shared_utils.flags import Parser, add_machine_flags, natural
-from shared_utils.pictures import voc_palette
+from shared_utils.pictures import save_picture, voc_palette
 from shared_utils.run import cli, set_threads
 
 TURNS = {
@@ -246,10 +246,8 @@ def write_maps(ids: np.ndarray, photo: Image.Image, found: Taxonomy, folder: Pat
     label = Image.fromarray(np.array(found.ids, np.uint8)[ids])
     label.putpalette(palette.ravel().tolist())
     over = Image.blend(photo, label.convert("RGB"), 0.6)
-    for kind in ("labels", "overlays"):
-        (folder / kind / name).parent.mkdir(parents=True, exist_ok=True)
-    label.save(folder / "labels" / name)
-    over.save(folder / "overlays" / name.with_suffix(".jpg"), quality=90)
+    save_picture(label, folder / "labels" / name)
+    save_picture(over, folder / "overlays" / name.with_suffix(".jpg"), quality=90)
     return np.bincount(ids.ravel(), minlength=len(found.classes)) / ids.size
 
 

@@ -15,7 +15,7 @@ from mra.mra import MRA, Parts, add_mra_flags, build, pixel_mask
 from shared_utils import UserError, augment, distributed
 from shared_utils.data import flat_folder
 from shared_utils.flags import Parser, add_machine_flags, natural, positive
-from shared_utils.pictures import make_grid
+from shared_utils.pictures import make_grid, save_picture
 from shared_utils.run import cli, set_threads
 
 LARGEST = 2**28  # pixels of the picture
@@ -66,11 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     picture = make_grid(torch.cat(rows(x, operator.parts(x, noise), operator)).cpu(), nrow=count, padding=2)
     array = (255 * picture).round().byte().permute(1, 2, 0).numpy()
     image = Image.fromarray(array)
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        image.resize((image.width * args.zoom, image.height * args.zoom), Image.Resampling.NEAREST).save(args.out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{args.out}: cannot be written ({error}); give another --out") from None
+    image = image.resize((image.width * args.zoom, image.height * args.zoom), Image.Resampling.NEAREST)
+    save_picture(image, args.out)
     print(f"{about}\nrows: input, attention, kept patches, reconstruction, composite -> {args.out}")
     return 0
 

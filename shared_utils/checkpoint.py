@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from shared_utils import UserError
 
 
-def write(path: str | os.PathLike, writer: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file atomically (temporary file beside it, flush, fsync, replace); a failure leaves the old file."""
+def write(path: str | os.PathLike, writer: Callable[[IO[bytes]], Any], sync: bool = True) -> None:
+    """Write a file atomically (temporary file beside it, flush, fsync, replace); a failure leaves the old file.
+
+    Without `sync` nothing waits for the disk: a failing machine may lose the file, a full disk or a kill may not.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -25,7 +29,8 @@ def write(path: str | os.PathLike, writer: Callable[[IO[bytes]], Any]) -> None:
         with open(temporary, "wb") as handle:
             writer(handle)
             handle.flush()
-            os.fsync(handle.fileno())
+            if sync:
+                os.fsync(handle.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -40,6 +45,12 @@ def write(path: str | os.PathLike, writer: Callable[[IO[bytes]], Any]) -> None:
 def save(path: str | os.PathLike, obj: Any) -> None:
     """Write tensors and plain containers atomically, as `write` does."""
     write(path, lambda handle: torch.save(obj, handle))
+
+
+def write_json(path: str | os.PathLike, obj: Any) -> None:
+    """Write a result or what a run was made of, as JSON, atomically."""
+    text = json.dumps(obj, indent=1) + "\n"
+    write(path, lambda handle: handle.write(text.encode()))
 
 
 def load(path: str | os.PathLike) -> Any:

@@ -54,6 +54,13 @@ def _say(error: Exception) -> tuple[int, bool]:
         if stdout.poll(0):  # its reader has gone (`| head`)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE, True
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        # Told by a signal, perhaps in the middle of a step: there is nothing to save, and nothing wrong with the code.
+        reason = " ".join(str(error).split())[:200]
+        print(
+            f"error: {reason}; where memory is short give fewer --workers (0: none), then start again", file=sys.stderr
+        )
+        return 2, False
     if isinstance(error, OSError) and error.errno in FULL:  # logs and pictures are small: any may be what does not fit
         where = error.filename or ", ".join(str(run.dir) for run in open_runs) or "the output folder"
         print(f"error: {where}: {error.strerror}; free space, then the same command goes on", file=sys.stderr)

@@ -6,7 +6,6 @@ A script gives its folder's `build(arch, width, stem)`; nothing here knows a pap
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -346,11 +345,7 @@ def write_result(where: Path | argparse.Namespace, result: Mapping[str, Any]) ->
     if distributed.rank() != 0:
         return
     folder = where if isinstance(where, Path) else result_folder(where)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write here ({error.strerror}); give another --output-dir") from None
+    checkpoint.write_json(folder / "result.json", result)
     numbers = {k: v for k, v in result.items() if isinstance(v, float)}
     print("  " + " ".join(f"{k} {v:.2f}" for k, v in numbers.items()) + f" -> {folder}/result.json", flush=True)
 

@@ -1,7 +1,28 @@
-"""Pictures for tensorboard, without torchvision's import, and the palettes of label maps."""
+"""Pictures for tensorboard, without torchvision's import, picture files, and the palettes of label maps."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
+
+from shared_utils import UserError, checkpoint
+
+
+def save_picture(image: Image.Image, path: str | os.PathLike, **options: Any) -> None:
+    """Write a picture in the format of its ending, atomically; `options` are those of PIL.
+
+    UserError: no such format, or it cannot be written; an older file is then unharmed.
+    """
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise UserError(f"{path}: not the ending of a picture; give NAME.png or NAME.jpg")
+    encoded = io.BytesIO()
+    image.save(encoded, kind, **options)
+    checkpoint.write(path, lambda handle: handle.write(encoded.getvalue()), sync=False)
 
 
 def make_grid(images: Tensor, nrow: int = 8, padding: int = 2) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from shared_utils import UserError
+from shared_utils import UserError, checkpoint
 from shared_utils.flags import plain
 
 # Flags that say where and how fast a run goes, not what it computes: they may change on a resume.
@@ -123,7 +123,7 @@ def result_folder(args: argparse.Namespace, dest: str = "output_dir") -> Path:
             names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
             folder = next(new for n in names if not other_flags(new := folder.with_name(n), args))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config_of(args), indent=1) + "\n")
+        checkpoint.write_json(folder / "config.json", config_of(args))
     except OSError as error:
         flag = "--" + dest.replace("output_dir", "output-dir")
         raise UserError(f"{folder}: cannot write here ({error.strerror}); give another {flag}") from None

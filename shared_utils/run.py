@@ -332,7 +332,7 @@ class Run:
             config = config_of(self.args)
             if not self.step:
                 keep_results(self.dir, self.args)
-            (self.dir / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            checkpoint.write_json(self.dir / "config.json", config)
         except OSError as error:
             raise UserError(f"{self.dir}: cannot write here ({error.strerror}); give another --output-dir") from None
         open_runs.append(self)

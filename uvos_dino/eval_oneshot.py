@@ -15,7 +15,7 @@ from PIL import Image
 
 from shared_utils import UserError, checkpoint
 from shared_utils.flags import Parser, add_machine_flags, add_output_flag, at_least, boolean, not_negative, positive
-from shared_utils.pictures import davis_palette
+from shared_utils.pictures import davis_palette, save_picture
 from shared_utils.provenance import result_folder
 from shared_utils.run import cli, plain, provenance, set_threads
 from uvos_dino import evaluate, metrics
@@ -75,7 +75,7 @@ def write_pngs(folder: Path, video: Video, labels: np.ndarray, binary: bool) -> 
     for t, frame in enumerate(video.frames):
         image = Image.fromarray(metrics.upsample(labels[min(t, len(labels) - 1)] + 1, height, width).astype(np.uint8))
         image.putpalette(palette)
-        image.save(folder / f"{frame.stem}.png")
+        save_picture(image, folder / f"{frame.stem}.png")
 
 
 def main(argv: list[str] | None = None) -> int:

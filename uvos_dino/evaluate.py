@@ -6,7 +6,7 @@ official package's two CSVs for each matching, and result.json.
 
 import argparse
 import csv
-import json
+import io
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -170,17 +170,17 @@ def summary(videos: Mapping[str, dict[str, Any]], match: str) -> dict[str, float
 def write_csvs(folder: Path, videos: Mapping[str, dict[str, Any]], split: str) -> None:
     """The official package's files, three decimals, under the folder of each matching."""
     for match in MATCHES:
-        (folder / match).mkdir(parents=True, exist_ok=True)
-        with open(folder / match / f"global_results-{split}.csv", "w", newline="") as handle:
-            writer = csv.writer(handle, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            writer.writerow([f"{v / 100:.3f}" for v in summary(videos, match).values()])
-        with open(folder / match / f"per-sequence_results-{split}.csv", "w", newline="") as handle:
-            writer = csv.writer(handle, lineterminator="\n")
-            writer.writerow(("Sequence", "J-Mean", "F-Mean"))
-            for name, video in videos.items():
-                for number, row in zip(video["numbers"], video[match]):
-                    writer.writerow((f"{name}_{number}", f"{row[0]:.3f}", f"{row[3]:.3f}"))
+        means = [COLUMNS, [f"{v / 100:.3f}" for v in summary(videos, match).values()]]
+        each = [
+            (f"{name}_{number}", f"{row[0]:.3f}", f"{row[3]:.3f}")
+            for name, video in videos.items()
+            for number, row in zip(video["numbers"], video[match])
+        ]
+        for kind, rows in (("global", means), ("per-sequence", [("Sequence", "J-Mean", "F-Mean"), *each])):
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows(rows)
+            file = folder / match / f"{kind}_results-{split}.csv"
+            checkpoint.write(file, lambda handle, text=text: handle.write(text.getvalue().encode()))
 
 
 def score(args: argparse.Namespace, videos: list[Video], folder: Path, meta: Mapping[str, Any]) -> int:
@@ -194,11 +194,8 @@ def score(args: argparse.Namespace, videos: list[Video], folder: Path, meta: Map
             result[name] = 100 * float(np.mean(defined)) if defined else float("nan")
     if without := [name for name, row in rows.items() if not row["objects"]]:
         print(f"  not in J and F, no object in the first annotated frame: {few(without)}")
-    try:
-        write_csvs(folder, rows, args.split)
-        (folder / "result.json").write_text(json.dumps({**result, "sequences": rows, **meta}, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write here ({error.strerror})") from None
+    write_csvs(folder, rows, args.split)
+    checkpoint.write_json(folder / "result.json", {**result, "sequences": rows, **meta})
     for match in sorted(MATCHES, key=lambda name: name != args.match):
         print(f"  matched by {match}: " + " ".join(f"{k} {v:.1f}" for k, v in result[match].items()))
     extra = " ".join(f"{name} {result[name]:.1f}" for name in ("FG-ARI", "mIoU") if name in result)

@@ -29,7 +29,7 @@ from torch import Tensor
 from shared_utils import UserError, checkpoint
 from shared_utils.data import load_image, walk
 from shared_utils.flags import Parser, add_machine_flags, at_least, natural, not_negative, positive, runs_root
-from shared_utils.pictures import davis_palette, voc_palette
+from shared_utils.pictures import davis_palette, save_picture, voc_palette
 from shared_utils.run import cli, set_threads
 from uvos_dino import clustering, metrics, video
 from uvos_dino.data import FILMS, IMAGES, NORMS, files_of, fit
@@ -184,7 +184,7 @@ class Results:
         """A frame's numbers [h, w] uint8."""
         image = Image.fromarray(metrics.upsample(numbers, *frame.size))
         image.putpalette(self.palette)
-        image.save(self.folder / f"{frame.name}.png")
+        save_picture(image, self.folder / f"{frame.name}.png")
         self.movie.add(overlay(frame.picture, numbers))
         self.names.add(f"{frame.name}.png")
         counts = np.bincount(numbers.ravel())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shared_utils import UserError
 from shared_utils.flags import Parser, positive, runs_root
-from shared_utils.pictures import davis_palette
+from shared_utils.pictures import davis_palette, save_picture
 from shared_utils.run import cli
 from uvos_dino import clustering, metrics
 from uvos_dino.data import ALL, LAYOUTS, NORMS, normalise, open_videos, read_video
@@ -84,12 +84,11 @@ def main(argv: list[str] | None = None) -> int:
             blank = torch.zeros(len(chosen), h, w) + 1e-6
             blank[0] = dino.view(h, w)
             rows += [heat(pictures[chosen], blank), heat(pictures[chosen], block)]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in rows])).save(args.out)
+    save_picture(Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in rows])), args.out)
     print(f"{video.name}: {found.number} clusters -> {args.out}")
     if args.gif:
         moving = [Image.fromarray(x) for x in overlay(pictures, labels)]
-        moving[0].save(args.gif, save_all=True, append_images=moving[1:], duration=100, loop=0)
+        save_picture(moving[0], args.gif, save_all=True, append_images=moving[1:], duration=100, loop=0)
         print(f"moving picture -> {args.gif}")
     return 0
 

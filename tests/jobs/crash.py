@@ -61,7 +61,7 @@ class Folder:
     def start(self, out: Path, extra: str = "", limit: int = 0) -> Forked:
         """`limit`: bytes that a file may have."""
         short, self.old = PRETRAININGS[self.name], self.number(out)
-        words = command(self.name, f"{short.script} {short.flags} {extra}", self.work, out)
+        words = self.change(command(self.name, f"{short.script} {short.flags} {extra}", self.work, out))
 
         def before() -> None:
             os.chdir(ROOT)
@@ -69,6 +69,10 @@ class Folder:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
         return Forked(words, self.work / out.name, before, environment(self.work))
+
+    def change(self, words: list[str]) -> list[str]:
+        """What is other than in the command that the folder's script starts."""
+        return words
 
     def end(self, run: Forked, code: int) -> tuple[str, str]:
         """What the run said, after its end, which must have this exit code."""
@@ -114,7 +118,7 @@ class Folder:
             raise Failed(f"{len(unequal)} tensors differ, among them {unequal[0]}")
         if log(self.whole) != log(out):
             raise Failed("the log has other lines than the undisturbed run's")
-        if left := list(out.glob(".*")):
+        if left := list(out.glob(".*.tmp")):
             raise Failed(f"left over: {left[0].name}")
 
 

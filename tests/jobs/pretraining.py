@@ -8,6 +8,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -84,10 +85,14 @@ def script(folder: str, words: str, out: Path | None = None) -> list[str]:
 
 
 def command(folder: str, words: str, runs: Path, out: Path | None = None) -> list[str]:
-    """MODULE FLAGS, which the folder's script would start, asked of the script."""
+    """MODULE FLAGS, which the folder's script would start, asked of the script, which makes its mini data."""
     with tempfile.TemporaryDirectory() as work:
         stub, said = Path(work) / "python", Path(work) / "arguments"
-        stub.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" >"$SAID"\n')
+        stub.write_text(
+            "#!/usr/bin/env bash\n"
+            f'case "$2" in *.lab.*) exec {shlex.quote(sys.executable)} "$@" ;; esac\n'
+            'printf "%s\\0" "$@" >"$SAID"\n'
+        )
         stub.chmod(0o755)
         asked = {**os.environ, **environment(runs), "PYTHON": str(stub), "SAID": str(said)}
         subprocess.run(script(folder, words, out), cwd=ROOT, env=asked, check=True, capture_output=True)
