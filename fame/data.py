@@ -315,7 +315,8 @@ def listing(
         found = [(path, table[key][target], key) for path, _, key in found]
         classes = sorted(here | there)
     if not found:
-        raise UserError(f"{root}: the {'train' if train else 'test'} part of {dataset} is empty")
+        part, expected = "train" if train else "test", DATASETS[dataset].expected
+        raise UserError(f"{root}: the {part} part of {dataset} is empty; expected {expected}")
     return found, classes
 
 

@@ -6,6 +6,7 @@ on the features of the frozen network; backbone and size come from the checkpoin
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +57,8 @@ def get_parser() -> argparse.ArgumentParser:
 def read_query(path: Path, support: ImageList) -> ImageList:
     """The photos to label, without those that support a class. UserError: none."""
     images = ImageList([(path, -1)], []) if path.is_file() else flat_folder(path)
-    taken = {file.resolve() for file in support.paths()}
-    left = [i for i, file in enumerate(images.paths()) if file.resolve() not in taken]
+    taken = {os.path.realpath(file) for file in support.paths()}  # of a link in a circle `Path.resolve` raises
+    left = [i for i, file in enumerate(images.paths()) if os.path.realpath(file) not in taken]
     if not left:
         raise UserError(f"{path}: holds the photos of --support and no others; --shots K leaves all but K of a class")
     return images.take(left)

@@ -231,7 +231,7 @@ def label(run: Run, network: Any, train: ImageList, rest: list[int], file: Path)
         found = [(rest[row], y) for row, y in zip(rows.tolist(), labels.tolist())]
     if run.rank == 0:
         text = json.dumps({"source": source, "threshold_bits": run.args.threshold, "labels": found})
-        checkpoint.write(file, lambda handle: handle.write(text.encode()))
+        checkpoint.write_text(file, text)
     distributed.barrier()
     return found
 

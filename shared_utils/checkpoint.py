@@ -47,10 +47,14 @@ def save(path: str | os.PathLike, obj: Any) -> None:
     write(path, lambda handle: torch.save(obj, handle))
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8 text atomically; of file names in it the bytes are kept."""
+    write(path, lambda handle: handle.write(text.encode("utf-8", "surrogateescape")))
+
+
 def write_json(path: str | os.PathLike, obj: Any) -> None:
     """Write a result or what a run was made of, as JSON, atomically."""
-    text = json.dumps(obj, indent=1) + "\n"
-    write(path, lambda handle: handle.write(text.encode()))
+    write_text(path, json.dumps(obj, indent=1) + "\n")
 
 
 def load(path: str | os.PathLike) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import resource
+import signal
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,10 +14,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shared_utils import UserError, checkpoint
+from shared_utils import UserError, checkpoint, evaluation
 from shared_utils.flags import Parser, add_run_flags
 from shared_utils.lab import tiles
 from shared_utils.lab.results import papers
+from shared_utils.pictures import save_picture
 from shared_utils.run import Run, card
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,6 +114,33 @@ def test_save_keeps_the_width_and_reports_a_folder_that_cannot_be_written(tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="b.png: cannot be written"):
         tiles.save(Image.new("RGB", (10, 10)), tmp_path / "file" / "b.png")
+
+
+def test_a_full_disk_harms_no_older_picture_and_no_older_result(tmp_path: Path) -> None:
+    picture, result = tmp_path / "a.png", tmp_path / "result.json"
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+
+    def write(image: np.ndarray, number: float) -> None:
+        save_picture(Image.fromarray(image), picture)
+        evaluation.write_result(tmp_path, {"top1": number, "more": "x" * 5000})
+
+    write(noise[::-1], 1.0)
+    before = picture.read_bytes(), result.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(UserError, match="a.png: cannot be written .*File too large.*unharmed"):
+            save_picture(Image.fromarray(noise), picture)
+        with pytest.raises(UserError, match="result.json: cannot be written .*File too large.*unharmed"):
+            evaluation.write_result(tmp_path, {"top1": 2.0, "more": "x" * 5000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (picture.read_bytes(), result.read_bytes()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "result.json"]
+    with pytest.raises(UserError, match="not the ending of a picture"):
+        save_picture(Image.fromarray(noise), tmp_path / "a.txt")
 
 
 def test_the_text_page_has_command_facts_and_flags(tmp_path: Path) -> None:

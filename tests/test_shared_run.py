@@ -501,3 +501,45 @@ def test_compile_is_refused_where_nothing_is_compiled_and_told_in_a_resume(
     capsys.readouterr()
     short_run(tmp_path).close()
     assert "--compile was True, is False: from here on the same up to rounding" in capsys.readouterr().out
+
+
+MORTAL = """
+import os, signal, torch
+from pathlib import Path
+from torch.utils.data import Dataset
+from shared_utils.data import EpochSampler, Keyed
+from shared_utils.flags import Parser, add_run_flags
+from shared_utils.run import Run, cli
+
+class Mortal(Dataset):
+    def __len__(self):
+        return 8
+    def __getitem__(self, index):
+        if run.step == 0 and index == last and not run.dir.joinpath("checkpoint.pth").is_file():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.tensor(index)
+
+def main(_):
+    global run, last
+    p = Parser()
+    add_run_flags(p, "x")
+    run = Run(p.parse_args(), "shared", "test")
+    sampler = EpochSampler(8, 2, 0)
+    last = list(sampler)[-1][-1][1]
+    run.preflight({})
+    for epoch, x in run.batches(run.loader(Keyed(Mortal(), 0), sampler), sampler, 1):
+        run.log(1.0)
+    run.finish()
+
+cli(main)
+"""
+
+
+def test_a_data_worker_that_was_killed_is_one_line(tmp_path: Path, python: str) -> None:
+    command = [python, "-c", MORTAL, "--output-dir", str(tmp_path), "--workers", "1", "--device", "cpu"]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: DataLoader worker") and "--workers" in lines[0], done.stderr
+    assert json.loads((tmp_path / "end.json").read_text())["state"].startswith("failed: DataLoader worker")

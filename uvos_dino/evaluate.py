@@ -179,8 +179,7 @@ def write_csvs(folder: Path, videos: Mapping[str, dict[str, Any]], split: str) -
         for kind, rows in (("global", means), ("per-sequence", [("Sequence", "J-Mean", "F-Mean"), *each])):
             text = io.StringIO()
             csv.writer(text, lineterminator="\n").writerows(rows)
-            file = folder / match / f"{kind}_results-{split}.csv"
-            checkpoint.write(file, lambda handle, text=text: handle.write(text.getvalue().encode()))
+            checkpoint.write_text(folder / match / f"{kind}_results-{split}.csv", text.getvalue())
 
 
 def score(args: argparse.Namespace, videos: list[Video], folder: Path, meta: Mapping[str, Any]) -> int:

@@ -98,7 +98,7 @@ def find_clips(sources: Sequence[Path]) -> list[Clip]:
         elif source.is_file():
             clips.append(Clip(source.stem, source, []))
         else:
-            raise UserError(f"{source}: no such video or folder")
+            raise UserError(f"{source}: no such video or folder; give a video, a folder of frames, or one of several")
     names: dict[str, Path] = {}
     for clip in clips:
         if clip.name in names:

@@ -201,7 +201,9 @@ def read_fame(root: Path, dataset: str) -> str:
         "--index_cache",
         f"{root}/../i.pth",
     ]
-    found = data.open_videos(train.get_parser().parse_args(words), train=True)
+    args = train.get_parser().parse_args(words)
+    data.check_data_flags(args)
+    found = data.open_videos(args, train=True)
     frames = sum(video.count for video in found.videos)
     return (
         f"{len(found)} videos, {frames} frames, {len(found.classes)} classes, {sorted(Counter(found.labels).items())}"
@@ -235,6 +237,36 @@ def read_attributes(root: Path) -> str:
 
     images = image_folder(root / "train")
     return read_all(images) + f" {[(k, v[0].tolist()) for k, v in attribute_labels(root, images).items()]}"
+
+
+def read_folder(root: Path) -> str:
+    from shared_utils.data import flat_folder
+
+    return read_all(flat_folder(root))
+
+
+def read_own(root: Path) -> str:
+    from mdp.own import open_own
+
+    found = {split: open_own("mine", root, split) for split in ("train", "val")}
+    for part in found.values():
+        for i in range(len(part)):
+            part.load(i)
+    return f"{ {split: len(part) for split, part in found.items()} } pairs, {len(found['train'].classes)} classes"
+
+
+def read_clips(root: Path) -> str:
+    from uvos_dino.segment import find_clips, pictures
+
+    return f"frames of the clips: {sorted(sum(1 for _ in pictures(clip)) for clip in find_clips([root]))}"
+
+
+def read_support(root: Path) -> str:
+    from flat.predict import read_query
+    from shared_utils.data import image_folder
+
+    support = image_folder(root / "few")
+    return read_parts({"support": support, "query": read_query(root / "others", support)})
 
 
 # --- the loaders ------------------------------------------------------------------------------------------------------
@@ -320,6 +352,22 @@ def cifarfs(root: Path) -> None:
         text(root / f"splits/bertinetto/{part}.txt", names)
 
 
+def photos(root: Path, count: int = 16) -> list[str]:
+    """A user's own, with blanks in their names."""
+    return [photo(root / f"my {i:02d}.jpg", 100 + i) for i in range(count)]
+
+
+def own_set(root: Path) -> None:
+    segmentation("images/a {}.jpg", "labels/a {}.png")(root)
+    text(root / "classes.txt", ["ground", "house"])
+
+
+SSCL = (
+    " --dim 8 --moco_k 32 --batch_labelled 4 --mu 2 --bn_splits 2 --lr_batch 0 --num_nn 3 --num_pos 2 --epochs 1"
+    + NET
+    + RUN
+)
+KNOWN = "sscl.main --labelled {root}/known --unlabelled {root}/all" + SSCL
 LOADERS: dict[str, Loader] = {
     "bingo images": Loader(lambda r: classes(r, "train"), "bingo.main_teacher --data_dir {root}" + MOCO + RUN, *IMAGE),
     "hsa images": Loader(
@@ -381,6 +429,27 @@ LOADERS: dict[str, Loader] = {
     "fame fight": Loader(videos("fight"), lambda r: read_fame(r, "fight"), "c1/v1_1/003.jpg", "c1/v1_1", "clips.csv"),
     "uvos_dino DINO frames": Loader(sequences(FRAMES), DINO + RUN, FRAMES.format("s1", "00002"), "JPEGImages/480p/s1"),
     "uvos_dino clips": Loader(sequences(FRAMES), BLOCK + RUN, FRAMES.format("s1", "00002"), "JPEGImages/480p/s1"),
+}
+LOADERS |= {
+    "bingo photos": Loader(photos, "bingo.main_teacher --data_dir {root}" + MOCO + RUN, "my 03.jpg"),
+    "hsa photos": Loader(photos, "hsa.main_moco --data_dir {root} --clus_pos_num 3" + MOCO + RUN, "my 03.jpg"),
+    "sscl labelled": Loader(lambda r: (classes(r, "known"), photos(r / "all")), KNOWN, "known/c1/03.jpg", "known/c1"),
+    "sscl unlabelled": Loader(lambda r: (classes(r, "known"), photos(r / "all")), KNOWN, "all/my 03.jpg", "all"),
+    "mra predict": Loader(lambda r: photos(r / "a"), read_folder, "a/my 03.jpg", "a"),
+    "mdp own": Loader(own_set, read_own, "images/a 03.jpg", "images", "classes.txt", "labels/a 03.png"),
+    "fame folder": Loader(
+        lambda r: [film(r / f"a/my {n}.avi", n) for n in range(8)], lambda r: read_fame(r, "folder"), "a/my 3.avi", "a"
+    ),
+    "uvos_dino segment video": Loader(
+        lambda r: [film(r / f"a/my {n}.mp4", n) for n in range(3)], read_clips, "a/my 1.mp4", "a"
+    ),
+    "uvos_dino segment frames": Loader(sequences("{0}/my {1}.jpg"), read_clips, "s1/my 00002.jpg", "s1"),
+    "flat support": Loader(
+        lambda r: (classes(r, "few"), photos(r / "others")), read_support, "few/c1/03.jpg", "few/c1"
+    ),
+    "flat query": Loader(
+        lambda r: (classes(r, "few"), photos(r / "others")), read_support, "others/my 03.jpg", "others"
+    ),
 }
 for kind, parts in FINE.items():
     LOADERS[f"sage {kind}"] = Loader(fine(kind), lambda r, k=kind: read_fine(r, k), *parts)  # type: ignore[misc]
