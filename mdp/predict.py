@@ -257,7 +257,7 @@ def write_shares(file: Path, names: Sequence[Path], classes: Sequence[str], shar
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["file", *classes])
     rows.writerows([str(name), *(f"{share:.4f}" for share in row)] for name, row in zip(names, shares))
-    checkpoint.write(file, lambda handle: handle.write(text.getvalue().encode("utf-8", "surrogateescape")))
+    checkpoint.write_text(file, text.getvalue())
     mean = shares.mean(0)
     return ", ".join(f"{classes[i]} {100 * mean[i]:.1f} %" for i in np.argsort(-mean)[:5] if mean[i])
 

@@ -198,7 +198,7 @@ def write_csv(path: Path, runs: Sequence[Found]) -> None:
     out = csv.writer(text, lineterminator="\n")
     out.writerow(["job", *header])
     out.writerows([run.job, *("" if v is None else v for v in row)] for run, row in zip(runs, rows, strict=True))
-    checkpoint.write(path, lambda handle: handle.write(text.getvalue().encode("utf-8", "surrogateescape")))
+    checkpoint.write_text(path, text.getvalue())
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     lines.writerow(["row", "file"])
     lines.writerows([i, os.path.relpath(path, args.images)] for i, path in enumerate(images.paths()))
     names = Path(f"{args.out}.csv")
-    checkpoint.write(names, lambda handle: handle.write(text.getvalue().encode("utf-8", "surrogateescape")))
+    checkpoint.write_text(names, text.getvalue())
     print(f"  [{count}, {rows.shape[1]}] -> {table}, their files -> {names}", flush=True)
     return 0
 

@@ -26,7 +26,7 @@ def write_csv(
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["file", "class", "confidence"])
     rows.writerows([str(f), classes[y], f"{c:.4f}"] for f, y, c in zip(files, chosen.tolist(), confidence.tolist()))
-    checkpoint.write(path, lambda handle: handle.write(text.getvalue().encode("utf-8", "surrogateescape")))
+    checkpoint.write_text(path, text.getvalue())
     counts = chosen.bincount(minlength=len(classes)).tolist()
     most = sorted(zip(counts, classes), key=lambda pair: -pair[0])[:8]
     shown = ", ".join(f"{name} {count}" for count, name in most if count)

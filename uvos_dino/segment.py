@@ -201,7 +201,7 @@ class Results:
         table.writerow(["number", "first", "last", "frames", "share"])
         for number, (first, last, count, share) in sorted(self.rows.items()):
             table.writerow([number, first, last, count, f"{share / count:.4f}"])
-        checkpoint.write(self.table, lambda handle: handle.write(text.getvalue().encode()))
+        checkpoint.write_text(self.table, text.getvalue())
         if older := {path.name for path in self.folder.glob("*.png")} - self.names:
             print(f"  {self.folder}: {len(older)} PNGs of an earlier clip are left there ({min(older)}, ...)")
 
