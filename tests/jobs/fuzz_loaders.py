@@ -37,11 +37,13 @@ def text(path: Path, lines: Iterable[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
-def film(path: Path, number: int) -> None:
-    """12 frames of an mp4 or avi."""
+def films(pattern: Path, count: int) -> None:
+    """Videos of 12 frames; `{}` in the name is their number."""
     from shared_utils.lab.mini import _avi
 
-    _avi(path, np.random.default_rng(number).integers(0, 255, (12, 48, 48, 3), np.uint8))
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 255, (12, 48, 48, 3), np.uint8)
+        _avi(pattern.with_name(pattern.name.format(number)), pixels)
 
 
 def classes(root: Path, *parts: str, each: int = 8, own: bool = False) -> list[str]:
@@ -437,12 +439,8 @@ LOADERS |= {
     "sscl unlabelled": Loader(lambda r: (classes(r, "known"), photos(r / "all")), KNOWN, "all/my 03.jpg", "all"),
     "mra predict": Loader(lambda r: photos(r / "a"), read_folder, "a/my 03.jpg", "a"),
     "mdp own": Loader(own_set, read_own, "images/a 03.jpg", "images", "classes.txt", "labels/a 03.png"),
-    "fame folder": Loader(
-        lambda r: [film(r / f"a/my {n}.avi", n) for n in range(8)], lambda r: read_fame(r, "folder"), "a/my 3.avi", "a"
-    ),
-    "uvos_dino segment video": Loader(
-        lambda r: [film(r / f"a/my {n}.mp4", n) for n in range(3)], read_clips, "a/my 1.mp4", "a"
-    ),
+    "fame folder": Loader(lambda r: films(r / "a/my {}.avi", 8), lambda r: read_fame(r, "folder"), "a/my 3.avi", "a"),
+    "uvos_dino segment video": Loader(lambda r: films(r / "a/my {}.mp4", 3), read_clips, "a/my 1.mp4", "a"),
     "uvos_dino segment frames": Loader(sequences("{0}/my {1}.jpg"), read_clips, "s1/my 00002.jpg", "s1"),
     "flat support": Loader(
         lambda r: (classes(r, "few"), photos(r / "others")), read_support, "few/c1/03.jpg", "few/c1"
