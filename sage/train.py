@@ -107,6 +107,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--stages", type=positive, default=5, help="how often, evenly over the run")
     add_aug_flag(p)
     add_knn_flag(p)
+    p.set_defaults(normalise="half")  # of its input, for who reads the checkpoint
     add_init_flag(p)
     add_run_flags(p, "sage/pretrain/default")
     p.set_defaults(evaluator_sha256="")

@@ -227,6 +227,11 @@ def load_backbone(
         if getattr(args, flag) is None:
             found = (stored.get(name.format(flag)) for name in stored_as)
             setattr(args, flag, next(filter(None, found), fallback))
+    if (norm := stored.get("normalise", "imagenet")) != "imagenet" and not hasattr(args, "normalise"):
+        raise UserError(
+            f"{args.pretrained}: its network was trained on input that is normalised otherwise ({norm}) than this script "
+            "does; take the scripts of the folder that trained it"
+        )
     network = build(args.arch, args.width, args.stem)
     what = f"{args.arch}, width {args.width}, stem {args.stem}"
     if args.pretrained == "none":
