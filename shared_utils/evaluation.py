@@ -229,7 +229,7 @@ def load_backbone(
             setattr(args, flag, next(filter(None, found), fallback))
     if (norm := stored.get("normalise", "imagenet")) != "imagenet" and not hasattr(args, "normalise"):
         raise UserError(
-            f"{args.pretrained}: its network was trained on input that is normalised otherwise ({norm}) than this script "
+            f"{args.pretrained}: its network was trained on input normalised otherwise ({norm}) than this script "
             "does; take the scripts of the folder that trained it"
         )
     network = build(args.arch, args.width, args.stem)

@@ -57,7 +57,9 @@ def test_tests_are_the_evaluations_and_change_nothing(name, photos, tmp_path, ca
     given = ["--pretrained", str(tmp_path / "with/checkpoint.pth"), "--data_dir", str(photos), "--workers", "0"]
     assert evaluate([*given, "--threads", "1", "--device", "cpu", "--output-dir", str(tmp_path / "knn")]) == 0
     if name == "sage":  # -1..1, which the others' scripts do not know
-        with pytest.raises(UserError, match="normalised otherwise .half. than this script does; take the scripts of"):
+        with pytest.raises(
+            UserError, match="input normalised otherwise .half. than this script does; take the scripts of"
+        ):
             hsa.main_knn.main([*given, "--threads", "1", "--device", "cpu", "--output-dir", str(tmp_path / "wrong")])
     assert told == pytest.approx(json.loads((tmp_path / "knn/result.json").read_text())[key], abs=1e-9)
 

@@ -37,13 +37,17 @@ def text(path: Path, lines: Iterable[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
-def films(pattern: Path, count: int) -> None:
-    """Videos of 12 frames; `{}` in the name is their number."""
+def film(path: Path, number: int) -> None:
+    """12 frames of an mp4 or avi."""
     from shared_utils.lab.mini import _avi
 
+    _avi(path, np.random.default_rng(number).integers(0, 255, (12, 48, 48, 3), np.uint8))
+
+
+def films(pattern: Path, count: int) -> None:
+    """So many of them; `{}` in the name is their number."""
     for number in range(count):
-        pixels = np.random.default_rng(number).integers(0, 255, (12, 48, 48, 3), np.uint8)
-        _avi(pattern.with_name(pattern.name.format(number)), pixels)
+        film(pattern.with_name(pattern.name.format(number)), number)
 
 
 def classes(root: Path, *parts: str, each: int = 8, own: bool = False) -> list[str]:
