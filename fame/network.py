@@ -40,11 +40,16 @@ def add_network_flags(p: argparse.ArgumentParser) -> None:
 
 
 def from_checkpoint(args: argparse.Namespace) -> None:
-    """Fill in the flags that were left to the checkpoint."""
+    """Fill in the flags that were left to the checkpoint. UserError: it is of no network of this folder."""
     stored = evaluation.stored_flags(args.pretrained)
     for name, fallback in STORED.items():
         if getattr(args, name) is None:
             setattr(args, name, stored.get(name, fallback))
+    if args.arch not in ARCHS:
+        raise UserError(
+            f"{args.pretrained}: holds a {args.arch}, which is no video network; give a run of fame.train or the "
+            "release's file"
+        )
 
 
 def resolve(args: argparse.Namespace) -> None:

@@ -40,7 +40,16 @@ MODEL_FLAGS = ("arch", "head", "base_channels", "head_channels", "dilations")
 # mmsegmentation's readers and ours.
 OWN_READERS = {"LoadImageFromFile": "LoadPhoto", "LoadAnnotations": "LoadLabels"}
 # What a run leaves in its folder.
-RUN_FILES = ("config.json", "result.json", "validations.json", "log.jsonl", "model.pth", "mmengine", "events.*")
+RUN_FILES = (
+    "config.json",
+    "end.json",
+    "result.json",
+    "validations.json",
+    "log.jsonl",
+    "model.pth",
+    "mmengine",
+    "events.*",
+)
 # New in fine-tuning, whatever the weights: the classifier.
 NEW = ("decode_head.conv_seg.*",)
 
@@ -309,6 +318,8 @@ def run(args: argparse.Namespace, implied: dict[str, Any], state: dict[str, Tens
         scale = list(test_scale(cfg))
         checkpoint.save(out / "model.pth", {"state_dict": weights, "args": flags, "sets": [classes], "scale": scale})
         checkpoint.write_json(out / "result.json", result)
+        done = {"state": "done", "step": cfg.train_cfg.max_iters, "steps": cfg.train_cfg.max_iters}
+        checkpoint.write_json(out / "end.json", done | {"minutes": round(spent / 60, 3)})
         print(f"  early mIoU {result['early']['mIoU']:.2f} (iteration {early}), final {result['final']['mIoU']:.2f}")
         print(f"  next: python -m mdp.predict PHOTO_OR_FOLDER --pretrained {quote(str(out))} --out maps")
         print(f"  next: python -m mdp.eval_seg --run {quote(str(out))} --data-root {quote(str(args.data_root))}")

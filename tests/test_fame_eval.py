@@ -245,6 +245,16 @@ def test_weights_of_another_network_are_refused(data, pretrained, tmp_path):
         evaluate(data, pretrained, tmp_path, "--freeze", "--width", "3")
 
 
+def test_a_checkpoint_of_an_image_network_is_told_as_such(tmp_path):
+    checkpoint.save(
+        tmp_path / "r18.pth", {"state_dict": {"conv1.weight": torch.zeros(1)}, "args": {"arch": "resnet18"}}
+    )
+    args = Namespace(pretrained=str(tmp_path / "r18.pth"), arch=None, width=None, crop_size=64, frame_per_clip=None,
+                     stride=None, val_resize="auto")  # fmt: skip
+    with pytest.raises(UserError, match="r18.pth: holds a resnet18, which is no video network"):
+        resolve(args)
+
+
 def test_flags_left_to_the_checkpoint(pretrained):
     args = Namespace(
         pretrained=str(pretrained), arch=None, width=None, crop_size=64, frame_per_clip=None, stride=None,

@@ -156,7 +156,7 @@ def test_hits_are_counted_where_a_line_is_written_alone(data, weights, tmp_path,
     assert [(row["step"], "acc1_4" in row, "val/top1_4" in row) for row in lines] == [
         (1, True, False), (4, True, False), (6, False, True)
     ]  # fmt: skip
-    assert len(counted) == 2 * (2 + 3)  # two lines, three batches of validation
+    assert len(counted) == 2 * (3 + 3)  # three lines, three batches of validation
 
 
 def test_release_ids_pooling_and_schedule():

@@ -252,13 +252,13 @@ def resolved(*flags: str) -> argparse.Namespace:
 
 def test_cutmix_s_recipe() -> None:
     """clovaai/CutMix-PyTorch: ImageNet with jitter, lighting and Nesterov; half of CIFAR's batches are mixed."""
-    args = resolved("--preset", "cutmix", "--batch_size", "64", "--mix", "cutmix")
+    args = resolved("--preset", "cutmix", "--batch_size", "64", "--mix", "cutmix", "--input_size", "64")
     assert (args.epochs, args.batch_size, args.lr, args.schedule, args.wd) == (300, 64, 0.1, [75, 150, 225], 1e-4)
     assert [engine.learning_rate(args, e) for e in (0, 75, 224, 225)] == pytest.approx([0.1, 0.01, 1e-3, 1e-4])
     assert (args.color_jitter, args.lighting, args.nesterov, args.mix_prob) == (0.4, 0.1, True, 1.0)
     names = [type(t).__name__ for t in engine.training_transform(args).transforms]
     assert names == ["Compose", "ToTensor", "Jitter", "Lighting", "Normalize"]
-    off = resolved("--preset", "cutmix", "--no-nesterov", "--color_jitter", "0", "--lighting", "0")
+    off = resolved("--preset", "cutmix", "--no-nesterov", *"--color_jitter 0 --lighting 0 --input_size 64".split())
     names = [type(t).__name__ for t in engine.training_transform(off).transforms]
     assert not off.nesterov and names == ["Compose", "ToTensor", "Normalize"]
     net = nets.build("resnet8", 3, 4)

@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -210,6 +211,7 @@ def test_ends_are_noted_and_runs_compared(tmp_path, capsys, monkeypatch):
     assert stopped.value.code == 143
     end = json.loads((runs / "three/end.json").read_text())
     assert (end["state"], end["step"], end["steps"], end["loss"]) == ("stopped by SIGTERM", 4, 6, pytest.approx(0.2))
+    monkeypatch.setattr(os, "_exit", sys.exit)  # which cli calls where other tests have left data workers
     with pytest.raises(SystemExit):
         cli(lambda _: job("--output-dir", str(runs / "four"), *data, fail=4).step)
     job("--output-dir", str(runs / "five"), *data)
