@@ -154,7 +154,7 @@ def test_hits_are_counted_where_a_line_is_written_alone(data, weights, tmp_path,
     call(main_lincls, data, weights, tmp_path, *PROBE, "--end_epoch", "1", "--log-every", "4")
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(row["step"], "acc1_4" in row, "val/top1_4" in row) for row in lines] == [
-        (1, True, False), (4, True, False), (6, False, True)
+        (1, True, False), (4, True, False), (6, True, True)
     ]  # fmt: skip
     assert len(counted) == 2 * (3 + 3)  # three lines, three batches of validation
 
