@@ -63,4 +63,4 @@ esac
 
 "${launch[@]}" -m fame.train --output-dir "$out" "${flags[@]}" "$@"
 # Another folder than the tier's, or own videos, which have no test part: the run has named its next command.
-if [[ " $* " != *" --output-dir"* && ${set_name:-motion} =~ ^(motion|fight)$ ]]; then next_job fame/run_eval.sh "$tier"; fi
+if [[ ${set_name:-motion} =~ ^(motion|fight)$ ]]; then next_job fame/run_eval.sh "$tier"; fi

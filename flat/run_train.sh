@@ -67,4 +67,4 @@ esac
 
 "${launch[@]}" -m flat.train --output-dir "$out" "${flags[@]}" "$@"
 # A run in another folder than the tier's has named its next command.
-if [[ " $* " != *" --output-dir"* ]]; then next_job flat/run_eval.sh "$tier"; fi
+next_job flat/run_eval.sh "$tier"

@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
                 mix, mu = mix_shares(x["query"], x["add_posq"], boxes)
                 seen.append(mix)
             if args.crops:
-                seen += batch["small"].to(run.device).unbind(1)
+                seen += [follow(view, model) for view in batch["small"].unbind(1)]
             lam = (1.0, 0.0) if epoch < args.warmup_epochs else tuple(args.lam)
             weights = losses.group_weights(lam, mu, local, args.crops)
 
