@@ -96,11 +96,24 @@ def numbers(values: Sequence[Tensor | float]) -> list[float]:
 
 
 def plain_errors(loader: DataLoader) -> Iterator[Any]:
-    """The batches of a loader; a worker's UserError arrives wrapped in a traceback and leaves as its one line."""
+    """The batches of a loader; a worker's UserError arrives wrapped in a traceback and leaves as its one line.
+
+    Raises: RuntimeError, "DataLoader worker ...", as torch has it: a worker was killed, also where its connection broke
+    while it handed over a batch, which torch does not tell as such.
+    """
+    batches: Iterator[Any] | None = None
     try:
-        yield from loader
+        batches = iter(loader)
+        yield from batches
     except UserError as error:
         raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        for worker in getattr(batches, "_workers", ()):
+            worker.join(1)  # one that is alive takes the second
+            if worker.exitcode:
+                how = f"exit code {worker.exitcode}" if worker.exitcode > 0 else f"signal {-worker.exitcode}"
+                raise RuntimeError(f"DataLoader worker (pid {worker.pid}) ended by {how}: {error}") from error
+        raise
 
 
 def lock(folder: Path) -> IO[str]:

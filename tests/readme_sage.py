@@ -23,7 +23,7 @@ def check(runs: Path) -> None:
     saved = checkpoint.load(runs / "sage/pretrain/mini/checkpoint.pth")
     stages = saved["gallery"]["stages"]
     errors = [float(stage["error"].mean()) for stage in stages]
-    # The first is nearly blank, what follows starts as noise and gets better: by 6 % or more, with either CPU kernels.
-    assert len(errors) == 5 and errors[-1] < 0.97 * errors[1], f"recovered images do not get better: {errors}"
+    # the first is nearly blank, what follows starts as noise and gets better
+    assert len(errors) == 5 and errors[-1] < 0.9 * errors[1], f"recovered images do not get better: {errors}"
     frozen = checkpoint.load(runs / "sage/evaluator/mini/checkpoint.pth")["state_dict"]["online_net.0.conv1.weight"]
     assert saved["state_dict"]["r_function.0.conv1.weight"].equal(frozen)

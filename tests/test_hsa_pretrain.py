@@ -400,7 +400,8 @@ def test_two_processes_of_two_splits_equal_one_with_four(data, tmp_path, python)
     extra = Image.fromarray(np.random.default_rng(1).integers(0, 255, (20, 20, 3)).astype(np.uint8))
     extra.save(images / "train/class2/99.png")
     flags = [*SMALL, "--data_dir", str(images), "--init_lr", "0.002", "--mode", "paper", "--crops", "1"]
-    flags += ["--img_size", "32", "--end_epoch", "2"]
+    # Crops of 32 pixels: of 14, the last maps have one pixel, and batch norm over two values makes 1e-7 to 1e-3.
+    flags += ["--img_size", "32", "--crop_size", "32", "--end_epoch", "2"]
     assert main([*flags, "--bn_splits", "4", "--output-dir", str(tmp_path / "one")]) == 0
     command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "hsa.main_moco", *flags, "--bn_splits", "2", "--output-dir", str(tmp_path / "two")]
@@ -412,11 +413,11 @@ def test_two_processes_of_two_splits_equal_one_with_four(data, tmp_path, python)
     assert torch.equal(one["neighbours"]["index"], two["neighbours"]["index"])
     assert one["neighbours"]["index"].shape == (25, 3)
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=2e-4)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     for key, value in one["state_dict"].items():
         # batch-norm buffers are those of the first process there, and the mean over the splits here
         if "running" not in key:
-            torch.testing.assert_close(value, two["state_dict"][key], rtol=0, atol=2e-3)
+            torch.testing.assert_close(value, two["state_dict"][key], rtol=0, atol=1e-4)
     assert int(two["state_dict"]["module.queue_ptr"]) == 0
 
 
