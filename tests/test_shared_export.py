@@ -36,8 +36,8 @@ import sage.lab.export
 import uvos_dino.lab.export
 import uvos_dino.model_cluster
 import uvos_dino.vision_transformer
-from shared_utils import UserError, augment, checkpoint, embed
-from shared_utils.lab import export
+from shared_utils import UserError, augment, checkpoint
+from shared_utils.lab import embed, export
 
 ROOT = Path(__file__).resolve().parent.parent
 

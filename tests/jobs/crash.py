@@ -23,8 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -114,12 +115,19 @@ class Folder:
     def finish(self, out: Path, extra: str = "") -> None:
         """Start again, and compare the end with the undisturbed run's."""
         self.end(self.start(out, extra), 0)
+        self.compare(out)
+        if left := list(out.glob(".*.tmp")):
+            raise Failed(f"left over: {left[0].name}")
+
+    def compare(self, out: Path) -> None:
+        """Every tensor and every line of the log with the undisturbed run's."""
         if unequal := differing(self.whole, out):
             raise Failed(f"{len(unequal)} tensors differ, among them {unequal[0]}")
         if log(self.whole) != log(out):
             raise Failed("the log has other lines than the undisturbed run's")
-        if left := list(out.glob(".*.tmp")):
-            raise Failed(f"left over: {left[0].name}")
+
+
+F = TypeVar("F", bound=Folder)
 
 
 def undisturbed(it: Folder) -> str:
@@ -210,23 +218,30 @@ def disturbed(it: Folder) -> list[str]:
     return [*cells, truncated(it)]
 
 
-def main() -> int:
-    args = flags(__doc__, list(PRETRAININGS), "FOLDER").parse_args()
+def table(about: str | None, job: str, header: Sequence[str], kind: type[F], cells: Callable[[F], list[str]]) -> int:
+    """A row for each folder that the command line asks for, printed and with --record written down.
+
+    `cells` gives what lies between the folder's name and the commit. Returns the exit code: 1 where a row failed.
+    """
+    args = flags(about, list(PRETRAININGS), "FOLDER").parse_args()
     rows: dict[str, list[str]] = {}
     for name in args.only or PRETRAININGS:
-        work = Path(tempfile.mkdtemp(prefix=f"crash-{name}-", dir=args.work))
-        it = Folder(name, work, args.seed)
+        work = Path(tempfile.mkdtemp(prefix=f"{job}-{name}-", dir=args.work))
         try:
             prepare(name, work)
-            rows[name] = [undisturbed(it), *disturbed(it), "bit-identical", stamp()]
+            rows[name] = [*cells(kind(name, work, args.seed)), stamp()]
         except Failed as error:
-            rows[name] = [f"FAILED: {error}", *[""] * 5, stamp()]
+            rows[name] = [f"FAILED: {error}", *[""] * (len(header) - 3), stamp()]
         finally:
             shutil.rmtree(work, ignore_errors=True)
         print(name, *rows[name], sep=" | ", flush=True)
         if args.record:
-            record("crash", HEADER, {name: rows[name]})
+            record(job, header, {name: rows[name]})
     return int("FAILED" in str(rows))
+
+
+def main() -> int:
+    return table(__doc__, "crash", HEADER, Folder, lambda it: [undisturbed(it), *disturbed(it), "bit-identical"])
 
 
 if __name__ == "__main__":

@@ -19,23 +19,16 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.checkpoints import differing  # noqa: E402
-from tests.jobs.crash import Failed, Folder, small_disk, undisturbed  # noqa: E402
+from tests.jobs.crash import Failed, Folder, small_disk, table, undisturbed  # noqa: E402
 from tests.jobs.pretraining import (  # noqa: E402
-    PRETRAININGS,
     ROOT,
     Forked,
     environment,
-    flags,
     log,
-    prepare,
-    record,
-    stamp,
 )
 
 HEADER = ("folder", "a data worker killed", "a file changed", "a second run", "both ends", "full disk", "commit, date")
@@ -155,30 +148,16 @@ def full_disk(it: Copied) -> str:
         return f"{it.name}.{words[0].rpartition('.')[2]}, no room for {named}: one line, older files as they were"
 
 
+def events(it: Copied) -> list[str]:
+    undisturbed(it)
+    out = it.work / "run"
+    cells = [worker_killed(it, out), changed(it, out), second(it, out)]
+    it.compare(out)
+    return [*cells, "bit-identical", full_disk(it)]
+
+
 def main() -> int:
-    args = flags(__doc__, list(PRETRAININGS), "FOLDER").parse_args()
-    rows: dict[str, list[str]] = {}
-    for name in args.only or PRETRAININGS:
-        work = Path(tempfile.mkdtemp(prefix=f"mishaps-{name}-", dir=args.work))
-        it = Copied(name, work, args.seed)
-        try:
-            prepare(name, work)
-            undisturbed(it)
-            out = work / "run"
-            cells = [worker_killed(it, out), changed(it, out), second(it, out)]
-            if unequal := differing(it.whole, out):
-                raise Failed(f"{len(unequal)} tensors differ, among them {unequal[0]}")
-            if log(it.whole) != log(out):
-                raise Failed("the log has other lines than the undisturbed run's")
-            rows[name] = [*cells, "bit-identical", full_disk(it), stamp()]
-        except Failed as error:
-            rows[name] = [f"FAILED: {error}", *[""] * 4, stamp()]
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-        print(name, *rows[name], sep=" | ", flush=True)
-        if args.record:
-            record("mishaps", HEADER, {name: rows[name]})
-    return int("FAILED" in str(rows))
+    return table(__doc__, "mishaps", HEADER, Copied, events)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Features of photographs: python -m shared_utils.embed FOLDER|timm:NAME IMAGES --out E
+"""Features of photographs: python -m shared_utils.lab.embed FOLDER|timm:NAME IMAGES --out E
 
 FOLDER is a hub folder (an exporter's --format hub writes one), or any that timm's `local-dir:` reads. Every image
 anywhere below IMAGES is read, with the size and normalisation that the network was trained with. E.npy holds the pooled
@@ -23,7 +23,7 @@ from shared_utils.run import cli, set_threads
 
 
 def get_parser() -> Parser:
-    p = Parser(prog="shared_utils.embed", description=(__doc__ or "").splitlines()[0])
+    p = Parser(prog="shared_utils.lab.embed", description=(__doc__ or "").splitlines()[0])
     p.add_argument(
         "network", metavar="FOLDER|timm:NAME", help="a hub folder, or one of timm's names, which it downloads"
     )
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     network, images.transform = load(args.network)
     network.to(device)
     count, done, rows = len(images), 0, None
-    print(f"shared_utils/embed: {args.network}, {count} images below {args.images}", flush=True)
+    print(f"embed: {args.network}, {count} images below {args.images}", flush=True)
 
     def embed(x: Tensor) -> list[Tensor]:
         return [network(x)]
