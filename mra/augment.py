@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mra import data
+from mra import data, transforms
 from mra.mra import MRA, add_mra_flags, build
 from shared_utils import UserError, distributed
 from shared_utils import augment as pixels
@@ -39,7 +39,7 @@ def get_parser() -> Parser:
     a("--crop", choices=["resized", "padded", "none"], default="resized", help="before MRA: random resized crop and "
       "flip; flip and shift by up to an eighth; or the middle of the image as it is")  # fmt: skip
     a("--min_scale", type=float, default=0.5, help="least area of a resized crop")
-    a("--policy", choices=list(data.POLICIES), default="none", help="colours and shapes, before MRA")
+    a("--policy", choices=list(transforms.POLICIES), default="none", help="colours and shapes, before MRA")
     a("--batch_size", type=positive, default=64, help="images at a time")
     a("--seed", type=natural, default=0, help="of crops, flips and random masks")
     add_mra_flags(p)
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     operator, about = build(args, args.input_size, device)
     assert operator is not None  # --mae_ckpt is given
     size = operator.mae.img_size
-    images.transform = data.train_transform(size, args.crop, args.policy, min_scale=args.min_scale)
+    images.transform = transforms.train_transform(size, args.crop, args.policy, min_scale=args.min_scale)
     keys = [(version, index) for index in range(len(images)) for version in range(args.count)]
     batches = [keys[first : first + args.batch_size] for first in range(0, len(keys), args.batch_size)]
     loader = DataLoader(Keyed(images, args.seed), batch_sampler=batches, num_workers=args.workers,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from mra import nets
-from mra.data import PADDINGS, POLICIES, train_transform
 from mra.mra import MRA, attention_scores, score_entropy
+from mra.transforms import PADDINGS, POLICIES, train_transform
 from shared_utils import UserError, augment, distributed
 from shared_utils.data import EpochSampler, ImageList, mix_key, sample_rng
 from shared_utils.evaluation import stream, topk

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mra import data, nets
+from mra import data, nets, transforms
 from mra.models_mae import MAE, run_file
 from mra.mra import MRA, add_mae_flags, attention_scores, load_mae, pixel_mask, score_entropy
 from shared_utils import UserError, distributed
@@ -171,8 +171,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--cell {args.cell}: must divide the {args.input_size} pixels of an image")
     if args.images:
         images = subset(images, [i * len(images) // args.images for i in range(min(args.images, len(images)))])
-    images.transform = data.test_transform(args.input_size, args.mean_std)
-    stats = data.STATS[args.mean_std]
+    images.transform = transforms.test_transform(args.input_size, args.mean_std)
+    stats = transforms.STATS[args.mean_std]
     mae, about = load_mae(args, args.input_size, device) if args.mae_ckpt else (None, "none: random cells alone")
     if mae is not None and args.cell % mae.p:
         raise UserError(f"--cell {args.cell}: must be a multiple of the autoencoder's patch of {mae.p}")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mra import data, engine, nets
+from mra import data, engine, nets, transforms
 from mra.mra import MRA, add_mra_flags, build
 from shared_utils import UserError, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed
@@ -33,7 +33,7 @@ def get_parser() -> Parser:
     a("--class_seed", type=natural, default=0, help="which classes of your own are new ones")
     a("--input_size", "--img_size", type=positive, help="pixels; default: the autoencoder's, else 84")
     a("--cache", action="store_true", help="decode all training images once and keep them in memory")
-    a("--mean_std", choices=list(data.STATS), default="imagenet")
+    a("--mean_std", choices=list(transforms.STATS), default="imagenet")
     add_mra_flags(p)
     engine.add_training_flags(p)
     p.set_defaults(arch="resnet12")
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--mra_on_support needs an autoencoder: give --mae_ckpt")
 
     # Frozen autoencoder; base, validation and novel classes; all episodes are drawn before training starts
-    operator, about_mra = build(args, args.input_size, run.device, data.STATS[args.mean_std])
+    operator, about_mra = build(args, args.input_size, run.device, transforms.STATS[args.mean_std])
     engine.settle(args, operator, 84)
     splits = data.read_fewshot(args.data_path, args.n_way, args.class_seed)
     train = data.cached(splits["train"], args.cache)
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     for split, shots, count in (("val", (1,), min(600, args.episodes)), ("test", (1, 5), args.episodes)):
         if split not in splits:
             continue
-        splits[split].transform = data.test_transform(args.input_size, args.mean_std)
+        splits[split].transform = transforms.test_transform(args.input_size, args.mean_std)
         for shot in shots:
             episodes[split, shot] = draw_episodes(
                 splits[split].labels, args.n_way, shot + args.n_query, count, args.episode_seed

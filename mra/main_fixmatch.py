@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import transforms as T
 
-from mra import data, engine, nets
+from mra import data, engine, nets, transforms
 from mra.mra import add_mra_flags, build
 from mra.strong import Draws, augmented, draw
 from shared_utils import UserError, augment, checkpoint, distributed
@@ -46,7 +46,7 @@ def get_parser() -> Parser:
     a("--arch", choices=nets.ARCHS, default="wrn28-2")
     a("--width", type=natural, default=0, help="channels of the first stage; 0: the network's own")
     a("--stem", choices=nets.STEMS, default="imagenet")
-    a("--strong", choices=list(data.POLICIES), default="fixmatch", help="policy of the strong branch, before "
+    a("--strong", choices=list(transforms.POLICIES), default="fixmatch", help="policy of the strong branch, before "
       "MRA: RandAugment as FixMatch draws it (magnitude drawn, each with p = 0.5), or torchvision's")  # fmt: skip
     a("--strong_cutout", action=argparse.BooleanOptionalAction, default=True, help="FixMatch's, after MRA")
     a("--strong_batch", action="store_true", help="make the strong branch's RandAugment in batches on the device: the "
@@ -201,7 +201,7 @@ def strengthened(run: Run, crops: Tensor) -> Tensor:
     first, count = run.rank * len(crops), len(crops)
     generator = torch.Generator().manual_seed(mix_key(run.args.seed, run.step, STRONG) >> 1)
     drawn = [part[first : first + count] for part in draw(run.world * count, generator)]
-    mean, std = (torch.tensor(v, device=crops.device).view(3, 1, 1) for v in data.STATS[run.args.mean_std])
+    mean, std = (torch.tensor(v, device=crops.device).view(3, 1, 1) for v in transforms.STATS[run.args.mean_std])
     return (augmented(crops, Draws(*drawn)) / 255 - mean) / std
 
 
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Frozen autoencoder
     stats = args.mean_std
-    operator, about_mra = build(args, args.input_size, run.device, data.STATS[stats])
+    operator, about_mra = build(args, args.input_size, run.device, transforms.STATS[stats])
     engine.settle(args, operator)
     size = args.input_size
 
@@ -223,14 +223,14 @@ def main(argv: list[str] | None = None) -> int:
     crowd = data.open_unlabelled(args)
     if not args.unlabelled:  # the same files, whose neighbours are counted once
         crowd.unread = {}
-    weak = data.train_transform(size, "padded", "none", stats)
+    weak = transforms.train_transform(size, "padded", "none", stats)
     train.transform = weak
-    bytes_of = T.Compose([data.geometry(size, "padded"), T.PILToTensor()])
-    shape = bytes_of if args.strong_batch else data.train_transform(size, "padded", args.strong, stats)
+    bytes_of = T.Compose([transforms.geometry(size, "padded"), T.PILToTensor()])
+    shape = bytes_of if args.strong_batch else transforms.train_transform(size, "padded", args.strong, stats)
     views = TwoViews(crowd, weak, shape)
     test_name, test = next(iter(tests.items()), (None, None))
     if test is not None:
-        test.transform = data.test_transform(size, stats)
+        test.transform = transforms.test_transform(size, stats)
     seeds = (args.seed, mix_key(args.seed, 1) >> 1)
     parts = []
     stock: Any

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision import transforms as T
 
-from mra import data
+from mra import data, transforms
 from mra.models_mae import FLAGS, MAE, SIZES, len_keep, resolve, start, unpatchify
 from mra.mra import pixel_mask
 from shared_utils import UserError, augment, checkpoint, distributed
@@ -115,7 +115,9 @@ def main(argv: list[str] | None = None) -> int:
     data.needs(
         images, effective, f"--batch_size {args.batch_size} x --accum_iter {args.accum_iter} x {run.world} processes"
     )
-    images.transform = T.Compose([data.geometry(args.input_size, "resized", args.min_scale, True), data.tensor()])
+    images.transform = T.Compose(
+        [transforms.geometry(args.input_size, "resized", args.min_scale, True), transforms.tensor()]
+    )
     sampler = EpochSampler(len(images), local, args.seed, run.rank, run.world)
     loader: Any
     if args.resident:

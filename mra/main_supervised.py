@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mra import data, engine, nets
+from mra import data, engine, nets, transforms
 from mra.mra import add_mra_flags, build
 from shared_utils import distributed
 from shared_utils.data import EpochSampler, Keyed
@@ -95,12 +95,12 @@ def main(argv: list[str] | None = None) -> int:
     engine.check_training_flags(args, run.world)
 
     # Frozen autoencoder; data: geometry and colour here, MRA on the device
-    operator, about_mra = build(args, args.input_size, run.device, data.STATS[args.mean_std])
+    operator, about_mra = build(args, args.input_size, run.device, transforms.STATS[args.mean_std])
     engine.settle(args, operator)
     train, tests = data.open_sets(args)
     train.transform = engine.training_transform(args)
     for images in tests.values():
-        images.transform = data.test_transform(args.input_size, args.mean_std)
+        images.transform = transforms.test_transform(args.input_size, args.mean_std)
     sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world, least=2)
     loader = run.loader(Keyed(train, args.seed), sampler)
     counts = torch.bincount(train.labels, minlength=len(train.classes))

@@ -5,7 +5,7 @@ A line an image, `file,class,confidence`, in the order of the names; confidence 
 
 from pathlib import Path
 
-from mra import data, nets
+from mra import nets, transforms
 from shared_utils import UserError, distributed
 from shared_utils.data import flat_folder, read_text
 from shared_utils.evaluation import collect
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"{args.classes}: {len(names)} names, the network of {args.pretrained} has {len(classes)}")
         classes = names
     images = flat_folder(args.folder)
-    images.transform = data.test_transform(flags["input_size"], flags.get("mean_std", "imagenet"))
+    images.transform = transforms.test_transform(flags["input_size"], flags.get("mean_std", "imagenet"))
     place(network, device)
     (probabilities,), _ = collect(
         lambda x: [network(follow(x, network)).softmax(1)], images, device, args.batch_size, args.workers,

@@ -1,4 +1,4 @@
-"""FixMatch's RandAugment (`data.FixMatchAugment`) on batches of bytes, on any device, to the bit as PIL has it.
+"""FixMatch's RandAugment (`transforms.FixMatchAugment`) on batches of bytes, on any device, to the bit as PIL has it.
 
 Images are uint8 [N, 3, H, W]. An operation is applied to the images that have drawn it, all at once.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mra.data import FIXMATCH_OPS
+from mra.transforms import FIXMATCH_OPS
 
 NAMES = tuple(FIXMATCH_OPS)
 
@@ -26,7 +26,7 @@ class Draws(NamedTuple):
 
 
 def draw(count: int, generator: torch.Generator) -> Draws:
-    """For `count` images, as `data.FixMatchAugment` draws: any operation, any level, each with probability 0.5."""
+    """For `count` images, as `transforms.FixMatchAugment` draws: any operation, any level, each with chance 0.5."""
     shape = (count, 2)
     operation = torch.randint(len(NAMES), shape, generator=generator)
     level = torch.randint(1, 10, shape, generator=generator)

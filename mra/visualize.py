@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mra import data
+from mra import data, transforms
 from mra.mra import MRA, Parts, add_mra_flags, build, pixel_mask
 from shared_utils import UserError, augment, distributed
 from shared_utils.data import flat_folder
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     size = operator.mae.img_size
     if 5 * count * (size * args.zoom) ** 2 > LARGEST:
         raise UserError(f"--count {count} --zoom {args.zoom}: a picture that large; give smaller numbers")
-    images.transform = data.test_transform(size)
+    images.transform = transforms.test_transform(size)
     x = torch.stack([images[i * len(images) // count][0] for i in range(count)]).to(device)
     noise, _ = operator.draw(count, torch.Generator().manual_seed(args.seed))
     picture = make_grid(torch.cat(rows(x, operator.parts(x, noise), operator)).cpu(), nrow=count, padding=2)

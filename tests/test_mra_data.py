@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mra import data, main_fixmatch, main_supervised, strong
+from mra import data, main_fixmatch, main_supervised, strong, transforms
 from mra.lab import textures
 from shared_utils import UserError
 from shared_utils.data import sample_rng
@@ -214,9 +214,9 @@ def test_fixmatch_s_randaugment_draws_levels_and_applies_half(monkeypatch: pytes
 
         return noted
 
-    for name in data.FIXMATCH_OPS:
-        monkeypatch.setitem(data.FIXMATCH_OPS, name, spy(name))
-    augment, picture, count, per_image = data.FixMatchAugment(), board(), 6000, []
+    for name in transforms.FIXMATCH_OPS:
+        monkeypatch.setitem(transforms.FIXMATCH_OPS, name, spy(name))
+    augment, picture, count, per_image = transforms.FixMatchAugment(), board(), 6000, []
     with sample_rng(0):
         for _ in range(count):
             before = len(applied)
@@ -224,7 +224,7 @@ def test_fixmatch_s_randaugment_draws_levels_and_applies_half(monkeypatch: pytes
             per_image.append(len(applied) - before)
     share = np.bincount(per_image, minlength=3) / count  # two operations, each with probability 0.5
     assert np.abs(share - [0.25, 0.5, 0.25]).max() < 0.02
-    names = np.array([sum(name == n for n, _ in applied) for name in data.FIXMATCH_OPS]) / len(applied)
+    names = np.array([sum(name == n for n, _ in applied) for name in transforms.FIXMATCH_OPS]) / len(applied)
     assert len(names) == 14 and np.abs(names - 1 / 14).max() < 0.015
     levels = np.bincount([v for _, v in applied], minlength=11) / len(applied)
     assert levels[0] == levels[10] == 0 and np.abs(levels[1:10] - 1 / 9).max() < 0.02
@@ -235,7 +235,7 @@ def test_images_that_stay_as_they_are() -> None:
     picture = board()
 
     def unchanged(policy: str) -> float:
-        made = data.POLICIES[policy]
+        made = transforms.POLICIES[policy]
         assert made is not None
         augment = made()
         with sample_rng(1):
@@ -252,7 +252,7 @@ def test_fixmatch_s_operations_by_hand() -> None:
 
     def made(name: str, level: int) -> np.ndarray:
         with sample_rng(0):
-            return np.asarray(data.FIXMATCH_OPS[name](picture, level)).astype(int)
+            return np.asarray(transforms.FIXMATCH_OPS[name](picture, level)).astype(int)
 
     for level in (1, 5, 9):
         factor = 0.05 + 0.9 * level / 10
@@ -273,7 +273,7 @@ def test_fixmatch_s_operations_by_hand() -> None:
         ways = set()
         for seed in range(8):
             with sample_rng(seed):
-                ways.add(np.asarray(data.FIXMATCH_OPS[name](picture, 9)).tobytes())
+                ways.add(np.asarray(transforms.FIXMATCH_OPS[name](picture, 9)).tobytes())
         assert len(ways) == 2  # either way, by the same amount
 
 
@@ -287,10 +287,10 @@ def test_operations_on_batches_are_pil_s_to_the_bit(monkeypatch: pytest.MonkeyPa
         x = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
         for name, level, sign in itertools.product(strong.OPERATIONS, range(1, 10), (-1, 1)):
             monkeypatch.setattr(data, "_sign", lambda sign=sign: sign)
-            wanted = [np.asarray(data.FIXMATCH_OPS[name](Image.fromarray(p), level)) for p in pictures]
+            wanted = [np.asarray(transforms.FIXMATCH_OPS[name](Image.fromarray(p), level)) for p in pictures]
             got = strong.OPERATIONS[name](x, torch.full((4,), level), torch.full((4,), sign))
             assert np.array_equal(got.permute(0, 2, 3, 1).numpy(), np.stack(wanted)), (name, level, sign)
-    assert set(strong.OPERATIONS) == set(data.FIXMATCH_OPS) - {"identity"}
+    assert set(strong.OPERATIONS) == set(transforms.FIXMATCH_OPS) - {"identity"}
 
 
 def test_strong_views_made_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +310,7 @@ def test_strong_views_made_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
         for turn in range(2):
             monkeypatch.setattr(data, "_sign", lambda i=i, turn=turn: int(draws.sign[i, turn]))
             if draws.apply[i, turn]:
-                operation = data.FIXMATCH_OPS[strong.NAMES[int(draws.operation[i, turn])]]
+                operation = transforms.FIXMATCH_OPS[strong.NAMES[int(draws.operation[i, turn])]]
                 picture = operation(picture, int(draws.level[i, turn]))
         assert np.array_equal(got[i].permute(1, 2, 0).numpy(), np.asarray(picture)), i
     args = main_fixmatch.get_parser().parse_args([])
@@ -329,7 +329,7 @@ def test_strong_views_made_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def data_of(x: torch.Tensor) -> torch.Tensor:
-    return torch.stack([data.tensor()(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in x])
+    return torch.stack([transforms.tensor()(Image.fromarray(p.permute(1, 2, 0).numpy())) for p in x])
 
 
 def test_jitter_and_lighting_by_loop() -> None:
@@ -344,15 +344,13 @@ def test_jitter_and_lighting_by_loop() -> None:
         other = {"brightness": 0 * grey, "contrast": grey.mean() + 0 * grey, "saturation": grey}[kind]
         expected = torch.stack([(1 - share) * c + share * other for c in expected])
     with sample_rng(3):
-        torch.testing.assert_close(data.Jitter(0.4)(x), expected)
+        torch.testing.assert_close(transforms.Jitter(0.4)(x), expected)
     with sample_rng(4):
-        factors = [float(data.Jitter(0.4)(torch.ones(3, 1, 1))[0]) for _ in range(500)]
+        factors = [float(transforms.Jitter(0.4)(torch.ones(3, 1, 1))[0]) for _ in range(500)]
     assert 0.6 <= min(factors) < 0.63 and 1.37 < max(factors) <= 1.4  # brighter than 1: not cut
     with sample_rng(5):
-        alpha = 0.1 * torch.randn(3)
-    shift = [
-        sum(float(data.Lighting.VECTORS[c, i] * data.Lighting.VALUES[i] * alpha[i]) for i in range(3)) for c in range(3)
-    ]
+        alpha, light = 0.1 * torch.randn(3), transforms.Lighting
+    shift = [sum(float(light.VECTORS[c, i] * light.VALUES[i] * alpha[i]) for i in range(3)) for c in range(3)]
     with sample_rng(5):
-        out = data.Lighting(0.1)(x)
+        out = transforms.Lighting(0.1)(x)
     torch.testing.assert_close(out, x + torch.tensor(shift).view(3, 1, 1))

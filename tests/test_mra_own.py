@@ -25,6 +25,7 @@ from mra import (
     models_mae,
     nets,
     predict,
+    transforms,
     visualize,
 )
 from mra.models_mae import MAE, Size
@@ -159,7 +160,7 @@ def test_class_folders_of_one_s_own(own: Path, mae: Path, tmp_path: Path, capsys
     network, flags = nets.load_run(run, torch.device("cpu"))
     assert flags["classes"] == CLASSES
     with torch.no_grad():
-        x = data.test_transform(SIZE)(Image.open(own / lines[0][0]).convert("RGB"))
+        x = transforms.test_transform(SIZE)(Image.open(own / lines[0][0]).convert("RGB"))
         p = network(x[None]).softmax(1)[0]
     assert lines[0][1:] == [CLASSES[int(p.argmax())], f"{float(p.max()):.4f}"]
     module, *words = told(said, "occlusion")
@@ -236,7 +237,7 @@ def test_fixmatch_on_labelled_and_unlabelled_folders(
     network = nets.build("resnet8", 3, 4).eval()
     checkpoint.load_strict(network, checkpoint.load(run / "checkpoint.pth")["ema"]["shadow"])  # the averaged weights
     images = flat_folder(crowd)
-    images.transform = data.test_transform(SIZE)
+    images.transform = transforms.test_transform(SIZE)
     with torch.no_grad():
         p = network(torch.stack([images[i][0] for i in range(24)])).softmax(1)
     assert [line[1] for line in lines] == [CLASSES[y] for y in p.argmax(1)]
@@ -305,10 +306,10 @@ def test_what_an_augmented_file_holds(own: Path, mae: Path, tmp_path: Path) -> N
     augment.main([*flags, "--out", str(tmp_path / "a")])
     file = own / "dog/g 01.png"
     got = np.asarray(Image.open(tmp_path / "a" / file.name)).astype(int)
-    crop = data.fit(SIZE)(Image.open(file))
+    crop = transforms.fit(SIZE)(Image.open(file))
     loaded = models_mae.load(mae, None)
     assert loaded.mae.img_size == SIZE
-    x = data.tensor()(crop)[None]
+    x = transforms.tensor()(crop)[None]
     parts = MRA(loaded.mae).parts(x, torch.zeros(1, 16))
     kept = np.kron(parts.mask[0].view(4, 4).numpy() == 0, np.ones((8, 8))) > 0
     assert kept.sum() == 9 * 64  # int(16 * 0.6) patches, to the bit

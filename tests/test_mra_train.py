@@ -26,6 +26,7 @@ from mra import (
     main_pretrain,
     main_supervised,
     nets,
+    transforms,
     visualize,
 )
 from mra.models_mae import MAE, Size
@@ -299,7 +300,7 @@ def test_the_long_tail_s_recipe() -> None:
 def test_padding(crop: str, dark: bool) -> None:
     white = Image.new("RGB", (16, 16), (255, 255, 255))
     torch.manual_seed(0)
-    shape = data.geometry(16, "padded", padding_mode=crop)
+    shape = transforms.geometry(16, "padded", padding_mode=crop)
     assert any((np.asarray(shape(white)) == 0).any() for _ in range(20)) == dark
 
 
@@ -761,7 +762,7 @@ def test_occlusion_of_known_cells() -> None:
 def test_the_most_attended_cells_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """The attention is all on the first cell, and so is what a network looks at that is right while it sees it."""
     seen = ArrayImages(np.full((3, 16, 16, 3), 255, np.uint8), [1, 1, 1], ["a", "b"])
-    seen.transform = data.test_transform(16)
+    seen.transform = transforms.test_transform(16)
     monkeypatch.setattr(eval_occlusion, "attention_scores", lambda _, tokens, __: -torch.arange(16.0).expand(3, 16))
     args = eval_occlusion.get_parser().parse_args("--checkpoint x --input_size 16 --cell 4".split())
 
@@ -770,7 +771,7 @@ def test_the_most_attended_cells_go_first(monkeypatch: pytest.MonkeyPatch) -> No
             return F.one_hot((x[:, :, :4, :4] != 0).all((1, 2, 3)).long(), 2)
 
     found = eval_occlusion.curves(Looks(), seen, MAE(16, Size(4, (16, 1, 2), (8, 1, 2))), args, torch.device("cpu"),
-                                  data.STATS["imagenet"])  # fmt: skip
+                                  transforms.STATS["imagenet"])  # fmt: skip
     assert found["salient"] == [100.0] + [0.0] * 9 and found["nonsalient"] == [100.0] * 10
     assert found["random"][0] == 100 and found["random"][9] < 100
 
@@ -808,10 +809,10 @@ def test_diagnostics_by_loop(images: Path, mae: Path) -> None:
     from mra import models_mae
 
     val = data.image_folder(images / "val")
-    val.transform = data.test_transform(16)
+    val.transform = transforms.test_transform(16)
     loaded = models_mae.load(mae, 16).mae
     args = eval_occlusion.get_parser().parse_args(["--checkpoint", "x", "--input_size", "16", "--batch_size", "7"])
-    found = eval_occlusion.diagnose(loaded, val, args, torch.device("cpu"), data.STATS["imagenet"])
+    found = eval_occlusion.diagnose(loaded, val, args, torch.device("cpu"), transforms.STATS["imagenet"])
     kept = total = error = mean_error = 0.0
     for i in range(len(val)):
         x = val[i][0][None]

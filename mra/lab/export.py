@@ -8,7 +8,7 @@ import argparse
 
 import torch
 
-from mra import data, models_mae, nets
+from mra import models_mae, nets, transforms
 from shared_utils import checkpoint
 from shared_utils.evaluation import stored_flags
 from shared_utils.flags import Parser, positive
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         made = Made([f"model = mra.nets.build({arch!r}, {classes}, {width}, {stem!r})", LOADED])
         if arch in nets.IMAGENET and stem == "imagenet":
             made = by_timm(arch, classes)
-        x = Input(told["input_size"], *data.STATS[told["mean_std"]])
+        x = Input(told["input_size"], *transforms.STATS[told["mean_std"]])
         name = f"{arch}, stem {stem}, {classes} classes, input of {told['input_size']} pixels"
         name += f", normalised by {told['mean_std']}"
         state = network.state_dict()

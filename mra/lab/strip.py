@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from mra import data
+from mra import data, transforms
 from mra.main_pretrain import get_parser as training_parser
 from mra.mra import SOURCES, add_mra_flags, build
 from mra.visualize import rows
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cpu")
     set_threads(0, 0, device)
     images = data.open_unlabelled(argparse.Namespace(**{**vars(flags), "cache": False}))
-    images.transform = data.test_transform(flags.input_size)
+    images.transform = transforms.test_transform(flags.input_size)
     tiles.check_numbers(args.anchors, len(images))
     operator_flags = Parser()
     add_mra_flags(operator_flags)
