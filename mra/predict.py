@@ -6,12 +6,12 @@ A line an image, `file,class,confidence`, in the order of the names; confidence 
 from pathlib import Path
 
 from mra import nets, transforms
-from shared_utils import UserError, distributed
-from shared_utils.data import flat_folder, read_text
+from shared_utils import distributed
+from shared_utils.data import flat_folder, tell
 from shared_utils.evaluation import collect
 from shared_utils.flags import Parser, add_machine_flags, positive
 from shared_utils.layout import follow, place
-from shared_utils.predictions import write_csv
+from shared_utils.predictions import read_names, write_csv
 from shared_utils.run import cli, set_threads
 
 
@@ -35,12 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     network, flags = nets.load_run(args.pretrained, device)
     classes: list[str] = flags["classes"]
     if args.classes:
-        names = read_text(args.classes, "a name a line").splitlines()
-        names = [name.strip() for name in names if name.strip()]
-        if len(names) != len(classes):
-            raise UserError(f"{args.classes}: {len(names)} names, the network of {args.pretrained} has {len(classes)}")
-        classes = names
+        classes = read_names(args.classes, len(classes))
     images = flat_folder(args.folder)
+    skipped = f"; not read: {tell(images.unread)}" if images.unread else ""
+    print(f"mra/predict: {args.pretrained}; {len(images)} images of {flags['input_size']} pixels{skipped}", flush=True)
     images.transform = transforms.test_transform(flags["input_size"], flags.get("mean_std", "imagenet"))
     place(network, device)
     (probabilities,), _ = collect(
@@ -48,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         everything=True,
     )  # fmt: skip
     files = [path.relative_to(args.folder).as_posix() for path in images.paths()]
-    print(write_csv(args.out, files, classes, probabilities))
+    print("  " + write_csv(args.out, files, classes, probabilities))
     return 0
 
 

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from shared_utils import checkpoint
+from shared_utils import UserError, checkpoint
+from shared_utils.data import read_text
+
+
+def read_names(file: Path, count: int) -> list[str]:
+    """The names of `count` classes, one a line, empty lines apart. UserError: another number of them."""
+    names = [line.strip() for line in read_text(file, "the name of a class a line").splitlines() if line.strip()]
+    if len(names) != count:
+        raise UserError(f"--classes {file}: {len(names)} names, the checkpoint has {count} classes")
+    return names
 
 
 def write_csv(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shared_utils import UserError, checkpoint, distributed, predictions
 from shared_utils.augment import plain
-from shared_utils.data import flat_folder, read_text, tell
+from shared_utils.data import flat_folder, tell
 from shared_utils.evaluation import check_cache, collect, freeze, prepare_data
 from shared_utils.flags import Parser, add_machine_flags, positive
 from shared_utils.layout import place
@@ -45,10 +45,7 @@ def names_of(path: str, file: Path | None) -> list[str]:
     count = len(state["encoder_q.fc.weight"])
     if file is None:
         return class_names(state) or [str(c) for c in range(count)]
-    names = [line.strip() for line in read_text(file, "the name of a class a line").splitlines() if line.strip()]
-    if len(names) != count:
-        raise UserError(f"--classes {file}: {len(names)} names, the checkpoint has {count} classes")
-    return names
+    return predictions.read_names(file, count)
 
 
 @torch.no_grad()

@@ -148,7 +148,9 @@ def test_class_folders_of_one_s_own(own: Path, mae: Path, tmp_path: Path, capsys
     # predictions of all: those of the held out ones give the accuracy that was measured
     module, *words = told(said, "next")
     assert module == "mra.predict" and words[:3] == [str(own), "--pretrained", str(run / "checkpoint.pth")]
+    capsys.readouterr()
     assert predict.main([*words, *HERE, "--out", str(tmp_path / "all.csv")]) == 0
+    assert f"30 images of {SIZE} pixels; not read: 3 .heic" in capsys.readouterr().out
     header, *lines = table(tmp_path / "all.csv")
     assert header == ["file", "class", "confidence"] and len(lines) == 30
     assert [line[0] for line in lines] == [p.relative_to(own).as_posix() for p in flat_folder(own).paths()]
@@ -209,7 +211,7 @@ def test_checkpoints_without_class_names(own: Path, tmp_path: Path) -> None:
     names = ["Felis catus", "Canis, lupus", "Capra ibex"]
     assert [line[1] for line in table(tmp_path / "p.csv")[1:]] == [names[int(y)] for y in numbers]
     (tmp_path / "names.txt").write_text("one\ntwo\n")
-    with pytest.raises(UserError, match=r"names.txt: 2 names, the network of .*old.pth has 3"):
+    with pytest.raises(UserError, match=r"names.txt: 2 names, the checkpoint has 3 classes"):
         predict.main([*words, "--classes", str(tmp_path / "names.txt")])
     with pytest.raises(UserError, match="nowhere: no such folder"):
         predict.main([str(tmp_path / "nowhere"), "--pretrained", str(tmp_path / "a"), *HERE])
