@@ -286,7 +286,7 @@ def test_operations_on_batches_are_pil_s_to_the_bit(monkeypatch: pytest.MonkeyPa
         pictures = np.stack([noise, few, np.full_like(few, 77), blocks[:height, :width]]).astype(np.uint8)
         x = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
         for name, level, sign in itertools.product(strong.OPERATIONS, range(1, 10), (-1, 1)):
-            monkeypatch.setattr(data, "_sign", lambda sign=sign: sign)
+            monkeypatch.setattr(transforms, "_sign", lambda sign=sign: sign)
             wanted = [np.asarray(transforms.FIXMATCH_OPS[name](Image.fromarray(p), level)) for p in pictures]
             got = strong.OPERATIONS[name](x, torch.full((4,), level), torch.full((4,), sign))
             assert np.array_equal(got.permute(0, 2, 3, 1).numpy(), np.stack(wanted)), (name, level, sign)
@@ -308,7 +308,7 @@ def test_strong_views_made_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(64):
         picture = Image.fromarray(x[i].permute(1, 2, 0).numpy())
         for turn in range(2):
-            monkeypatch.setattr(data, "_sign", lambda i=i, turn=turn: int(draws.sign[i, turn]))
+            monkeypatch.setattr(transforms, "_sign", lambda i=i, turn=turn: int(draws.sign[i, turn]))
             if draws.apply[i, turn]:
                 operation = transforms.FIXMATCH_OPS[strong.NAMES[int(draws.operation[i, turn])]]
                 picture = operation(picture, int(draws.level[i, turn]))
