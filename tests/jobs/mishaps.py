@@ -59,8 +59,8 @@ TO = {  # where that goes
 class Copied(Folder):
     """A folder's pretraining on a copy of the mini data."""
 
-    def start(self, out: Path, extra: str = "", limit: int = 0) -> Forked:
-        return super().start(out, f"--workers 2 {extra}", limit)
+    def start(self, out: Path, extra: str = "", limit: int = 0, slow: bool = False) -> Forked:
+        return super().start(out, f"--workers 2 {extra}", limit, slow)
 
     def change(self, words: list[str]) -> list[str]:
         if not (self.work / "mini").exists():

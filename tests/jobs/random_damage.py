@@ -65,10 +65,10 @@ def png_is_whole(data: bytes) -> bool:
     while at + 12 <= len(data):
         length = int.from_bytes(data[at : at + 4], "big")
         body, given = data[at + 4 : at + 8 + length], data[at + 8 + length : at + 12 + length]
+        if body[:4] == b"IEND":  # all numbers stand before it
+            return True
         if len(given) < 4 or zlib.crc32(body) != int.from_bytes(given, "big"):
             return False
-        if body[:4] == b"IEND":
-            return True
         at += 12 + length
     return False
 
@@ -253,7 +253,7 @@ def by_names(root: Path) -> Iterator[Row]:
         found = [path for path in there if path.name == name]
         if len(found) != 1:
             raise Damaged(f"{name}: {len(found)} files")
-        yield (str(found[0].relative_to(root)), found[0].parent.name), picture(found[0])
+        yield (str(found[0].relative_to(root)), found[0].relative_to(root).parts[1]), picture(found[0])
 
 
 def maps(pairs: Iterable[tuple[Path, Path]], root: Path, classes: int, void: Iterable[int] = ()) -> Iterator[Row]:
@@ -272,9 +272,10 @@ def voc(root: Path) -> Iterator[Row]:
     tree = root / sets.VOC
     file = tree / "ImageSets/Segmentation/trainaug.txt"
     stems = once([re.sub(r"\.(jpe?g|png)$", "", line) for line in lines(file)], file)
-    yield from maps(
-        [(tree / f"JPEGImages/{stem}.jpg", tree / f"SegmentationClassAug/{stem}.png") for stem in stems], root, 21
-    )
+    photos, labels = ({p.stem: p for p in below(tree / f)} for f in ("JPEGImages", "SegmentationClassAug"))
+    if not set(stems) <= photos.keys() & labels.keys():
+        raise Damaged("a name without its photo or map")
+    yield from maps([(photos[stem], labels[stem]) for stem in stems], root, 21)
 
 
 def matched(root: Path, images: str, labels: str, classes: int, void: Iterable[int] = ()) -> Iterator[Row]:
@@ -326,8 +327,13 @@ def davis(root: Path, year: str, binary: bool) -> Iterator[Row]:
         for number, path in enumerate(frames):
             yield (name, "frame", str(number)), picture(path)
         for path in found:
-            ids = numbers(path, ("PNG", "GIF", "BMP"))
-            yield (name, "mask", str(stems.index(path.stem))), (ids > 0) * 1 if binary else ids
+            soft = binary and opened(path).format == "JPEG"  # black and white
+            ids = numbers(path, ("PNG", "GIF", "BMP", "JPEG"))
+            if (
+                not binary and opened(path).format == "JPEG" and not set(np.unique(ids)) <= {0, 255}
+            ):  # nothing, and void
+                raise Damaged(f"{path.name}: JPEG changes numbers")
+            yield (name, "mask", str(stems.index(path.stem))), (ids > 127 * soft) * 1 if binary else ids
 
 
 def frames_below(root: Path) -> Iterator[Row]:
@@ -791,7 +797,7 @@ READERS: dict[str, Reader] = {
     ),
     "mdp own": Reader(
         lambda r: (labelled_maps("images/a {}.jpg", "labels/a {}.png")(r),
-                   sets.text(r / "classes.txt", ["ground", "house", "tree"])),
+                   sets.text(r / "classes.txt", ["ground", "house", "tree"])),  # type: ignore[func-returns-value]
         read_own, own, "labels/",
     ),
     "uvos_dino DAVIS": Reader(
@@ -919,7 +925,7 @@ FILES: dict[str, Damage] = BYTES | {
 MAPS: dict[str, Damage] = {
     "another number": lambda p, rng: renumber(p, rng),
     "another size": lambda p, rng: opened(p).resize((39, 40)).save(p),
-    "as JPEG": lambda p, rng: opened(p).convert("L").save(p, "JPEG"),
+    "as JPEG": lambda p, rng: Image.fromarray((np.asarray(opened(p)) > 0) * np.uint8(255)).save(p, "JPEG"),
 }
 
 
