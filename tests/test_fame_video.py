@@ -61,7 +61,9 @@ def test_files_that_are_scanned_at_once_do_not_take_each_others_numbers(tmp_path
     paths = [tmp_path / f"{i % 4}.avi" for i in range(64)]
     for _ in range(4):
         for i, found in enumerate(scan(paths, threads=8)):
-            assert isinstance(found, video.Video) and np.array_equal(found.keys, alone[i % 4])
+            keys = alone[i % 4]
+            assert isinstance(found, video.Video) and found.keys is not None and keys is not None
+            assert np.array_equal(found.keys, keys)
 
 
 @pytest.mark.parametrize("name", ["avi", "mp4"])

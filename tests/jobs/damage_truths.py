@@ -35,7 +35,7 @@ class Damaged(Exception):
 def png_is_whole(data: bytes) -> bool:
     """Whether the chunks of a PNG have the checksums that stand behind them, up to its end."""
     at = 8
-    while at + 12 <= len(data):
+    while at + 8 <= len(data):
         length = int.from_bytes(data[at : at + 4], "big")
         body, given = data[at + 4 : at + 8 + length], data[at + 8 + length : at + 12 + length]
         if body[:4] == b"IEND":  # all numbers stand before it

@@ -277,7 +277,7 @@ def main() -> int:
             shutil.copytree(work / name, case)
             what, path, damage = draw(READERS[name], case, rng)
             damage(path, rng)
-            about = {path.stem, f"{path.parent.name}x", *path.relative_to(case).parts}
+            about = {case.name, path.stem, f"{path.parent.name}x", *path.relative_to(case).parts}
             about |= {file.name for file in case.rglob("*") if file.suffix in LISTS}
             end, line = attempt(READERS[name], case, about)
             ends[name][end] += 1
