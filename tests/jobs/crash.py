@@ -26,12 +26,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from shared_utils.run import Run  # noqa: E402
 from tests.checkpoints import differing  # noqa: E402
 from tests.jobs.pretraining import (  # noqa: E402
     PRETRAININGS,
@@ -62,8 +63,10 @@ class Folder:
         self.whole, self.old = work / "whole", 0
         self.before, self.seconds, self.steps = 0.0, 0.0, 0  # until the first step, from there on, and how many
 
-    def start(self, out: Path, extra: str = "", limit: int = 0, slow: bool = False) -> Forked:
-        """`limit`: bytes that a file may have. `slow`: checkpoints are written in halves, see `in_halves`."""
+    def start(self, out: Path, extra: str = "", limit: int = 0, slow: str = "") -> Forked:
+        """`limit`: bytes that a file may have. `slow`: `save`, checkpoints are written in halves, see `in_halves`;
+        `step`, a pause after each step, so that a run of milliseconds can be met inside it.
+        """
         short, self.old = PRETRAININGS[self.name], self.number(out)
         words = self.change(command(self.name, f"{short.script} {short.flags} {extra}", self.work, out))
 
@@ -71,8 +74,10 @@ class Folder:
             os.chdir(ROOT)
             if limit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            if slow:
+            if slow == "save":
                 torch.save = in_halves(torch.save)  # type: ignore[assignment]
+            if slow == "step":
+                Run.log = after_a_pause(Run.log)  # type: ignore[method-assign]
 
         return Forked(words, self.work / out.name, before, environment(self.work))
 
@@ -136,6 +141,16 @@ F = TypeVar("F", bound=Folder)
 PAUSE = 1.0  # seconds in the middle of a file
 
 
+def after_a_pause(log: Callable[..., None]) -> Callable[..., None]:
+    """`Run.log`, which ends a step, a fifth of a second later."""
+
+    def slowly(*args: Any, **values: Any) -> None:
+        log(*args, **values)
+        time.sleep(0.2)
+
+    return slowly
+
+
 def in_halves(save: Callable[[object, IO[bytes]], object]) -> Callable[[object, IO[bytes]], None]:
     """`torch.save` with a pause after half of the file: a small one is written too fast for another process to meet."""
 
@@ -167,12 +182,12 @@ def killed(it: Folder, out: Path) -> str:
     moment = time.perf_counter() + it.rng.random() * it.before
     it.until(run, lambda: time.perf_counter() > moment or it.number(out) > 0)  # it may start faster than the first did
     it.stop(run)
-    run = it.start(out)
+    run = it.start(out, slow="step")
     it.until(run, it.reached(out, it.rng.randint(3, 4)))
     it.within_a_step()
     it.stop(run)
     at = log(out)[-1][0]
-    run = it.start(out, slow=True)
+    run = it.start(out, slow="save")
     half = out / f".checkpoint.pth.{run.pid}.tmp"
     it.until(run, lambda: half.exists() and half.stat().st_size > 0)
     if "resumed: " not in it.stop(run):
@@ -183,7 +198,7 @@ def killed(it: Folder, out: Path) -> str:
 
 
 def terminated(it: Folder, out: Path) -> str:
-    run = it.start(out)
+    run = it.start(out, slow="step")
     it.until(run, it.reached(out, it.rng.randint(6, 7)))
     it.within_a_step()
     run.kill(signal.SIGTERM)
@@ -195,7 +210,7 @@ def terminated(it: Folder, out: Path) -> str:
 def full_disk(it: Folder, out: Path, mounted: bool) -> str:
     if mounted:
         how, step = "tmpfs", it.rng.randint(8, 9)
-        run = it.start(out)
+        run = it.start(out, slow="step")
         it.until(run, it.reached(out, step))
         with contextlib.suppress(OSError), open(out.parent / "ballast", "wb", buffering=0) as ballast:
             while ballast.write(bytes(2**16)):
