@@ -93,7 +93,7 @@ def load_bags(path: Path, count: int, k: int) -> Tensor:
         raise UserError(f"{path}: no such file of neighbours; give an .npy file with a row for each training image")
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # of many kinds
         raise UserError(f"{path}: not a readable .npy array ({' '.join(str(error).split())[:80]})") from None
     if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer) or len(array) != count:
         raise UserError(f"{path}: holds {array.dtype} {list(array.shape)}, expected integers [{count}, K]")

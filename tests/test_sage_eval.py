@@ -365,6 +365,24 @@ def test_fine_tuning_and_linear_of_a_fine_grained_set(data, weights, tmp_path):
         call(main_finegrained, tmp_path, weights, tmp_path / "c", "--dataset", "cifar10")
 
 
+def test_lists_of_fine_grained_sets_that_were_damaged(data, tmp_path):
+    write_mini("cub", data, tmp_path)
+    file = tmp_path / "CUB_200_2011/classes.txt"
+    lines = file.read_text().splitlines(keepends=True)
+    wanted = READERS["cub"](tmp_path)[0].classes
+    file.write_text("".join(lines[::-1]))  # the numbers say which is which
+    assert READERS["cub"](tmp_path)[0].classes == wanted != wanted[::-1]
+    file.write_text("".join(lines[1:]))
+    with pytest.raises(UserError, match="classes.txt: does not number its classes from 1 to"):
+        READERS["cub"](tmp_path)
+    write_mini("aircraft", data, tmp_path / "a")
+    file = tmp_path / "a/fgvc-aircraft-2013b/data/variants.txt"
+    first = file.read_text().splitlines()[0]
+    file.write_text(file.read_text() + f"{first}\n")
+    with pytest.raises(UserError, match=f"variants.txt: {first} is there twice; restore it"):
+        READERS["aircraft"](tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     ("module", "flags", "message"),
     [
