@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mdp import eval_seg, finetune, predict
 from mdp.datasets import UnionDataset
 from mdp.main_pretrain import get_parser, main
-from mdp.own import open_own, split_words
+from mdp.own import check_maps, open_own, split_words
 from mdp.transforms import TwoViews
 from shared_utils import UserError, checkpoint
 from shared_utils.pictures import voc_palette
@@ -118,6 +118,19 @@ def test_a_set_with_splits_and_one_without(sets: dict[str, Path]) -> None:
         assert photo.size == label.shape[::-1]
     union = UnionDataset([train, rest], TwoViews("moco", 16))
     assert union.num_classes == 5 and "food: 11 images, 2 classes, union ids 3..4; a tenth held out" in union.describe()
+
+
+def test_maps_are_read_from_the_first_to_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are more than can be read, some in between; classes of the others are then not missed for sure."""
+    found = open_own("x", write_set(tmp_path, "a\nb\n", [[0, 1]], count=7))
+    read: list[int] = []
+    label = type(found).label
+    monkeypatch.setattr(type(found), "label", lambda self, i: (read.append(i), label(self, i))[1])
+    assert len(found) == 6  # a tenth is held out
+    for most, expected in ((3, {0, 2, 5}), (2000, set(range(6)))):
+        read.clear()
+        monkeypatch.setattr("mdp.own.CHECKED", most)
+        assert check_maps(found) == [] and set(read) == expected
 
 
 def test_palettes_count_by_index(tmp_path: Path) -> None:
