@@ -1,7 +1,9 @@
 """Atomic files, refusal of pickles, strict loading and the public checkpoint families."""
 
 import argparse
+import contextlib
 import os
+import random
 import re
 
 import pytest
@@ -58,6 +60,36 @@ def test_pickles_truncated_and_missing_files_are_refused(tmp_path):
         checkpoint.load(path)
     with pytest.raises(UserError, match="no such checkpoint file"):
         checkpoint.load(tmp_path / "none.pth")
+
+
+def test_a_flipped_bit_is_never_another_number(tmp_path):
+    """torch.load alone does not look at the checksums that torch.save writes."""
+    path, rng, weight = tmp_path / "x.pth", random.Random(0), torch.arange(500.0)
+    checkpoint.save(path, {"weight": weight})
+    whole, unseen = path.read_bytes(), 0
+    for _ in range(200):
+        data = bytearray(whole)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            assert torch.equal(checkpoint.load(path)["weight"], weight)
+        except UserError as error:
+            assert re.search("x.pth: (damaged|not a readable checkpoint)", str(error)), error
+            with contextlib.suppress(Exception):
+                unseen += not torch.equal(torch.load(path, weights_only=True)["weight"], weight)
+    assert unseen > 50
+
+
+def test_files_without_checksums_are_read(tmp_path):
+    written = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": torch.arange(9.0)}, tmp_path / "x.pth")
+    finally:
+        torch.serialization.set_crc32_options(written)
+    torch.save({"weight": torch.arange(9.0)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for name in ("x.pth", "old.pth"):
+        assert torch.equal(checkpoint.load(tmp_path / name)["weight"], torch.arange(9.0))
 
 
 def network() -> nn.Sequential:

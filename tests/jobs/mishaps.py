@@ -59,8 +59,8 @@ TO = {  # where that goes
 class Copied(Folder):
     """A folder's pretraining on a copy of the mini data."""
 
-    def start(self, out: Path, extra: str = "", limit: int = 0) -> Forked:
-        return super().start(out, f"--workers 2 {extra}", limit)
+    def start(self, out: Path, extra: str = "", limit: int = 0, slow: str = "") -> Forked:
+        return super().start(out, f"--workers 2 {extra}", limit, slow)
 
     def change(self, words: list[str]) -> list[str]:
         if not (self.work / "mini").exists():
@@ -83,7 +83,7 @@ def children(pid: int) -> list[int]:
 
 
 def worker_killed(it: Copied, out: Path) -> str:
-    run = it.start(out)
+    run = it.start(out, slow="step")
     it.until(run, it.reached(out, it.rng.randint(3, 4)))
     it.until(run, lambda: bool(children(run.pid)))
     os.kill(it.rng.choice(children(run.pid)), signal.SIGKILL)
@@ -102,7 +102,7 @@ def changed(it: Copied, out: Path) -> str:
 
 
 def second(it: Copied, out: Path) -> str:
-    first = it.start(out)
+    first = it.start(out, slow="step")
     it.until(first, lambda: it.number(out) != it.old and bool(log(out)))
     os.kill(first.pid, signal.SIGSTOP)  # the other one takes longer to start than this one to end
     try:
