@@ -17,14 +17,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("readme") is None)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Tests that share what a module's fixture makes go to one worker: else every worker makes it."""
-    found = getattr(item, "_fixtureinfo", None)
-    definitions = [one for some in found.name2fixturedefs.values() for one in some] if found else []
-    if any(one.scope == "module" for one in definitions) and item.get_closest_marker("readme") is None:
-        item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-
-
 @pytest.fixture(scope="session")
 def python() -> Iterator[str]:
     """In the place of `sys.executable`: starts at once. torchrun starts its workers with it too.

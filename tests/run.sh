@@ -13,5 +13,4 @@ export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 "$PYTHON" -m mypy .
 if [ $# -eq 0 ]; then set -- tests; fi
 # A worker that dies ends the run: one that takes its place may wait for ever for tests that went with the first.
-# The order of tests/conftest.py stays: the longest tests first, single ones last.
-"$PYTHON" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --max-worker-restart 0 "$@"
+"$PYTHON" -m pytest -n 2 --dist loadgroup --max-worker-restart 0 "$@"
