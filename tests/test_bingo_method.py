@@ -153,6 +153,7 @@ def test_contrast_rank_counts_nearer_negatives():
     z = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     queue = torch.tensor([[0.9, 0.5, -1.0], [0.1, 0.5, 0.0]])
     assert losses.contrast_rank(z, torch.tensor([[0.7, 0.0], [0.0, 0.6]]), queue).tolist() == [1, 0]
+    assert losses.contrast_rank(z, z, z).tolist() == [0, 0]  # as near is not nearer
 
 
 # --- CutMix ----------------------------------------------------------------------------------------------------------

@@ -300,7 +300,7 @@ def test_every_kind_of_file_decodes_as_pillow_decodes_it(tmp_path):
         assert Encoded(path).simple == (name in ("rgb.jpg", "fine.jpg", "turned.jpg", "grey.jpg", "named.png")), name
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])  # one batch: a second worker would start for nothing
 def test_a_broken_image_is_named_in_a_batch(workers, tmp_path):
     for i in range(4):
         (tmp_path / "a").mkdir(exist_ok=True)

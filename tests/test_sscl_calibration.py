@@ -192,3 +192,4 @@ def test_perfect_embeddings_correct_a_wrong_prediction() -> None:
     assert not bool((p.argmax(1) == truth).any())
     assert torch.equal(calibrate(p, log_q, "product").argmax(1), truth)
     assert spread(mu) == pytest.approx(0)
+    assert spread(mu[:1].expand(3, 3)) == pytest.approx(1)  # all in one place
