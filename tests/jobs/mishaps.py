@@ -48,7 +48,7 @@ WRITES = {  # what writes results, tables or pictures from a trained network
 }
 READS = {  # files of which a run reads the first one
     "uvos_dino": "davis/JPEGImages/480p/shape-train-00/*", "mra": "texture_shortcut/train/**/*.png",
-    "fame": "video/UCF-101/*/*", "mdp": "segmentation/VOCdevkit/VOC2012/JPEGImages/*", "flat": "fewshot/train/*/*",
+    "fame": "video/UCF-101/*/*_g03_*", "mdp": "segmentation/VOCdevkit/VOC2012/JPEGImages/*", "flat": "fewshot/train/*/*",
 }  # fmt: skip
 TO = {  # where that goes
     "uvos_dino": "--save_path {out}", "mra": "--out {out}/rows.png", "fame": "--out {out}", "mdp": "--out {out}",
@@ -65,6 +65,7 @@ class Copied(Folder):
     def change(self, words: list[str]) -> list[str]:
         if not (self.work / "mini").exists():
             shutil.copytree(ROOT / "data/mini", self.work / "mini")
+        words = [word for word in words if word != "--resident"]  # mra's: of images in memory no worker reads any
         return [word.replace("data/mini", str(self.work / "mini")) for word in words]
 
 
