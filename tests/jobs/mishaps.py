@@ -48,7 +48,8 @@ WRITES = {  # what writes results, tables or pictures from a trained network
 }
 READS = {  # files of which a run reads the first one
     "uvos_dino": "davis/JPEGImages/480p/shape-train-00/*", "mra": "texture_shortcut/train/**/*.png",
-    "fame": "video/UCF-101/*/*_g03_*", "mdp": "segmentation/VOCdevkit/VOC2012/JPEGImages/*", "flat": "fewshot/train/*/*",
+    "fame": "video/UCF-101/*/*_g03_*", "mdp": "segmentation/VOCdevkit/VOC2012/JPEGImages/*",
+    "flat": "fewshot/train/*/*",
 }  # fmt: skip
 TO = {  # where that goes
     "uvos_dino": "--save_path {out}", "mra": "--out {out}/rows.png", "fame": "--out {out}", "mdp": "--out {out}",
