@@ -21,7 +21,7 @@ source shared_utils/own_set.sh
 out=${RUNS:-runs}/hsa/arms/$tier
 loading=(--workers 0 --threads 1)
 augmentation=()
-last=linear
+last=linear drop=()
 case "$tier" in
   mini)
     # Every arm once on the generated images, a minute each: 10 epochs with 2 refreshes are worth
@@ -44,7 +44,7 @@ case "$tier" in
     set_name=${SET:-cifar10}
     images=${set_name%_pil}
     augmentation=(--aug_backend batch)
-    if [ "$images" != "$set_name" ]; then augmentation=(--aug_backend pil); fi
+    if [ "$images" != "$set_name" ]; then augmentation=(--aug_backend pil) drop=(--drop_last); fi
     export SET=$images
     data=(--data_dir "${DATA_ROOT:-data}/$images")
     case "$images" in # evaluations of recorded rows are by PIL: rows of different runs compare
@@ -98,7 +98,7 @@ run_one() { # arm seed [flags]
   else
     "$PYTHON" -m hsa.main_lincls --pretrained "$folder/checkpoint.pth" "${data[@]}" --cached_train \
       --selected_feat_id layer3,last --init_lr 0.3 --batch_size 256 --end_epoch 50 --decay_method cos \
-      "${loading[@]}" --overwrite --output-dir "$folder-linear"
+      "${loading[@]}" "${drop[@]}" --overwrite --output-dir "$folder-linear"
   fi
 }
 

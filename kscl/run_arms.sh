@@ -19,7 +19,7 @@ source shared_utils/own_set.sh
 # gets (3 + K) / 4 times the epochs: 1.5 for K = 3, 2 for K = 5.
 out=${RUNS:-runs}/kscl/arms/$tier
 loading=(--workers 0 --threads 1)
-last=linear pil=()
+last=linear pil=() drop=()
 case "$tier" in
   mini)
     # Every arm once on the generated images, 10 epochs, about a minute each.
@@ -38,7 +38,7 @@ case "$tier" in
     data=(--data_dir "${DATA_ROOT:-data}/$set_name")
     # The recorded rows were trained and measured with the releases' loader; new seeds stand beside them.
     case "$set_name" in
-      cifar10) data+=(--per_class 400 --cache --img_size 32) pil=(--aug_backend pil) ;;
+      cifar10) data+=(--per_class 400 --cache --img_size 32) pil=(--aug_backend pil) drop=(--drop_last) ;;
       *) own_set "${DATA_ROOT:-data}/$set_name" ;; # at the size of the training
     esac
     equal3=12 equal5=16
@@ -83,7 +83,7 @@ run_one() { # arm seed [flags]
   else
     "$PYTHON" -m kscl.main_lincls --pretrained "$folder/checkpoint.pth" "${pil[@]}" "${data[@]}" --cached_train \
       --init_lr 0.3 --batch_size 256 --end_epoch 50 --decay_method cos \
-      "${loading[@]}" --overwrite --output-dir "$folder-linear"
+      "${loading[@]}" "${drop[@]}" --overwrite --output-dir "$folder-linear"
   fi
 }
 

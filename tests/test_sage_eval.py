@@ -118,6 +118,26 @@ def test_linear_protocol_of_the_release():
     assert [main_lincls.learning_rate(args, e) for e in (0, 59, 60, 80)] == pytest.approx([30, 30, 3, 0.3])
 
 
+def test_the_last_smaller_batch_is_kept_or_left_out(data, weights, tmp_path):
+    images = len([x for x in (data / "train").rglob("*") if x.is_file()])
+    assert images % 16
+    for name, extra, steps in (("kept", [], images // 16 + 1), ("dropped", ["--drop_last"], images // 16)):
+        call(
+            main_lincls,
+            data,
+            weights,
+            tmp_path / name,
+            "--total_epochs",
+            "1",
+            "--batch_size",
+            "16",
+            "--cached_train",
+            *extra,
+        )
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["step"] == steps
+
+
 @pytest.mark.parametrize("cached", [["--cached_train"], []])
 def test_linear_stopped_and_resumed_is_bit_identical(cached, data, weights, tmp_path, monkeypatch):
     flags = ["--total_epochs", "3", "--lr", "1", *cached]
