@@ -532,7 +532,7 @@ def test_a_resume_without_a_part_would_not_be_identical(part, data, whole, tmp_p
     elif part == "labelled":  # the labelled images go on at another place
         at = sscl_data.LabelledStream.at
         monkeypatch.setattr(sscl_data.LabelledStream, "at", lambda self, epoch, step=0: at(self, epoch + 1, step))
-    elif part == "alignment.recent":  # every batch was of the first class; turned round it need not change a pseudo-label
+    elif part == "alignment.recent":  # every batch was of one class; turned round it need not change a pseudo-label
         saved["state_dict"][part] = torch.eye(3)[0].expand_as(saved["state_dict"][part]).clone()
     else:
         saved["state_dict"][part] = saved["state_dict"][part].flip(-1)
