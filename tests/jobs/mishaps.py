@@ -127,12 +127,7 @@ def full_disk(it: Copied) -> str:
             return "not run: nothing may be mounted here"
         out = disk / "out"
         line = f"{it.name}.{WRITES[it.name]} {TO.get(it.name, '--output-dir {out}')}"
-        words = line.format(run=it.whole, mini=it.work / "mini", out=out).split() + [
-            "--device",
-            "cpu",
-            "--threads",
-            "1",
-        ]
+        words = [*line.format(run=it.whole, mini=it.work / "mini", out=out).split(), "--device", "cpu"]
 
         def start() -> Forked:
             return Forked(words, it.work / "written", lambda: os.chdir(ROOT), environment(it.work))
