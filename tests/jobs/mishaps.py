@@ -36,7 +36,7 @@ PATIENCE = 600.0
 KNN = "main_knn --pretrained {run}/checkpoint.pth --data_dir {mini}/images --img_size 32 --per_class 12"
 WRITES = {  # what writes results, tables or pictures from a trained network
     "uvos_dino": "segment {mini}/davis/JPEGImages/480p/shape-val-00 --resume_path {run}/checkpoint.pth --window 6",
-    "mra": "visualize --mae_ckpt {run} --folder {mini}/texture_shortcut/test_b",
+    "mra": "visualize --mae_ckpt {run}/checkpoint.pth --data_path {mini}/texture_shortcut",
     "sage": KNN,
     "fame": "main_cam {mini}/video --pretrained {run}/checkpoint.pth",
     "bingo": KNN,
