@@ -127,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     nearest = neighbours(bank, min(max(5, args.clus_pos_num), len(train) - 1), device)
     result: dict[str, object] = {
         "knn": knn_accuracy(bank, labels, queries, truth, 20, 0.07, device, own),
+        "knn200": knn_accuracy(bank, labels, queries, truth, 200, 0.1, device, own),  # as MoCo's CIFAR-10 notebook
         "knn10": knn_accuracy(bank, labels, queries, truth, 10, None, device, own),
         "few_shot": few_shot(bank, labels, queries, truth, 10, device=device, own=own),
         "purity": purity(nearest[:, :5], labels),
