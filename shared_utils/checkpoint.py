@@ -34,6 +34,10 @@ def write(path: str | os.PathLike, writer: Callable[[IO[bytes]], Any], sync: boo
                 os.fsync(handle.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
+        if "inline_container" in str(error) and isinstance(error.__context__, (OSError, RuntimeError)):
+            error = error.__context__  # torch.save closes its file, and complains that it is not whole, after the cause
+        if str(error).startswith("DataLoader worker"):  # killed in the meantime, and told here
+            raise error from None
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path}: cannot be written ({reason}); an older file there is unharmed, free space and retry"

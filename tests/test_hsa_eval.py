@@ -255,6 +255,11 @@ def test_neighbours_are_those_of_the_query_encoders_pooled_vector(data, weights,
         np.save(tmp_path / "wrong.npy", wrong.numpy())
         with pytest.raises(UserError, match="wrong.npy: "):
             call(main_knn, data, weights, tmp_path, "--bags", str(tmp_path / "wrong.npy"))
+    header = bytearray((tmp_path / "own.npy").read_bytes())
+    header[header.index(b")")] ^= 8  # the shape's bracket: numpy raises what its tokeniser raises
+    (tmp_path / "wrong.npy").write_bytes(header)
+    with pytest.raises(UserError, match="wrong.npy: not a readable .npy array"):
+        call(main_knn, data, weights, tmp_path, "--bags", str(tmp_path / "wrong.npy"))
     with pytest.raises(UserError, match="no such file"):
         call(main_knn, data, weights, tmp_path, "--bags", str(tmp_path / "none.npy"))
 

@@ -419,7 +419,7 @@ def test_a_flipped_bit_of_a_map_is_never_another_number(tmp_path):
         except UserError:
             with contextlib.suppress(Exception), Image.open(label) as image:
                 unseen += not np.array_equal(np.asarray(image), ids)
-    assert unseen > 10
+    assert unseen
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

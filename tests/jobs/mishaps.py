@@ -36,7 +36,7 @@ PATIENCE = 600.0
 KNN = "main_knn --pretrained {run}/checkpoint.pth --data_dir {mini}/images --img_size 32 --per_class 12"
 WRITES = {  # what writes results, tables or pictures from a trained network
     "uvos_dino": "segment {mini}/davis/JPEGImages/480p/shape-val-00 --resume_path {run}/checkpoint.pth --window 6",
-    "mra": "visualize --mae_ckpt {run} --folder {mini}/texture_shortcut/test_b",
+    "mra": "visualize --mae_ckpt {run}/checkpoint.pth --data_path {mini}/texture_shortcut",
     "sage": KNN,
     "fame": "main_cam {mini}/video --pretrained {run}/checkpoint.pth",
     "bingo": KNN,
@@ -48,7 +48,8 @@ WRITES = {  # what writes results, tables or pictures from a trained network
 }
 READS = {  # files of which a run reads the first one
     "uvos_dino": "davis/JPEGImages/480p/shape-train-00/*", "mra": "texture_shortcut/train/**/*.png",
-    "fame": "video/UCF-101/*/*", "mdp": "segmentation/VOCdevkit/VOC2012/JPEGImages/*", "flat": "fewshot/train/*/*",
+    "fame": "video/UCF-101/*/*_g03_*", "mdp": "segmentation/VOCdevkit/VOC2012/JPEGImages/*",
+    "flat": "fewshot/train/*/*",
 }  # fmt: skip
 TO = {  # where that goes
     "uvos_dino": "--save_path {out}", "mra": "--out {out}/rows.png", "fame": "--out {out}", "mdp": "--out {out}",
@@ -65,6 +66,7 @@ class Copied(Folder):
     def change(self, words: list[str]) -> list[str]:
         if not (self.work / "mini").exists():
             shutil.copytree(ROOT / "data/mini", self.work / "mini")
+        words = [word for word in words if word != "--resident"]  # mra's: of images in memory no worker reads any
         return [word.replace("data/mini", str(self.work / "mini")) for word in words]
 
 
@@ -125,12 +127,7 @@ def full_disk(it: Copied) -> str:
             return "not run: nothing may be mounted here"
         out = disk / "out"
         line = f"{it.name}.{WRITES[it.name]} {TO.get(it.name, '--output-dir {out}')}"
-        words = line.format(run=it.whole, mini=it.work / "mini", out=out).split() + [
-            "--device",
-            "cpu",
-            "--threads",
-            "1",
-        ]
+        words = [*line.format(run=it.whole, mini=it.work / "mini", out=out).split(), "--device", "cpu"]
 
         def start() -> Forked:
             return Forked(words, it.work / "written", lambda: os.chdir(ROOT), environment(it.work))
