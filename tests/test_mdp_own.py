@@ -549,3 +549,11 @@ def test_finetune_wants_a_config_or_one_own_set(sets: dict[str, Path], tmp_path:
     with pytest.raises(UserError, match=r"images/val does not exist, only train"):
         finetune.main(["--datasets", f"lone={lone}", "--output-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_dilations_as_pretraining_takes_them() -> None:
+    parser = finetune.get_parser()
+    for words in (["1,3,6"], ["1", "3", "6"]):
+        assert finetune.int_list(parser.parse_args(["--dilations", *words]).dilations) == [1, 3, 6]
+    with pytest.raises(UserError, match="--dilations x: must be a whole number"):
+        parser.parse_args(["--dilations", "1,x"])
