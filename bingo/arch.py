@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared_utils import UserError
+from shared_utils import UserError, timm_nets
 
 STEMS = ("imagenet", "cifar", "cifar_pool")
 # Residual blocks in each of the four stages; whether they are bottlenecks.
@@ -30,6 +30,7 @@ RESNETS: dict[str, tuple[tuple[int, int, int, int], bool]] = {
     "resnet50w2": ((3, 4, 6, 3), True),
 }
 ARCHS = (*RESNETS, "efficientnet-b0", "mobilenetv3")
+CHOICES = timm_nets.Archs(ARCHS)
 
 
 class Encoder(nn.Module, ABC):
@@ -294,13 +295,15 @@ def build(name: str, width: int = 64, stem: str = "imagenet") -> Encoder:
     """A new network without a head.
 
     Args:
-        name: one of ARCHS. `resnet10` has one block a stage (small experiments), `resnet50w2` is SwAV's.
+        name: one of ARCHS, or timm:NAME. `resnet10` has one block a stage (small experiments), `resnet50w2` is SwAV's.
         width: channels of the first stage of a ResNet (`resnet50w2` doubles it); all stages scale with it.
         stem: `imagenet`, or for small images `cifar` (no reduction) and `cifar_pool` (reduction by 2).
 
     Raises:
         UserError: an unknown name or stem, or a width or stem that the network does not have.
     """
+    if name.startswith(timm_nets.PREFIX):
+        return timm_nets.build(name, width, stem)
     if stem not in STEMS:
         raise UserError(f"stem {stem!r} is unknown; choose from {', '.join(STEMS)}")
     if name in RESNETS:

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bingo.arch import ARCHS, STEMS
+from bingo.arch import CHOICES, STEMS
 from bingo.data import check_writable, save_bags
 from bingo.options import add_data_flags, train_images
 from bingo.teachers import ALGS, fingerprint, load_teacher
-from shared_utils import UserError, distributed
+from shared_utils import UserError, distributed, timm_nets
 from shared_utils.augment import plain
 from shared_utils.data import tell
 from shared_utils.flags import Parser, add_aug_flag, add_machine_flags, natural, positive
@@ -30,7 +30,7 @@ def get_parser() -> Parser:
     a = p.add_argument
     add_data_flags(p)
     add_aug_flag(p)
-    a("--arch", choices=ARCHS, default="resnet50", help="network of the teacher")
+    a("--arch", choices=CHOICES, default="resnet50", help="network of the teacher")
     a("--t_width", type=positive, default=64, help="channels of its first stage")
     a("--t_stem", choices=STEMS, default="imagenet")
     a("--ckpt_name", type=Path, help="weights of the teacher")
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.ckpt_name is None:
             raise UserError("--ckpt_name: the weights of the teacher are needed for these bags")
         teacher, read = load_teacher(args.arch, args.ckpt_name, args.pretrain_alg, args.t_width, args.t_stem)
+        timm_nets.check_size(teacher, args.arch, args.img_size)
         made_by = {"sha256": fingerprint(teacher), "name": f"{args.arch} of {args.ckpt_name} ({args.pretrain_alg})"}
         if distributed.rank() == 0:
             print(f"bingo/compute_knn: {made_by['name']}, {read} tensors read", flush=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bingo.arch import ARCHS, STEMS, build
+from bingo.arch import CHOICES, STEMS, build
 from bingo.data import load_bags
 from shared_utils import distributed
 from shared_utils.augment import plain
@@ -39,7 +39,7 @@ STORED = ("s_{}", "{}")  # names of the network's flags in a student's checkpoin
 def get_parser() -> Parser:
     p = Parser(prog="bingo.main_knn", description=__doc__.splitlines()[0])
     a = p.add_argument
-    add_network_flags(p, ARCHS, STEMS, "resnet18")
+    add_network_flags(p, CHOICES, STEMS, "resnet18")
     add_data_flags(p)
     add_aug_flag(p)
     a("--bags", type=Path, help="correlation file of bingo.compute_knn for the same training images")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bingo.arch import ARCHS, STEMS, build
+from bingo.arch import CHOICES, STEMS, build
 from shared_utils import UserError, checkpoint, distributed, feed
 from shared_utils.augment import linear_train, plain
 from shared_utils.checkpoint import ReleaseKeys
@@ -55,7 +55,7 @@ STORED = ("s_{}", "{}")  # names of the network's flags in a student's checkpoin
 def get_parser() -> Parser:
     p = Parser(prog="bingo.main_lincls", description=__doc__.splitlines()[0])
     a = p.add_argument
-    add_network_flags(p, ARCHS, STEMS, "resnet18")
+    add_network_flags(p, CHOICES, STEMS, "resnet18")
     add_data_flags(p)
     add_aug_flag(p)
     a("--selected_feat_id", type=words, default="last", help="comma-separated block ids, or last, layer1 to layer4; "

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bingo import cutmix, losses
-from bingo.arch import ARCHS, STEMS, Encoder, build, mlp_head
+from bingo.arch import CHOICES, STEMS, Encoder, build, mlp_head
 from bingo.builder import BINGO, ReleaseKeys
 from bingo.data import VIEWS, Bags, Views, load_bags, order_hash, sha256
 from bingo.options import (
@@ -32,7 +32,7 @@ from bingo.options import (
 )
 from bingo.teachers import ALGS, fingerprint, load_teacher
 from bingo.visualize import views_picture
-from shared_utils import UserError, distributed, feed
+from shared_utils import UserError, distributed, feed, timm_nets
 from shared_utils.augment import moco_v1, moco_v2, plain
 from shared_utils.data import EpochSampler, ImageList, mix_key, per_class
 from shared_utils.flags import Parser, add_aug_flag, add_run_flags, floats, natural, not_negative, positive
@@ -50,10 +50,11 @@ def get_parser() -> Parser:
     p = Parser(prog="bingo.main_moco", description=__doc__.splitlines()[0])
     a = p.add_argument
     add_data_flags(p)
-    a("--s_arch", choices=ARCHS, default="resnet18", help="network of the student f_S")
+    a("--s_arch", choices=CHOICES, default="resnet18", help="network of the student f_S; timm:NAME: any "
+      "of timm's, of pooled features alone")  # fmt: skip
     a("--s_width", type=positive, default=64, help="channels of its first stage")
     a("--s_stem", choices=STEMS, default="imagenet")
-    a("--t_arch", choices=ARCHS, default="resnet50", help="network of the teacher f_T")
+    a("--t_arch", choices=CHOICES, default="resnet50", help="network of the teacher f_T")
     a("--t_width", type=positive, default=64)
     a("--t_stem", choices=STEMS, default="imagenet")
     a("--pretrain_path", type=Path, default="moco_v2_800ep_pretrain.pth.tar", help="weights of the teacher")
@@ -112,7 +113,11 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
 
 
 def cautions(args: argparse.Namespace, world: int, bags: Bags | None, teacher: Encoder) -> dict[str, str]:
-    """Lines of the preflight about what trains without an error and yet may not be what was meant."""
+    """Lines of the preflight about what trains without an error and yet may not be what was meant.
+
+    Bags of another teacher are no mistake in themselves. Refused are bags of other images (`load_bags`) and a teacher's
+    file that lacks a tensor of the network or of its head (`load_teacher`).
+    """
     out = {}
     if bags is not None and bags.teacher is not None and bags.teacher["sha256"] != fingerprint(teacher):
         out["CAUTION, bags"] = f"made with another teacher, {bags.teacher['name']}, than the one that is distilled"
@@ -195,10 +200,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.moco_dim not in (0, dim):
         raise UserError(f"--moco_dim {args.moco_dim}: the embedding of this teacher has {dim} dimensions")
     student = build(args.s_arch, args.s_width, args.s_stem)
+    timm_nets.check_size(student, args.s_arch, args.img_size)
+    timm_nets.check_size(teacher, args.t_arch, args.img_size)
     started = {"init": f"student, {initialise(student, args.init, drop=DROP)}"} if args.init else {}
     student.fc = mlp_head(student.num_features, dim, args.hidden)
-    distributed.convert_norm(student, "split", args.bn_splits, count if args.one_pass else 1)
-    distributed.convert_norm(teacher, "split", args.bn_splits)
+    together = count if args.one_pass else 1  # views in a pass
+    distributed.convert_norm(student, "split" if args.bn_splits * together > 1 else "local", args.bn_splits, together)
+    distributed.convert_norm(teacher, "split" if args.bn_splits > 1 else "local", args.bn_splits)
     model = BINGO(student, teacher, dim, args.moco_k, args.teacher_bn)
     model.check_batch(args.batch_size)
     model = place(model, run.device).train()

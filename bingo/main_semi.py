@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bingo.arch import ARCHS, STEMS, build
+from bingo.arch import CHOICES, STEMS, build
 from shared_utils import UserError, distributed, feed
 from shared_utils.augment import linear_train, plain
 from shared_utils.data import EpochSampler, ImageList
@@ -44,7 +44,7 @@ DEFAULTS = {"1%": (60, 0.02, 100.0), "10%": (30, 0.01, 20.0)}
 def get_parser() -> Parser:
     p = Parser(prog="bingo.main_semi", description=__doc__.splitlines()[0])
     a = p.add_argument
-    add_network_flags(p, ARCHS, STEMS, "resnet18")
+    add_network_flags(p, CHOICES, STEMS, "resnet18")
     add_data_flags(p)
     add_aug_flag(p)
     a(

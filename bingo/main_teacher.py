@@ -12,7 +12,7 @@ from shlex import quote
 import torch
 from torch import nn
 
-from bingo.arch import ARCHS, STEMS, Encoder, build, mlp_head
+from bingo.arch import CHOICES, STEMS, Encoder, build, mlp_head
 from bingo.builder import MoCo, ReleaseKeys
 from bingo.data import Views, order_hash
 from bingo.losses import contrast_rank, info_nce
@@ -26,7 +26,7 @@ from bingo.options import (
     train_images,
 )
 from bingo.visualize import views_picture
-from shared_utils import UserError, distributed, feed
+from shared_utils import UserError, distributed, feed, timm_nets
 from shared_utils.augment import moco_v1, moco_v2, plain
 from shared_utils.data import EpochSampler, mix_key
 from shared_utils.flags import Parser, add_aug_flag, add_run_flags, natural, not_negative, positive
@@ -41,7 +41,7 @@ def get_parser() -> Parser:
     p = Parser(prog="bingo.main_teacher", description=__doc__.splitlines()[0])
     a = p.add_argument
     add_data_flags(p)
-    a("--arch", choices=ARCHS, default="resnet50")
+    a("--arch", choices=CHOICES, default="resnet50", help="timm:NAME: any of timm's, of pooled features alone")
     a("--width", type=positive, default=64, help="channels of the first stage")
     a("--stem", choices=STEMS, default="imagenet", help="7x7/2 and max-pool, 3x3, or 3x3 and max-pool")
     a("--moco_dim", type=positive, default=128, help="length of an embedding")
@@ -87,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     started = {}
     for _ in range(2):  # the second becomes a copy of the first
         encoder = build(args.arch, args.width, args.stem)
+        timm_nets.check_size(encoder, args.arch, args.img_size)
         if args.init and not encoders:
             started = {"init": initialise(encoder, args.init, drop=DROP)}
         encoder.fc = mlp_head(encoder.num_features, args.moco_dim, args.hidden or encoder.num_features)

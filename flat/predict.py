@@ -79,9 +79,13 @@ def main(argv: list[str] | None = None) -> int:
     support = per_class(image_folder(args.support), args.shots)
     if len(support.classes) < 2:
         raise UserError(f"{args.support}: one class folder, {support.classes[0]}; at least two are needed")
+    if args.shots > (fewest := int(support.labels.bincount().min())):
+        name = support.classes[int(support.labels.bincount().argmin())]
+        raise UserError(
+            f"--shots {args.shots}: {name} in --support has {fewest} photos; give at most so many, or 0: all"
+        )
     query = read_query(args.query, support)
-    path = args.pretrained / "checkpoint.pth" if args.pretrained.is_dir() else args.pretrained
-    encoder, _, flags, _ = load(path, args)
+    encoder, _, flags, _ = load(args.pretrained, args)
     head = args.eval_head or default_head(flags.method, flags.recipe)
     copies = augmented_copies(args.aug_support, flags.recipe)
     size = len(support) * max(1, copies) * (len(support.classes) if head == "lr" else 1)
@@ -93,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     counts = support.labels.bincount().tolist()
     each = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
     print(f"flat/predict: {len(support)} photos of {len(counts)} classes, {each} each, by {head} on features of "
-          f"{flags.model} at {flags.image_size} pixels, {path}", flush=True)  # fmt: skip
+          f"{flags.model} at {flags.image_size} pixels, {args.pretrained}", flush=True)  # fmt: skip
     for name, unread in (("--support", support.unread), ("--query", query.unread)):
         if unread:
             print(f"  not read: {tell(unread)} in {name}", flush=True)

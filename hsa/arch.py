@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from shared_utils import UserError
+from shared_utils import UserError, timm_nets
 from shared_utils.resnet import BasicBlock, Bottleneck
 
 DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
@@ -20,6 +20,7 @@ DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
     "resnet152": (Bottleneck, (3, 8, 36, 3)),
 }
+ARCHS = timm_nets.Archs(DEPTHS)
 STEMS = ("imagenet", "cifar", "cifar_pool")
 INTER_HEADS = ("mlp", "stage")
 # What evaluations leave behind: the heads of both levels; level 3 may have a private stage.
@@ -139,11 +140,24 @@ class Encoder(nn.Module):
         return out
 
 
+class Whole(timm_nets.Pooled):
+    """A network of timm's: its pooled vector stands for level 4, and there is no other level."""
+
+    def add_level3(self, kind: str = "mlp", dim: int = 128) -> None:
+        raise UserError("--inter_weight, --mode paper: level 3 is inside a ResNet, which timm:NAME does not show")
+
+    def levels(self, x: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] -> [output of `fc` [B, dim]]."""
+        return [self(x)]
+
+
 def build(name: str, width: int = 64, stem: str = "imagenet") -> Encoder:
-    """Encoder `name` (resnet10, one block a stage, for small tiers; resnet18 34 50 101 152) without a head.
+    """Encoder `name` (resnet10, one block a stage, for small tiers; resnet18 34 50 101 152; timm:NAME), no head.
 
     Args:
         width: channels of the first stage, 64 in the paper. stem: `imagenet` 7x7/2 and max pooling, `cifar` 3x3/1,
             `cifar_pool` 3x3/1 and max pooling.
     """
+    if name.startswith(timm_nets.PREFIX):
+        return timm_nets.build(name, width, stem, Whole)
     return Encoder(name, width, stem)

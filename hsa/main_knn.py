@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hsa.arch import DEPTHS, DROP, STEMS, build
+from hsa.arch import ARCHS, DROP, STEMS, build
 from shared_utils import UserError, distributed
 from shared_utils.augment import plain
 from shared_utils.evaluation import (
@@ -37,7 +37,7 @@ from shared_utils.run import cli, set_threads
 def get_parser() -> Parser:
     p = Parser(prog="hsa.main_knn", description=__doc__.splitlines()[0])
     a = p.add_argument
-    add_network_flags(p, list(DEPTHS), STEMS, "resnet50")
+    add_network_flags(p, ARCHS, STEMS, "resnet50")
     add_data_flags(p)
     add_aug_flag(p)
     a("--bags", type=Path, help="integers [N, K] in an .npy file, or [N] group numbers")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hsa.arch import DEPTHS, DROP, STEMS, build
+from hsa.arch import ARCHS, DROP, STEMS, build
 from shared_utils import UserError, checkpoint, distributed, feed
 from shared_utils.augment import linear_train, plain
 from shared_utils.checkpoint import ReleaseKeys
@@ -54,7 +54,7 @@ from shared_utils.run import Run, cli
 def get_parser() -> Parser:
     p = Parser(prog="hsa.main_lincls", description=__doc__.splitlines()[0])
     a = p.add_argument
-    add_network_flags(p, list(DEPTHS), STEMS, "resnet50")
+    add_network_flags(p, ARCHS, STEMS, "resnet50")
     add_data_flags(p)
     add_aug_flag(p)
     a("--selected_feat_id", type=words, default="layer3,last", help="comma-separated block ids, or last, layer1 to "

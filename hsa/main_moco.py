@@ -20,7 +20,7 @@ from hsa import arch, losses
 from hsa.builder import CsMl, ReleaseKeys
 from hsa.cutmix import draw_box, mix_shares
 from hsa.data import Neighbours, Views, small_crop, training_images
-from shared_utils import UserError, augment, distributed, feed
+from shared_utils import UserError, augment, distributed, feed, timm_nets
 from shared_utils.data import EpochSampler, ImageList, mix_key
 from shared_utils.flags import (
     Parser,
@@ -52,7 +52,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--img_size", type=positive, default=224, help="pixels of a crop")
     a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
     a("--cache", action="store_true", help="decode all images once and keep them in memory")
-    a("--arch", choices=list(arch.DEPTHS), default="resnet50")
+    a("--arch", choices=arch.ARCHS, default="resnet50", help="timm:NAME: any of timm's, of pooled features alone")
     a("--width", type=positive, default=64, help="channels of the first stage")
     a("--stem", choices=arch.STEMS, default="imagenet")
     a("--mode", choices=["release", "paper", "moco"], default="release", help="the released method; with the paper's "
@@ -221,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Model
     encoder = arch.build(args.arch, args.width, args.stem)
+    timm_nets.check_size(encoder, args.arch, args.img_size, *([args.crop_size] if args.crops else []))
     started = {"init": initialise(encoder, args.init, drop=INIT_DROP)} if args.init else {}
     model = CsMl(encoder, args.moco_dim, args.moco_k, args.moco_m, args.inter_head if args.inter_weight else None)
     model.check_batch(args.batch_size)

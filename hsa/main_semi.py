@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hsa.arch import DEPTHS, DROP, STEMS, build
+from hsa.arch import ARCHS, DROP, STEMS, build
 from shared_utils import UserError, checkpoint, distributed, feed
 from shared_utils.augment import linear_train, plain
 from shared_utils.data import EpochSampler, ImageList
@@ -49,7 +49,7 @@ DEFAULTS = {"1%": (60, 0.02, 100.0), "10%": (30, 0.01, 20.0)}
 def get_parser() -> Parser:
     p = Parser(prog="hsa.main_semi", description=__doc__.splitlines()[0])
     a = p.add_argument
-    add_network_flags(p, list(DEPTHS), STEMS, "resnet50")
+    add_network_flags(p, ARCHS, STEMS, "resnet50")
     add_data_flags(p)
     add_aug_flag(p)
     a(

@@ -36,7 +36,7 @@ from shared_utils.run import cli, set_threads
 def get_parser() -> Parser:
     p = Parser(prog="kscl.main_knn", description=__doc__.splitlines()[0])
     a = p.add_argument
-    add_network_flags(p, list(arch.DEPTHS), arch.STEMS, "resnet50")
+    add_network_flags(p, arch.ARCHS, arch.STEMS, "resnet50")
     add_data_flags(p)
     add_aug_flag(p)
     a("--features", choices=["backbone", "projected"], default="backbone", help="pooled, or after the projection head")

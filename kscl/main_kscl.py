@@ -17,7 +17,7 @@ from kscl.builder import KSCL, ReleaseKeys
 from kscl.data import Views, training_images
 from kscl.losses import against_queue, kscl_loss
 from kscl.subspace import RANK_RULES, SIMILARITIES, RankRule, Subspaces
-from shared_utils import UserError, augment, checkpoint, distributed, feed
+from shared_utils import UserError, augment, checkpoint, distributed, feed, timm_nets
 from shared_utils.data import EpochSampler, ImageList, mix_key
 from shared_utils.flags import Parser, add_aug_flag, add_run_flags, boolean, ints, natural, not_negative, positive
 from shared_utils.init import add_init_flag, initialise
@@ -36,7 +36,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--img_size", type=positive, default=224, help="pixels of a crop")
     a("--per_class", type=natural, default=0, help="first so many training images of each class; 0: all")
     a("--cache", action="store_true", help="decode all images once and keep them in memory")
-    a("--arch", choices=list(arch.DEPTHS), default="resnet50")
+    a("--arch", choices=arch.ARCHS, default="resnet50", help="timm:NAME: any of timm's, of pooled features alone")
     a("--width", type=positive, default=64, help="channels of the first stage")
     a("--stem", choices=arch.STEMS, default="imagenet")
     a("--shots", type=positive, default=5, help="K, key views of an image beside its query view")
@@ -166,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     # Model
     rule = RankRule(args.max_rank, args.rank_rule, args.energy, args.rel_gamma, args.rank)
     encoder = arch.build(args.arch, args.width, args.stem)
+    timm_nets.check_size(encoder, args.arch, args.img_size)
     started = {"init": initialise(encoder, args.init)} if args.init else {}
     model = KSCL(encoder, rule, args.moco_dim, args.moco_k, args.moco_m, bool(args.center))
     model.check_batch(args.batch_size)

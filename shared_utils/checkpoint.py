@@ -82,6 +82,8 @@ def _damaged(path: Path) -> str:
 def load(path: str | os.PathLike) -> Any:
     """Read a file of tensors and plain containers. UserError: missing, damaged, or a pickle that would run code."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: a folder without checkpoint.pth; give a file of weights, or the folder of a run")
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file; train it first (README, Run), or give another path")
     try:

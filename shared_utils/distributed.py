@@ -238,7 +238,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def convert_norm(module: nn.Module, kind: str, splits: int = 8, passes: int = 1) -> nn.Module:
     """Replace every BatchNorm1d, 2d and 3d below `module`; kind: `sync`, `split` or `local` (unchanged).
 
-    Keys stay the same.
+    Keys stay the same. UserError: a batch norm of another class, which may do more than normalise.
     """
     if kind == "local":
         return module
@@ -255,6 +255,11 @@ def convert_norm(module: nn.Module, kind: str, splits: int = 8, passes: int = 1)
             for fresh, old in zip(new.parameters(), child.parameters()):
                 fresh.requires_grad_(old.requires_grad)  # DDP waits for the gradients of what it takes for trained
             setattr(module, name, new.train(child.training))
+        elif isinstance(child, NORMS) and not isinstance(child, SyncBatchNorm | SplitBatchNorm):  # timm's, with its own
+            raise UserError(
+                f"batch norm {name} is a {type(child).__name__}, which cannot be split; take --bn_splits 1 and leave "
+                "--one_pass away, or choose another --arch"
+            )
         else:
             convert_norm(child, kind, splits, passes)
     return module

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared_utils import UserError, checkpoint, distributed
+from shared_utils import UserError, checkpoint, distributed, timm_nets
 from shared_utils.data import (
     ArrayImages,
     ImageList,
@@ -246,6 +246,8 @@ def load_backbone(
             "does; take the scripts of the folder that trained it"
         )
     network = build(args.arch, args.width, args.stem)
+    if size := getattr(args, "img_size", None):
+        timm_nets.check_size(network, args.arch, size)
     what = f"{args.arch}, width {args.width}, stem {args.stem}"
     if args.pretrained == "none":
         return network, f"{what}, random weights"

@@ -135,6 +135,9 @@ def defaults(parser: argparse.ArgumentParser) -> dict[str, Any]:
     return {k: v for k, v in {**parser._defaults, **found}.items() if v is not argparse.SUPPRESS}
 
 
+# Flags that name weights: the folder of a run stands for the checkpoint in it.
+WEIGHTS = {"pretrained", "checkpoint", "ckpt_name", "pretrain_path", "resume_path", "evaluator", "dino_path", "resume"}
+
 NOT_TAKEN = {"output_dir", "resume", "overwrite", "config", "save_path"}  # by --config: they are of the run itself
 
 
@@ -171,6 +174,10 @@ class Parser(argparse.ArgumentParser):
         flags, rest = super().parse_known_args(args, Flags() if namespace is None else namespace)
         if isinstance(flags, Flags):
             vars(flags).pop("config", None) if "config" not in known else None
+            for name in WEIGHTS & set(vars(flags)):
+                value = getattr(flags, name)
+                if value and (file := Path(value) / "checkpoint.pth").is_file():
+                    setattr(flags, name, type(value)(file))
             flags.defaults, flags.job = known, self.prog
             flags.older = {k: v for k, v in getattr(self, "_older", {}).items() if hasattr(flags, k)}
             flags.given = frozenset(k for k, v in vars(flags).items() if v != flags.defaults.get(k))

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared_utils import UserError
+from shared_utils import UserError, timm_nets
 from shared_utils.resnet import BasicBlock, Bottleneck
 
 DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
@@ -11,7 +11,7 @@ DEPTHS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
 }
-ARCHS = (*DEPTHS, "wrn28")
+ARCHS = timm_nets.Archs((*DEPTHS, "wrn28"))
 STEMS = ("imagenet", "cifar", "cifar_pool")
 
 
@@ -137,7 +137,9 @@ class Encoder(nn.Module):
 
 
 def build(name: str, width: int = 64, stem: str = "imagenet") -> ResNet | WideResNet:
-    """Backbone `name`: resnet10 (one block a stage, for small tiers), resnet18, resnet50, or wrn28 (takes no stem)."""
+    """Backbone `name`: resnet10 (one block a stage, for small tiers), 18, 50, wrn28 (takes no stem), or timm:NAME."""
+    if name.startswith(timm_nets.PREFIX):
+        return timm_nets.build(name, width, stem)
     if name not in ARCHS:
         raise UserError(f"unknown --arch {name}; choose from {', '.join(ARCHS)}")
     if stem not in STEMS:

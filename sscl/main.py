@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared_utils import distributed
+from shared_utils import distributed, timm_nets
 from shared_utils.data import mix_key
 from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
@@ -172,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     # Model
     classes = max(1, len(data.images.classes))
     encoder = Encoder(build(args.arch, args.width, args.stem), classes, args.dim)
+    timm_nets.check_size(encoder.backbone, args.arch, args.img_size)
     report = "scratch" if args.init == "scratch" else initialise(encoder, args.init)
     encoder.proj.requires_grad_(arm.contrasting)
     encoder.fc.requires_grad_(labelled is not None)

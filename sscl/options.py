@@ -34,7 +34,7 @@ def get_parser(doc: str) -> argparse.ArgumentParser:
     g("--no_labels", action="store_true", help="none: MoCo v2 (needs --lambda_u 0)")
     g("--balanced", choices=["on", "off"], default="on", help="labelled batches hold each class equally often")
     g = p.add_argument_group("network").add_argument
-    g("--arch", choices=arch.ARCHS, default="resnet50")
+    g("--arch", choices=arch.ARCHS, default="resnet50", help="timm:NAME: any of timm's, of pooled features alone")
     g("--width", type=positive, help="channels of the first stage (default: 64; wrn28: 32, that is WRN-28-2)")
     g("--stem", choices=arch.STEMS, default="imagenet")
     g("--dim", type=positive, default=128, help="D, length of an embedding")

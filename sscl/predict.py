@@ -51,8 +51,6 @@ def names_of(path: str, file: Path | None) -> list[str]:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    if Path(args.pretrained).is_dir():
-        args.pretrained = str(Path(args.pretrained) / "checkpoint.pth")
     classes = names_of(args.pretrained, args.classes)
     prepare_data(args)  # --img_size
     device = distributed.init(args.device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared_utils import UserError, checkpoint, init
+from shared_utils import UserError, checkpoint, init, timm_nets
 from shared_utils.evaluation import stored_flags
 from shared_utils.flags import positive
 from sscl.arch import ARCHS, STEMS, Encoder, build
@@ -102,6 +102,8 @@ def load_encoder(args: argparse.Namespace, classes: int | None, copy: str = "que
     args.width = args.width or stored.get("width") or default_width(args.arch)
     args.stem = args.stem or stored.get("stem") or "imagenet"
     encoder = Encoder(build(args.arch, args.width, args.stem), classes or 1, stored.get("dim", 128))
+    if size := getattr(args, "img_size", None):
+        timm_nets.check_size(encoder.backbone, args.arch, size)
     what = f"{args.arch}, width {args.width}, stem {args.stem}"
     args.backbone_sha256 = ""
     if args.pretrained == "none":

@@ -19,6 +19,11 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in ENDINGS
 
 
+def _reason(error: Exception) -> str:
+    """What FFmpeg says, without numbers of errors and without the path."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:80]
+
+
 def _open(path: Path) -> tuple[Any, Any]:
     """The container and its video, which is not a cover picture. UserError for a file that holds none."""
     try:
@@ -28,8 +33,7 @@ def _open(path: Path) -> tuple[Any, Any]:
     try:
         container = av.open(str(path))
     except (OSError, ValueError, av.error.FFmpegError) as error:
-        reason = " ".join(str(error).split())[:80]
-        raise UserError(f"{path}: not a readable video ({reason}); copy it again, or encode it anew") from None
+        raise UserError(f"{path}: not a readable video ({_reason(error)}); copy it again, or encode it anew") from None
     if container.format.name.endswith(("_pipe", "gif", "apng")):  # FFmpeg's names of pictures, moving ones among them
         container.close()
         raise UserError(f"{path}: a picture under a video's name; copy the video again, or remove the file")
@@ -60,8 +64,7 @@ def pictures(path: Path) -> Iterator[np.ndarray]:
             except av.error.InvalidDataError:
                 continue
             except (OSError, ValueError, av.error.FFmpegError) as error:
-                reason = " ".join(str(error).split())[:80]
-                raise UserError(f"{path}: damaged after {found} pictures ({reason}); encode it anew") from None
+                raise UserError(f"{path}: damaged after {found} pictures ({_reason(error)}); encode it anew") from None
             if decoded is None:
                 break
             for picture in decoded:

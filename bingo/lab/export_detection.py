@@ -7,7 +7,7 @@ The projection head stays behind.
 
 import argparse
 
-from bingo.arch import ARCHS, STEMS, build
+from bingo.arch import CHOICES, STEMS, build
 from shared_utils.evaluation import add_network_flags, load_backbone
 from shared_utils.flags import Parser
 from shared_utils.lab.export import INPUT, add_export_flags, check, resnet, write_backbone, write_detectron2
@@ -18,7 +18,7 @@ MEAN_STD = "MODEL.PIXEL_MEAN [123.675,116.280,103.530] MODEL.PIXEL_STD [58.395,5
 
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="bingo.lab.export_detection", description=__doc__.splitlines()[0])
-    add_network_flags(p, ARCHS, STEMS, "resnet18")
+    add_network_flags(p, CHOICES, STEMS, "resnet18")
     add_export_flags(p, ["torchvision", "detectron2", "safetensors", "hub"], "detectron2")
     return p
 

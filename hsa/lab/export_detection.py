@@ -7,8 +7,7 @@ The projection heads stay behind.
 
 import argparse
 
-from hsa.arch import DEPTHS as ARCHS
-from hsa.arch import DROP, STEMS, build
+from hsa.arch import ARCHS, DROP, STEMS, build
 from shared_utils.evaluation import add_network_flags, load_backbone
 from shared_utils.flags import Parser
 from shared_utils.lab.export import INPUT, add_export_flags, check, resnet, write_backbone, write_detectron2
@@ -19,7 +18,7 @@ MEAN_STD = "MODEL.PIXEL_MEAN [123.675,116.280,103.530] MODEL.PIXEL_STD [58.395,5
 
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="hsa.lab.export_detection", description=__doc__.splitlines()[0])
-    add_network_flags(p, list(ARCHS), STEMS, "resnet50")
+    add_network_flags(p, ARCHS, STEMS, "resnet50")
     add_export_flags(p, ["torchvision", "detectron2", "safetensors", "hub"], "detectron2")
     return p
 

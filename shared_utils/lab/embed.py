@@ -9,6 +9,7 @@ import csv
 import io
 import os
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from shared_utils import UserError, checkpoint, distributed
+from shared_utils.compare_runs import read
 from shared_utils.data import flat_folder
 from shared_utils.evaluation import stream
 from shared_utils.flags import Parser, add_machine_flags, positive
@@ -34,13 +36,24 @@ def get_parser() -> Parser:
     return p
 
 
+def exporting(spec: str, config: dict[str, Any]) -> str:
+    """What to do about a folder that is no hub folder: of a run the command that makes one."""
+    folder = Path(__file__).resolve().parents[2] / config.get("job", "").partition(".")[0] / "lab"
+    scripts = sorted(folder.glob("export*.py")) if config.get("job") else []
+    script = next((path for path in scripts if '"hub"' in path.read_text()), None)
+    if script is None:
+        return "export a run by its folder's lab/export*.py --format hub, or give timm:NAME"
+    command = f"python -m {folder.parent.name}.lab.{script.stem} --pretrained {quote(spec)} --format hub"
+    return f"it is a run: {command} --out FOLDER, then give FOLDER"
+
+
 def load(spec: str) -> tuple[torch.nn.Module, Any]:
     """timm's network without its classifier, in eval mode, and its transform of PIL images. UserError: none there."""
     import timm
     from timm.data import create_transform, resolve_model_data_config
 
-    if not spec.startswith("timm:") and not (Path(spec) / "config.json").is_file():
-        raise UserError(f"{spec}: no hub folder (config.json, model.safetensors); export one, or give timm:NAME")
+    if not spec.startswith("timm:") and "architecture" not in (config := read(Path(spec) / "config.json")):
+        raise UserError(f"{spec}: no hub folder (config.json, model.safetensors); {exporting(spec, config)}")
     name = spec[5:] if spec.startswith("timm:") else f"local-dir:{spec}"
     try:
         network = timm.create_model(name, pretrained=True, num_classes=0)

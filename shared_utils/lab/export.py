@@ -21,6 +21,7 @@ from shared_utils.compare_runs import UNKNOWN_END, facts, read, results_of
 from shared_utils.evaluation import stored_flags
 from shared_utils.lab import results
 from shared_utils.provenance import DATA_FLAGS, RUNTIME_FLAGS
+from shared_utils.timm_nets import PREFIX
 
 DETECTRON2 = {"resnet18": 18, "resnet34": 34, "resnet50": 50, "resnet101": 101, "resnet152": 152}
 INPUT = "input in ImageNet's mean and standard deviation"
@@ -100,11 +101,20 @@ def by_timm(architecture: str, classes: int = 0, **args: Any) -> Made:
     return Made(lines, {"architecture": architecture, "num_classes": classes, "model_args": args})
 
 
+def known(architecture: str) -> Any:
+    """What timm tells of a network of its own: its first convolution, its classifier, whether it takes one size."""
+    import timm
+
+    return timm.get_pretrained_cfg(architecture) or timm.models.PretrainedCfg()
+
+
 LOADED = "model.load_state_dict(load_file(FILE))"
 
 
 def resnet(arch: str, width: int, stem: str, build: str) -> Made:
-    """How a ResNet is loaded: by timm where it has the network, else by the folder's `build` (`hsa.arch.build`)."""
+    """How a network is loaded: by timm where it has it, else by the folder's `build` (`hsa.arch.build`)."""
+    if arch.startswith(PREFIX):
+        return by_timm(arch.removeprefix(PREFIX).partition(".")[0])  # the name alone, without that of timm's weights
     if arch in DETECTRON2 and stem == "imagenet" and width == 64:
         return by_timm(arch)
     module, name = build.rsplit(".", 1)
@@ -247,13 +257,14 @@ def write_hub(
 
     if made.timm is None:
         raise UserError(f"--format hub: timm has no such network ({network}); --format safetensors takes any")
-    size, vit = [3, x.size, x.size], "vit" in made.timm["architecture"]
+    its = known(made.timm["architecture"])
     config = made.timm | {
         "num_features": made.timm["model_args"].get("embed_dim"),
         "pretrained_cfg": {
-            "input_size": size, "fixed_input_size": x.fixed, "interpolation": "bilinear", "crop_pct": 0.875,
-            "crop_mode": "center", "mean": list(x.mean), "std": list(x.std), "num_classes": made.timm["num_classes"],
-            "first_conv": "patch_embed.proj" if vit else "conv1", "classifier": "head" if vit else "fc",
+            "input_size": [3, x.size, x.size], "fixed_input_size": x.fixed, "interpolation": "bilinear",
+            "crop_pct": 0.875, "crop_mode": "center", "mean": list(x.mean), "std": list(x.std),
+            "num_classes": made.timm["num_classes"],
+            "first_conv": its.first_conv, "classifier": its.classifier,
         },
     }  # fmt: skip
     config = {k: v for k, v in config.items() if v is not None}
@@ -278,7 +289,8 @@ def write_backbone(
     """
     if args.format == "hub":
         size = stored_flags(str(args.pretrained)).get("img_size") or 224
-        return write_hub(state, args.out, paper, network, made, x or Input(size), str(args.pretrained))
+        x = x or Input(size, fixed=made.timm is not None and known(made.timm["architecture"]).fixed_input_size)
+        return write_hub(state, args.out, paper, network, made, x, str(args.pretrained))
     if args.format == "safetensors":
         return write_safetensors(state, args.out, paper, network, made.lines, str(args.pretrained))
     checkpoint.save(args.out, {key: value.contiguous() for key, value in state.items()})
