@@ -18,6 +18,7 @@ from bingo.options import add_data_flags, train_images
 from bingo.teachers import ALGS, fingerprint, load_teacher
 from shared_utils import UserError, distributed, timm_nets
 from shared_utils.augment import plain
+from shared_utils.data import tell
 from shared_utils.flags import Parser, add_aug_flag, add_machine_flags, natural, positive
 from shared_utils.layout import place
 from shared_utils.neighbours import features, neighbours, purity
@@ -74,9 +75,11 @@ def main(argv: list[str] | None = None) -> int:
     else:
         if args.ckpt_name is None:
             raise UserError("--ckpt_name: the weights of the teacher are needed for these bags")
-        teacher, _ = load_teacher(args.arch, args.ckpt_name, args.pretrain_alg, args.t_width, args.t_stem)
+        teacher, read = load_teacher(args.arch, args.ckpt_name, args.pretrain_alg, args.t_width, args.t_stem)
         timm_nets.check_size(teacher, args.arch, args.img_size)
         made_by = {"sha256": fingerprint(teacher), "name": f"{args.arch} of {args.ckpt_name} ({args.pretrain_alg})"}
+        if distributed.rank() == 0:
+            print(f"bingo/compute_knn: {made_by['name']}, {read} tensors read", flush=True)
         teacher = place(teacher, device).eval()
         images.transform = plain(args.img_size, args.aug_backend)
         bank = features(
@@ -101,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         line = f"{args.bags} bags of {len(images)} images -> {out}"
         if array.ndim == 2 and images.has_labels:
             line += f"; {purity(torch.from_numpy(array), labels):.1f} % of the members have their anchor's label"
-        print(line)
+        print(line + (f"; not read: {tell(images.unread)}" if images.unread else ""))
     return 0
 
 

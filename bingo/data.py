@@ -124,7 +124,7 @@ def load_bags(path: Path, images: ImageList, clus_pos_num: int) -> tuple[Bags, s
         raise UserError(f"{path}: no such correlation file; make it with bingo/run_knn.sh or bingo.compute_knn")
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # of many kinds
         raise UserError(f"{path}: not a readable .npy array ({' '.join(str(error).split())[:80]})") from None
     if array.ndim not in (1, 2) or not np.issubdtype(array.dtype, np.integer) or len(array) != len(images):
         raise UserError(

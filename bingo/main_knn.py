@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     freeze(encoder)
     encoder = place(encoder, device)
     if distributed.rank() == 0:
-        print(f"bingo/knn: {report}; {protocol(train, val)}", flush=True)
+        print(f"bingo/knn: {report}; {protocol(train, val, 20)}", flush=True)
 
     def embed(name: str, images) -> Tensor:  # type: ignore[no-untyped-def]
         out = args.feature_dir / f"{name}.npy" if args.feature_dir else None
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     if bags is not None and distributed.rank() == 0:  # who writes the result
         result |= bag_scores(bank, torch.from_numpy(bags.array), nearest[:, : args.clus_pos_num])
     result |= {"pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256, "data_dir": str(args.data_dir)}
-    result["protocol"] = protocol(train, val)
+    result["protocol"] = protocol(train, val, 20)
     write_result(args, result)
     return 0
 

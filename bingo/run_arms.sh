@@ -22,7 +22,7 @@ set_name=${SET:-cifar10}
 export SET=$set_name
 teacher=()
 loading=(--workers 0 --threads 1)
-last=linear pil=()
+last=linear pil=() drop=()
 case "$tier" in
   mini)
     # Every arm on the generated images; where compute is to be equal the student alone trains 4.4 times as long.
@@ -55,7 +55,7 @@ case "$tier" in
     esac
     knn=("${data[@]}" "${kept[@]}")
     if [ ${#kept[@]} -gt 0 ]; then
-      loading+=(--aug_backend pil) knn+=(--cache --img_size 32) pil=(--aug_backend pil)
+      loading+=(--aug_backend pil) knn+=(--cache --img_size 32) pil=(--aug_backend pil) drop=(--drop_last)
     fi
     data=("${knn[@]}")
     student=(--arch resnet10 --width 16 "${kept[@]}" --init_lr 0.06 --end_epoch 10)
@@ -135,7 +135,7 @@ run_one() { # arm seed [flags]
   else
     "$PYTHON" -m bingo.main_lincls --pretrained "$folder/checkpoint.pth" "${knn[@]}" --cached_train \
       --selected_feat_id last --init_lr 0.3 --batch_size 256 --end_epoch 50 --decay_method cos --min_lr 0 \
-      "${loading[@]}" --overwrite --output-dir "$folder-linear"
+      "${loading[@]}" "${drop[@]}" --overwrite --output-dir "$folder-linear"
   fi
 }
 

@@ -287,7 +287,7 @@ def listing(
 
     With a `target` other than class the labels are that column of the set's table. A column whose values are tied to
     one part of the split (sources of the fight clips) is split inside each value instead: every third video tests.
-    UserError names the file or folder that is not as expected.
+    UserError names the file or folder that is not as expected, and a video that a list names twice.
     """
     read = DATASETS[dataset].read
     found, classes = read(root, train, fold, Counter() if unread is None else unread)
@@ -314,6 +314,11 @@ def listing(
             there = here
         found = [(path, table[key][target], key) for path, _, key in found]
         classes = sorted(here | there)
+    if twice := [key for key, times in Counter(key for *_, key in found).items() if times > 1]:
+        raise UserError(
+            f"{root}: the {'train' if train else 'test'} part of {dataset} has {twice[0]} twice; restore its list, "
+            f"expected {DATASETS[dataset].expected}"
+        )
     if not found:
         part, expected = "train" if train else "test", DATASETS[dataset].expected
         raise UserError(f"{root}: the {part} part of {dataset} is empty; expected {expected}")

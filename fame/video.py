@@ -301,7 +301,9 @@ def inspect(path: Path) -> Video:
                         at = [t for t in (packet.pts, packet.dts) if t is not None]
                         times.append((stored, list(dict.fromkeys(at))))
                     places.setdefault((packet.pos or -1, packet.pts), stored)
-                    packet.opaque = stored
+                    # A list of its own: PyAV keeps what is carried under its id, for all threads together. The number 3
+                    # is one object for all files, and gone for all when the first of them has dropped it.
+                    packet.opaque = [stored]
                     stored += 1
                     if packet.dts is not None:  # an .avi says nothing of pictures that are shown twice, but counts them
                         slots = max(slots, (packet.dts - (stream.start_time or 0)) * tick + 1)
@@ -309,8 +311,8 @@ def inspect(path: Path) -> Video:
                 damaged |= refused and pictures is not None and packet.size > 0
                 refused |= pictures is None and bool(marks)
                 for picture in pictures or []:
-                    if picture.key_frame and isinstance(picture.opaque, int):
-                        here = [k for k, (number, _) in enumerate(times) if number <= picture.opaque]
+                    if picture.key_frame and picture.opaque:
+                        here = [k for k, (number, _) in enumerate(times) if number <= picture.opaque[0]]
                         if here and (not entered or here[-1] != entered[-1][0]):
                             entered.append((here[-1], len(marks)))
                     sizes[picture.width, picture.height] = None

@@ -85,6 +85,8 @@ def _from_lists(root: Path) -> dict[str, Files]:
         classes = [line.strip() for line in lines if line.strip()]
         if twice := [c for c, count in Counter(classes).items() if count > 1]:
             raise UserError(f"{file}: class {twice[0]} is listed twice; restore the list")
+        if lost := [c for c in classes if not (root / "data" / c).is_dir()]:
+            raise UserError(f"{file}: {root / 'data' / lost[0]} does not exist; restore it, or the list")
         out[split] = {c: list_images(root / "data" / c) for c in classes}
     return out
 
@@ -106,6 +108,8 @@ def _from_csv(root: Path) -> dict[str, Files]:
             cells = dict(zip(head, (cell.strip() for cell in row)))
             if not any(cells.values()):
                 continue
+            if len(row) != len(head):
+                raise UserError(f"{file}, line {number}: {len(row)} cells, expected {','.join(head)}; restore the list")
             image, label = cells.get("filename", "").replace("\\", "/").removeprefix("./"), cells.get("label", "")
             if image not in there or not label:
                 raise UserError(

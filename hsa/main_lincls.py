@@ -75,6 +75,7 @@ def get_parser() -> Parser:
     a("--schedule", type=ints, default="60,80", help="epochs at which `step` multiplies by --lr_decay")
     a("--lr_decay", type=float, default=0.1)
     a("--min_lr", type=float, default=0.01, help="end of `cos`")
+    a("--drop_last", action="store_true", help="leave out the last, smaller batch of an epoch (rows of 2026-11)")
     a("--cached_train", action="store_true", help="a cheap probe: train on features of unaugmented images, computed "
       "once; not equal to the protocol")  # fmt: skip
     a("--recompute_val", action="store_true", help="validation images through the backbone every epoch, nothing "
@@ -128,7 +129,9 @@ def main(argv: list[str] | None = None) -> int:
     net = distributed.wrap(probes)
     optimizer = torch.optim.SGD(probes.parameters(), args.init_lr, args.momentum, weight_decay=args.wd)
     scores = Scores(ids)
-    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world, least=0)
+    sampler = EpochSampler(
+        len(train), args.batch_size // run.world, args.seed, run.rank, run.world, least=None if args.drop_last else 0
+    )
     run.track(state_dict=ReleaseKeys(probes), optimizer=optimizer, scores=scores)
     run.reads(train, val)
     blocks = {"blocks": ", ".join(f"{n} ({s} features)" for n, s in zip(ids, sizes))}

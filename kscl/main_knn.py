@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     freeze(encoder)
     encoder = place(encoder, device)
     if distributed.rank() == 0:
-        print(f"kscl/knn, {args.features} features: {report}; {protocol(train, val)}", flush=True)
+        print(f"kscl/knn, {args.features} features: {report}; {protocol(train, val, max(args.k, 20))}", flush=True)
 
     def embed(name: str, images: ImageList) -> Tensor:
         out = args.feature_dir / f"{name}.npy" if args.feature_dir else None
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         "purity": purity(nearest, labels),
     }
     result |= {"features": args.features, "pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256}
-    write_result(args, result | {"data_dir": str(args.data_dir), "protocol": protocol(train, val)})
+    write_result(args, result | {"data_dir": str(args.data_dir), "protocol": protocol(train, val, max(args.k, 20))})
     return 0
 
 

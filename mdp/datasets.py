@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from shared_utils import UserError
-from shared_utils.data import ImageList, fingerprint, is_helper, load_image, read_text, walk
+from shared_utils.data import ImageList, check_png, fingerprint, is_helper, load_image, read_text, walk
 
 HERE = Path(__file__).resolve().parent
 IGNORE = 255  # in local maps; -1 in the union space
@@ -350,6 +350,8 @@ def stored_ids(path: str | Path, by_index: bool = False) -> tuple[np.ndarray, st
     try:
         with Image.open(path) as image:
             image.load()
+        if image.format == "PNG":
+            check_png(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the data root and the list that names it") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -80,7 +80,7 @@ def get_parser() -> Parser:
     p.add_argument("--head", choices=HEADS[:2])
     p.add_argument("--base-channels", type=positive)
     p.add_argument("--head-channels", type=positive)
-    p.add_argument("--dilations", type=positive, nargs="+", help="of the ASPP branches")
+    p.add_argument("--dilations", type=numbers, nargs="+", help="of the ASPP branches: 1,12,24 or 1 12 24")
     p.add_argument("--amp", choices=["none", "bf16"], default="none")
     p.add_argument("--workers", type=natural, default=2)
     p.add_argument("--threads", type=natural, default=0, help="threads of this process; 0: cores - workers on a CPU")
@@ -116,8 +116,14 @@ def read_checkpoint(spec: str, branch: str) -> tuple[dict[str, Tensor] | None, d
     return state, {k: flags[k] for k in MODEL_FLAGS if flags.get(k) is not None}
 
 
+def numbers(text: str) -> str:
+    """For `argparse`: whole numbers with commas between them, as mdp.main_pretrain takes them."""
+    return ",".join(str(positive(word)) for word in text.split(","))
+
+
 def int_list(value: Any) -> list[int]:
-    return [int(v) for v in (value.split(",") if isinstance(value, str) else value)]
+    words = value if isinstance(value, str) else ",".join(map(str, value))
+    return [int(v) for v in words.split(",")]
 
 
 def resolve(args: argparse.Namespace, implied: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ import argparse
 import csv
 import math
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,16 +95,34 @@ def _need(file: Path, what: str) -> Path:
     return file
 
 
-def _lines(file: Path, what: str) -> list[list[str]]:
-    return [line.split() for line in read_text(file, what).splitlines() if line.strip()]
+def _lines(file: Path, what: str) -> list[str]:
+    """Lines that are not empty. UserError: one is there twice."""
+    lines = [line.strip() for line in read_text(file, what).splitlines() if line.strip()]
+    if len(set(lines)) < len(lines):
+        twice = Counter(lines).most_common(1)[0][0]
+        raise UserError(f"{file}: {twice!r} is there twice; restore the list from the set's archive")
+    return lines
+
+
+def _numbered(file: Path, what: str) -> dict[str, str]:
+    """Number -> the rest of its line. UserError: a number that is there twice."""
+    pairs = [line.split(None, 1) for line in _lines(file, what)]
+    if twice := [number for number, times in Counter(pair[0] for pair in pairs).items() if times > 1]:
+        raise UserError(f"{file}: number {twice[0]} is there twice; restore the list from the set's archive")
+    return dict(pairs)
 
 
 def _cub(root: Path) -> Sets:
     what = "CUB_200_2011 as published (images.txt, image_class_labels.txt, train_test_split.txt, images/)"
-    names, labels, splits = (
-        dict(_lines(root / name, what)) for name in ("images.txt", "image_class_labels.txt", "train_test_split.txt")
-    )
-    classes = [name for _, name in _lines(root / "classes.txt", what)]
+    files = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
+    names, labels, splits, titles = (_numbered(root / file, what) for file in files)
+    for file, found in zip(files[1:], (labels, splits)):
+        if other := sorted(set(found) ^ set(names)):
+            raise UserError(f"{root}: images.txt and {file} do not both name image {other[0]}; restore them")
+    numbers = [str(y) for y in range(1, 1 + len(titles))]
+    if set(titles) != set(numbers):
+        raise UserError(f"{root}/classes.txt: does not number its classes from 1 to {len(titles)}; restore it")
+    classes = [titles[y] for y in numbers]  # in any order there
     parts: dict[str, list[tuple[Path, int]]] = {"1": [], "0": []}
     for key, name in names.items():
         parts[splits[key]].append((_need(root / "images" / name, what), int(labels[key]) - 1))
@@ -113,13 +131,12 @@ def _cub(root: Path) -> Sets:
 
 def _aircraft(root: Path) -> Sets:
     what = "fgvc-aircraft-2013b/data as published (variants.txt, images_variant_*.txt, images/)"
-    classes = [line.strip() for line in read_text(root / "variants.txt", what).splitlines() if line.strip()]
+    classes = _lines(root / "variants.txt", what)
     index = {name: y for y, name in enumerate(classes)}
     parts = []
     for split in ("trainval", "test"):
-        rows = read_text(root / f"images_variant_{split}.txt", what).splitlines()
-        pairs = [row.strip().split(" ", 1) for row in rows if row.strip()]
-        parts.append([(_need(root / "images" / f"{key}.jpg", what), index[name]) for key, name in pairs])
+        pairs = _numbered(root / f"images_variant_{split}.txt", what)
+        parts.append([(_need(root / "images" / f"{key}.jpg", what), index[name]) for key, name in pairs.items()])
     return Sets(ImageList(parts[0], classes), {"test": ImageList(parts[1], classes)})
 
 
@@ -144,7 +161,7 @@ FINE: dict[str, tuple[Callable[[Path], Sets], str]] = {
 
 
 def _check_labels(root: Path, sets: Sets) -> None:
-    """UserError: an empty split, a label out of range."""
+    """UserError: an empty split, a label out of range, an image that is listed twice."""
     for name, images in {"train": sets.train, **sets.tests}.items():
         if not len(images):
             raise UserError(f"{root}: its lists name no {name} image; restore them from the set's archive")
@@ -152,6 +169,9 @@ def _check_labels(root: Path, sets: Sets) -> None:
         if wrong:
             name, y = images.path(wrong[0]).name, images.label(wrong[0])
             raise UserError(f"{root}: {name} has label {y + 1} of {len(images.classes)} classes")
+    every = Counter(path for images in (sets.train, *sets.tests.values()) for path in images.paths())
+    if twice := [path for path, times in every.items() if times > 1]:
+        raise UserError(f"{root}: its lists name {twice[0].name} twice; restore them from the set's archive")
 
 
 def _published(args: argparse.Namespace) -> Sets:
@@ -374,6 +394,7 @@ def read_fewshot(root: Path, way: int = 5, seed: int = 0) -> dict[str, ImageList
     """
     out: dict[str, ImageList] = {}
     owner: dict[str, str] = {}
+    of: dict[str, str] = {}  # the list that names an image
     given = [
         split for split in ("train", "val", "test") if (root / f"{split}.csv").is_file() or (root / split).is_dir()
     ]
@@ -384,13 +405,13 @@ def read_fewshot(root: Path, way: int = 5, seed: int = 0) -> dict[str, ImageList
             continue
         if (file := root / f"{split}.csv").is_file():
             files: dict[str, list[Path]] = defaultdict(list)
-            of: dict[str, str] = {}
             for row in csv.DictReader(read_text(file, "filename,label a line").splitlines()):
                 image, label = ((row.get(key) or "").strip() for key in ("filename", "label"))
-                if not image or not label:
+                if not image or not label or None in row or None in row.values():
                     raise UserError(f"{file}: expected the columns filename,label, found {','.join(map(str, row))}")
-                if of.setdefault(image, label) != label:
-                    raise UserError(f"{file}: {image} is in class {of[image]} and in {label}; restore the list")
+                if image in of:  # as support and as query it would tell its own class
+                    raise UserError(f"{file}: {image} is listed in {of[image]} already; restore the lists")
+                of[image] = file.name
                 files[label].append(_need(root / "images" / image, f"the images of {file}"))
             if not files:
                 raise UserError(f"{file}: names no image; expected filename,label a line")
@@ -428,8 +449,8 @@ def foreground(images: ImageList, size: int) -> Tensor | None:
 
 def _boxes(root: Path, images: ImageList) -> Iterator[Image.Image]:
     what = "CUB_200_2011 as published"
-    numbers = {name: key for key, name in _lines(root / "images.txt", what)}
-    boxes = {key: [float(v) for v in box] for key, *box in _lines(root / "bounding_boxes.txt", what)}
+    numbers = {name: key for key, name in _numbered(root / "images.txt", what).items()}
+    boxes = {key: [float(v) for v in box.split()] for key, box in _numbered(root / "bounding_boxes.txt", what).items()}
     for path in images.paths():
         x, y, w, h = boxes[numbers[path.relative_to(root / "images").as_posix()]]
         mask = Image.new("L", load_image(path).size)

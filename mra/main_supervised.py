@@ -55,6 +55,7 @@ def get_parser() -> Parser:
       "--warmup_epochs, --lr_decay, --nesterov, --color_jitter, --lighting, --padding_mode, --mix_prob")  # fmt: skip
     a("--epochs", type=positive)
     a("--batch_size", type=positive, help="images a step, all processes together")
+    a("--drop_last", action="store_true", help="leave out the last, smaller batch of an epoch (rows of 2026-11)")
     a("--lr", type=float)
     a("--decay", choices=["cos", "step"])
     a("--schedule", help="epochs of --decay step, with commas")
@@ -101,7 +102,9 @@ def main(argv: list[str] | None = None) -> int:
     train.transform = engine.training_transform(args)
     for images in tests.values():
         images.transform = transforms.test_transform(args.input_size, args.mean_std)
-    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world, least=2)
+    sampler = EpochSampler(
+        len(train), args.batch_size // run.world, args.seed, run.rank, run.world, least=None if args.drop_last else 2
+    )
     loader = run.loader(Keyed(train, args.seed), sampler)
     counts = torch.bincount(train.labels, minlength=len(train.classes))
     tailed = bool(args.imbalance or args.train_list)

@@ -38,11 +38,11 @@ case "$tier" in
     if [ "$set_name" = texture ]; then
       "$PYTHON" -m mra.lab.textures >/dev/null
       flags+=(--data_path data/mini/texture_shortcut --tests test_b,test_a)
-      flags+=(--input_size 48 --per_class 250 --epochs 30)
+      flags+=(--input_size 48 --per_class 250 --epochs 30 --drop_last)
     elif [ "$set_name" = mine ]; then # all labels; a fifth of each class is the test, unless test images lie apart
       flags+=(--data_path "$root/$set_name" --holdout 0.2 --input_size 64 --batch_size 32 --epochs 60)
     else
-      flags+=(--data_path "$root/$set_name" --input_size 32 --per_class 100 --epochs 60)
+      flags+=(--data_path "$root/$set_name" --input_size 32 --per_class 100 --epochs 60 --drop_last)
     fi
     ;;
   paper)

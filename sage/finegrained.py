@@ -55,7 +55,11 @@ def _pair(file: Path, samples: dict[bool, list[tuple[Path, int]]], classes: list
 def cub(root: Path) -> tuple[ImageList, ImageList]:
     """5,994 training and 5,794 test images of 200 birds."""
     root = root / "CUB_200_2011"
-    classes = list(_pairs(root / "classes.txt").values())
+    names = _pairs(root / "classes.txt")
+    numbers = [str(y) for y in range(1, 1 + len(names))]
+    if set(names) != set(numbers):
+        raise UserError(f"{root}/classes.txt: does not number its classes from 1 to {len(names)}; restore it")
+    classes = [names[y] for y in numbers]  # in any order there
     label = {number: int(y) - 1 for number, y in _pairs(root / "image_class_labels.txt").items()}
     train = _pairs(root / "train_test_split.txt")
     images = _pairs(root / "images.txt")
@@ -90,6 +94,8 @@ def aircraft(root: Path) -> tuple[ImageList, ImageList]:
     """6,667 training and validation images and 3,333 test images of 100 variants."""
     root = root / "fgvc-aircraft-2013b/data"
     classes = [" ".join(words) for words in _lines(root / "variants.txt")]
+    if len(set(classes)) < len(classes):
+        raise UserError(f"{root / 'variants.txt'}: {Counter(classes).most_common(1)[0][0]} is there twice; restore it")
     samples: dict[bool, list[tuple[Path, int]]] = {}
     for train, name in ((True, "trainval"), (False, "test")):
         file = root / f"images_variant_{name}.txt"

@@ -38,6 +38,7 @@ def get_parser() -> Parser:
     a("--total_epochs", "--epochs", type=positive, default=80)
     a("--lr_policy", choices=["cosine", "step"], default="cosine", help="by epoch: to 0, or x .1 at each of --step")
     a("--step", type=ints, default="60,80", help="epochs of --lr_policy step (release r50_last: lr 30, 100 epochs)")
+    a("--drop_last", action="store_true", help="leave out the last, smaller batch of an epoch (rows of 2026-11)")
     a("--cached_train", action="store_true", help="a cheap probe: train on features of unaugmented images, computed "
       "once; not equal to the protocol")  # fmt: skip
     add_run_flags(p, "sage/lincls", "pretrained")
@@ -109,7 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     net = distributed.wrap(probe)
     optimizer = torch.optim.SGD(probe.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
     scores = Scores()
-    sampler = EpochSampler(len(train), args.batch_size // run.world, args.seed, run.rank, run.world, least=0)
+    sampler = EpochSampler(
+        len(train), args.batch_size // run.world, args.seed, run.rank, run.world, least=None if args.drop_last else 0
+    )
     run.track(state_dict=probe, optimizer=optimizer, scores=scores)
     run.reads(train, val)
     run.preflight(facts(run, train, val, report, sampler.steps_per_epoch, args.total_epochs))

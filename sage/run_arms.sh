@@ -18,7 +18,7 @@ source shared_utils/own_set.sh
 out=${RUNS:-runs}/sage/arms/$tier
 loading=(--workers 0 --threads 1)
 set_name=${SET:-cifar10}
-last=linear pil=()
+last=linear pil=() drop=()
 case "$tier" in
   mini)
     "$PYTHON" -m shared_utils.lab.mini images >/dev/null
@@ -37,7 +37,7 @@ case "$tier" in
     data=(--data_dir "${DATA_ROOT:-data}/$set_name")
     # The recorded rows were trained and measured with the releases' loader; new seeds stand beside them.
     case "$set_name" in
-      cifar10) data+=(--img_size 32 --per_class 400) summed=16 pil=(--aug_backend pil) ;;
+      cifar10) data+=(--img_size 32 --per_class 400) summed=16 pil=(--aug_backend pil) drop=(--drop_last) ;;
       mini_attributes)
         "$PYTHON" -m shared_utils.lab.mini images >/dev/null
         data=(--data_dir data/mini/images --img_size 32) summed=47 pil=(--aug_backend pil)
@@ -86,7 +86,7 @@ run_one() { # arm seed [flags]
       --output-dir "$folder-knn"
     if [ "$last" = knn ]; then return; fi
     "$PYTHON" -m sage.main_lincls --pretrained "$folder/checkpoint.pth" "${pil[@]}" "${data[@]}" --cached_train --lr 0.3 \
-      --batch_size 256 --total_epochs 80 "${loading[@]}" --log-every 100 --overwrite --output-dir "$folder-linear"
+      --batch_size 256 --total_epochs 80 "${loading[@]}" "${drop[@]}" --log-every 100 --overwrite --output-dir "$folder-linear"
   fi
 }
 

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import random
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -33,6 +34,10 @@ def write(path: str | os.PathLike, writer: Callable[[IO[bytes]], Any], sync: boo
                 os.fsync(handle.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
+        if "inline_container" in str(error) and isinstance(error.__context__, (OSError, RuntimeError)):
+            error = error.__context__  # torch.save closes its file, and complains that it is not whole, after the cause
+        if str(error).startswith("DataLoader worker"):  # killed in the meantime, and told here
+            raise error from None
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path}: cannot be written ({reason}); an older file there is unharmed, free space and retry"
@@ -57,8 +62,25 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
     write_text(path, json.dumps(obj, indent=1) + "\n")
 
 
+def _damaged(path: Path) -> str:
+    """The record of a zip file whose bytes have another checksum than was written with them; "": none.
+
+    `torch.load` does not look. A checksum of 0 says that none was written (`torch.serialization.set_crc32_options`).
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as records:
+            for record in records.infolist():
+                try:
+                    with records.open(record) as handle:
+                        while record.CRC and handle.read(1 << 20):
+                            pass
+                except (zipfile.BadZipFile, EOFError):
+                    return record.filename
+    return ""
+
+
 def load(path: str | os.PathLike) -> Any:
-    """Read a file of tensors and plain containers. UserError: missing, truncated, or a pickle that would run code."""
+    """Read a file of tensors and plain containers. UserError: missing, damaged, or a pickle that would run code."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path}: a folder without checkpoint.pth; give a file of weights, or the folder of a run")
@@ -69,9 +91,13 @@ def load(path: str | os.PathLike) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
+        if name := _damaged(path):
+            raise UserError(f"{path}: damaged (the checksum of {name} is another); copy it again")
         # argparse.Namespace is a plain record that the DINO and MAE releases store beside their weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:
         if type(error).__name__ == "UnpicklingError" and "nsupported" in str(error):
             raise UserError(

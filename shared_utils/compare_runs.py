@@ -24,6 +24,7 @@ from shared_utils.provenance import RUNTIME_FLAGS
 from shared_utils.run import cli
 
 FIXED = ("state", "loss", "minutes", "commit")
+UNKNOWN_END = "end not noted"
 
 
 @dataclass
@@ -63,6 +64,8 @@ def alive(folder: Path) -> bool:
 
 def last_row(log: Path) -> dict[str, Any]:
     """The last whole line of a log.jsonl."""
+    if not log.is_file():
+        return {}
     for line in reversed(log.read_text().splitlines()):
         try:
             return json.loads(line)
@@ -82,7 +85,7 @@ def facts(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     elif "job" in config:
         state = f"crashed or killed after step {row.get('step', 0)}"
     else:
-        state = "end not noted"
+        state = UNKNOWN_END
     loss = end.get("loss")
     loss = row.get("loss") if loss is None else loss
     more = {k: v for k, v in row.items() if re.match(r"loss[_/]", k)} | end.get("tests", {})
@@ -163,7 +166,7 @@ def table(runs: Sequence[Found]) -> tuple[list[str], list[list[Any]]]:
     names = sorted({k for run in runs for k in run.flags} - RUNTIME_FLAGS)
     names = [k for k in names if len({json.dumps(run.flags.get(k), sort_keys=True) for run in runs}) > 1]
     parts = list(dict.fromkeys(k for run in runs for k in run.facts if k not in FIXED))
-    metrics = list(dict.fromkeys(k for run in runs for k in run.results))
+    metrics = list(dict.fromkeys(k for run in runs for k in run.results if k not in FIXED))
     header = ["run", *FIXED, *(f"--{k}" for k in names), *parts, *metrics]
     rows = [
         [run.name, *(run.facts.get(k) for k in FIXED), *(run.flags.get(k) for k in names),

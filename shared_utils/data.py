@@ -43,6 +43,8 @@ def load_image(path: str | os.PathLike, mode: str | None = "RGB", turn: bool = F
         with Image.open(path) as image:
             bits = _grey_bits(image)
             image.load()
+            if image.format == "PNG":
+                check_png(path)
             if turn and image.info.get("exif"):
                 image = ImageOps.exif_transpose(image)
             if mode is None and image.mode == "L" and bits in (2, 4):
@@ -62,6 +64,12 @@ def load_image(path: str | os.PathLike, mode: str | None = "RGB", turn: bool = F
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: not a readable image ({reason}); replace or remove the file") from None
+
+
+def check_png(path: str | os.PathLike) -> None:
+    """SyntaxError or OSError where a chunk of a PNG has not the checksum behind it, which Pillow's decoder skips."""
+    with Image.open(path) as image:
+        image.verify()
 
 
 def _grey_bits(image: Any) -> int:
@@ -503,7 +511,8 @@ def find_listed(root: Path, name: str) -> Path | None:
 def list_file(file: str | os.PathLike, root: str | os.PathLike, transform: Callable | None = None) -> ImageList:
     """Subset lists (1% / 10% of ImageNet): a line is `CLASS/image.jpg` or `image.jpg LABEL`, relative to `root`.
 
-    In the first form classes are numbered as `image_folder(root)` does. UserError for a missing list or image.
+    In the first form classes are numbered as `image_folder(root)` does. UserError for a missing list or image, and for
+    an image that is there twice.
     """
     file, root = Path(file), Path(root)
     what = "`CLASS/image.jpg` or `image.jpg LABEL` a line"
@@ -512,6 +521,7 @@ def list_file(file: str | os.PathLike, root: str | os.PathLike, transform: Calla
     if rows[0][2] is None:
         classes = subfolders(need_folder(root, f"expected {root}/CLASS/*.jpg"))
     numbers, samples = {name: y for y, name in enumerate(classes)}, []
+    seen: dict[Path, int] = {}
     for number, name, label in rows:
         path = find_listed(root, name)
         if path is None:
@@ -526,6 +536,8 @@ def list_file(file: str | os.PathLike, root: str | os.PathLike, transform: Calla
             if len(parts) < 2 or parts[0] not in numbers:
                 raise UserError(f"{file}, line {number}: {path} is in no class folder of {root}; expected {what}")
             label = numbers[parts[0]]
+        if (first := seen.setdefault(path, number)) != number:
+            raise UserError(f"{file}, line {number}: {name} stands in line {first} already; remove one of them")
         samples.append((path, label))
     return ImageList(samples, classes, transform)
 

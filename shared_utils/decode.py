@@ -63,8 +63,3 @@ class Encoded:
         if reduced != 1:
             raise ValueError(f"{self.path}: only a JPEG decodes at a part of its size")
         return np.asarray(load_image(self.path, turn=True))
-
-
-def read_pixels(path: str | os.PathLike) -> np.ndarray:
-    """The image, uint8 [H, W, 3]. UserError names a file that cannot be read."""
-    return Encoded(path).pixels()

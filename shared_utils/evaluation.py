@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from shared_utils.data import (
     mix_key,
     need_folder,
     per_class,
+    tell,
     training_folder,
 )
 from shared_utils.feed import in_order
@@ -116,11 +118,22 @@ def own_rows(train: ImageList, val: ImageList) -> Tensor | None:
     return torch.arange(len(train)) if val is train else None
 
 
-def protocol(train: ImageList, val: ImageList) -> str:
-    """What is classified by what, for people."""
-    if val is train:
-        return f"leave-one-out, each of the {len(train)} images by all the others (neither val nor test is there)"
-    return f"{len(train)} train / {len(val)} val images"
+def protocol(train: ImageList, val: ImageList, most: int = 0) -> str:
+    """What is classified by what, for people.
+
+    Args:
+        most: neighbours that are asked for; it is said where there are not so many.
+    """
+    there = len(train) - (val is train)
+    few = f"; {there} neighbours in the place of {most}" if most > there else ""
+    if unread := Counter(train.unread) + (Counter() if val is train else Counter(val.unread)):
+        few += f"; not read: {tell(unread)}"
+    if val is not train:
+        return f"{len(train)} train / {len(val)} val images{few}"
+    alone = int((train.labels.bincount() == 1).sum()) if train.has_labels else 0
+    if alone:
+        few += f"; {alone} class{'es' * (alone > 1)} of a single image, which no other can name"
+    return f"leave-one-out, each of the {len(train)} images by all the others (neither val nor test is there){few}"
 
 
 def subset(images: ImageList, indices: Sequence[int], labels: Sequence[int] | None = None) -> ImageList:

@@ -266,6 +266,15 @@ def test_a_probe_of_weights_that_have_changed_is_not_resumed(data, tmp_path):
         lincls(data, path, tmp_path / "run", *PROBE)
 
 
+def test_the_last_smaller_batch_is_kept_or_left_out(data, weights, tmp_path):
+    images = len([x for x in (data / "train").rglob("*") if x.is_file()])
+    assert images % 20 >= 2
+    for name, extra, steps in (("kept", [], images // 20 + 1), ("dropped", ["--drop_last"], images // 20)):
+        lincls(data, weights, tmp_path / name, "--end_epoch", "1", "--batch_size", "20", "--cached_train", *extra)
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["step"] == steps
+
+
 def test_two_processes_train_the_probe_of_one(data, weights, tmp_path, python):
     probe = [*PROBE, "--batch_size", "20"]  # a last batch of 16
     one = lincls(data, weights, tmp_path / "one", *probe)

@@ -153,6 +153,7 @@ def test_contrast_rank_counts_nearer_negatives():
     z = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     queue = torch.tensor([[0.9, 0.5, -1.0], [0.1, 0.5, 0.0]])
     assert losses.contrast_rank(z, torch.tensor([[0.7, 0.0], [0.0, 0.6]]), queue).tolist() == [1, 0]
+    assert losses.contrast_rank(z, z, z).tolist() == [0, 0]  # as near is not nearer
 
 
 # --- CutMix ----------------------------------------------------------------------------------------------------------
@@ -363,9 +364,12 @@ def test_correlation_file_round_trip_and_what_it_refuses(images, tmp_path):
     np.save(path, array + 5)
     with pytest.raises(UserError, match="indices 6..8 for 6 images"):
         load_bags(path, images, 3)
-    path.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="not a readable .npy"):
-        load_bags(path, images, 3)
+    header = bytearray(path.read_bytes())
+    header[header.index(b")")] ^= 8  # the shape's bracket: numpy raises what its tokeniser raises
+    for damaged in (b"nothing", bytes(header)):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="not a readable .npy"):
+            load_bags(path, images, 3)
     with pytest.raises(UserError, match="no such correlation file"):
         load_bags(tmp_path / "none.npy", images, 3)
 

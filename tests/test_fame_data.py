@@ -124,13 +124,13 @@ def test_a_folder_of_videos_without_labels(tmp_path):
 
 def test_names_in_lists_as_other_tools_write_them(tmp_path):
     """Absolute, with a folder before it, with backslashes, blanks in names and at the end; one name in two classes."""
-    for name in ("B b/v 1", "A/v 1", "A/v2"):
+    for name in ("B b/v 1", "B b/v2", "A/v 1", "A/v2"):
         folder(tmp_path / "data" / name)
     (tmp_path / "anno").mkdir()
-    lines = ["/else/UCF-101/A/v 1.avi 1", "UCF-101/B b/v 1.avi 2 ", ".\\A\\v2.avi\t1", "  B b/v 1.avi  "]
+    lines = ["/else/UCF-101/A/v 1.avi 1", "UCF-101/B b/v 1.avi 2 ", ".\\A\\v2.avi\t1", "  B b/v2.avi  "]
     (tmp_path / "anno/trainlist01.txt").write_text("\r\n".join(lines) + " \r\n")
     found, _ = listing(tmp_path, "ucf101", True)
-    rows = [("A", "A/v 1.avi"), ("B b", "B b/v 1.avi"), ("A", "A/v2.avi"), ("B b", "B b/v 1.avi")]
+    rows = [("A", "A/v 1.avi"), ("B b", "B b/v 1.avi"), ("A", "A/v2.avi"), ("B b", "B b/v2.avi")]
     assert [(label, key) for _, label, key in found] == rows and all(path.is_dir() for path, _, _ in found)
     (tmp_path / "anno/testlist01.txt").write_text("v2.avi 1\n")
     with pytest.raises(UserError, match=r"testlist01.txt, line 1: v2.avi is of no class folder of"):
@@ -158,6 +158,9 @@ def test_ucf101(data, lists, tmp_path):
         listing(tmp_path, "ucf101", True, 1)
     (tmp_path / lists / "trainlist03.txt").write_text("A/v2.avi 1\nC/v1.avi 3\n")
     with pytest.raises(UserError, match=r"trainlist03.txt, line 2: C/v1.avi is of no class folder"):
+        listing(tmp_path, "ucf101", True, 3)
+    (tmp_path / lists / "trainlist03.txt").write_text("A/v2.avi 1\nB/v1.avi 2\nx/A/v2.avi 1\n")
+    with pytest.raises(UserError, match=r"the train part of ucf101 has A/v2.avi twice; restore its list"):
         listing(tmp_path, "ucf101", True, 3)
 
 

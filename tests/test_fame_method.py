@@ -237,6 +237,17 @@ def test_jitter_is_torchvision_s():
     torch.testing.assert_close(old[0], (x[0] + 0.2).clamp(0, 1))
 
 
+@pytest.mark.parametrize(("which", "low", "high"), [(0, 0.6, 1.4), (1, 0.6, 1.4), (2, 0.6, 1.4), (3, -0.1, 0.1)])
+def test_jitter_is_drawn_evenly_on_both_sides(which, low, high):
+    x = torch.rand(3, 3, 2, 8, 8)
+    u = torch.full((3, augment.DRAWS), 0.9)
+    u[:, 1] = 0.0  # jitter alone
+    u[:, 2 + which] = torch.tensor([0.0, 0.5, 1.0])
+    amount = torch.tensor([low, (low + high) / 2, high])
+    expected = augment.normalise(augment._adjust(x.clone(), which, amount, "torchvision"))
+    torch.testing.assert_close(augment.Colours(8, None)(x.clone(), u, [which]), expected)
+
+
 def test_colours_are_one_for_all_frames_and_own_for_each_clip():
     x = torch.rand(1, 3, 1, 40, 40).expand(4, 3, 3, 40, 40)
     u = torch.rand(4, augment.DRAWS, generator=torch.Generator().manual_seed(1))

@@ -54,6 +54,18 @@ def test_frames_by_number(name, wanted, request, monkeypatch):
     assert numbers(read(video.Video(found.path, 30, None), wanted)) == wanted  # counted from the start
 
 
+def test_files_that_are_scanned_at_once_do_not_take_each_others_numbers(tmp_path):
+    """PyAV hands a picture what its packet carries by the object's id, which small integers share among threads."""
+    alone = [inspect(write(tmp_path / f"{i}.avi", 28 + i, g="4")).keys for i in range(4)]
+    assert all(keys is not None and len(keys) > 4 for keys in alone)
+    paths = [tmp_path / f"{i % 4}.avi" for i in range(64)]
+    for _ in range(4):
+        for i, found in enumerate(scan(paths, threads=8)):
+            keys = alone[i % 4]
+            assert isinstance(found, video.Video) and found.keys is not None and keys is not None
+            assert np.array_equal(found.keys, keys)
+
+
 @pytest.mark.parametrize("name", ["avi", "mp4"])
 def test_only_what_a_clip_needs_is_decoded(name, request, monkeypatch):
     found, counts = inspect(request.getfixturevalue(name)), []

@@ -156,6 +156,9 @@ def test_lists_that_other_programs_wrote(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(UserError, match=rf"{name}.csv, line \d+: {first} is listed in train.csv, line 2 already"):
             data.read_dataset("miniImagenet", tmp_path)
         (root / f"{name}.csv").write_text(plain[name])
+    (root / "val.csv").write_text(plain["val"].replace("\n", "X", 2).replace("X", "\n", 1))  # a line's end is lost
+    with pytest.raises(UserError, match="val.csv, line 2: 3 cells, expected filename,label; restore"):
+        data.read_dataset("miniImagenet", tmp_path)
 
 
 def test_lists_of_classes_that_other_programs_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +177,9 @@ def test_lists_of_classes_that_other_programs_wrote(tmp_path: Path, monkeypatch:
     }
     (root / "splits/bertinetto/val.txt").write_text("c\nc\n")
     with pytest.raises(UserError, match="val.txt: class c is listed twice"):
+        data.read_dataset("cifarfs", tmp_path)
+    (root / "splits/bertinetto/val.txt").write_text("cc\n")
+    with pytest.raises(UserError, match="val.txt: .*data/cc does not exist; restore it, or the list"):
         data.read_dataset("cifarfs", tmp_path)
 
 

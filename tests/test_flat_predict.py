@@ -15,6 +15,7 @@ from flat.backbone import build, torchvision_names
 from flat.episodes import EpisodeDrawer
 from flat.methods.baselinefinetune import fit
 from shared_utils import UserError, checkpoint
+from shared_utils.data import ImageList
 
 SMALL = (
     "--dataset folder --image_size 16 --width 4 --batch_size 8 --aet none --workers 0 --threads 1 --log-every 1 "
@@ -215,3 +216,28 @@ def test_a_run_starts_from_a_run_or_a_public_file(
     ):
         with pytest.raises(UserError, match=message):
             start(*words)
+
+
+def test_augmented_copies_keep_the_class_of_their_photo(
+    own: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """7, 9 and 11 photos, three copies of each: what a copy shows and the class that the head is told are the same."""
+    given: list[tuple[Tensor, Tensor]] = []
+    classify = predict.classify
+
+    def named(encoder: nn.Module, images: ImageList, args: object, device: object, copies: int) -> Tensor:
+        found = extract_augmented(encoder, images, args, device, copies)  # type: ignore[arg-type]
+        assert found.shape[:2] == (27, 3)
+        return found + 1000 * images.labels.view(-1, 1, *[1] * (found.dim() - 2))
+
+    def kept(head: str, x: Tensor, y: Tensor, *more: object) -> Tensor:
+        given.append((x, y))
+        return classify(head, x, y, *more)  # type: ignore[arg-type]
+
+    extract_augmented = predict.extract_augmented
+    monkeypatch.setattr(predict, "extract_augmented", named)
+    monkeypatch.setattr(predict, "classify", kept)
+    photo(tmp_path / "new.png", (1, 2, 3), 0)
+    label(run, own, tmp_path / "new.png", tmp_path / "out.csv", "--aug_support", "3", "--eval_head", "proto_l2")
+    ((x, y),) = given
+    assert len(x) == 81 and torch.equal((x.flatten(1).mean(1) / 1000).round().long(), y)

@@ -125,6 +125,26 @@ def test_recomputed_validation_keeps_no_features(data, weights, tmp_path, monkey
     assert seen == [16, 16, 16] * 2
 
 
+def test_the_last_smaller_batch_is_kept_or_left_out(data, weights, tmp_path):
+    images = len([x for x in (data / "train").rglob("*") if x.is_file()])
+    assert images % 20 >= 2
+    for name, extra, steps in (("kept", [], images // 20 + 1), ("dropped", ["--drop_last"], images // 20)):
+        call(
+            main_lincls,
+            data,
+            weights,
+            tmp_path / name,
+            "--end_epoch",
+            "1",
+            "--batch_size",
+            "20",
+            "--cached_train",
+            *extra,
+        )
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["step"] == steps
+
+
 def test_features_that_do_not_fit_in_memory(data, weights, tmp_path, monkeypatch):
     # 32 channels of 4 x 4 and 64
     train, val = 4 * 96 * 576, 4 * 48 * 576
@@ -235,6 +255,11 @@ def test_neighbours_are_those_of_the_query_encoders_pooled_vector(data, weights,
         np.save(tmp_path / "wrong.npy", wrong.numpy())
         with pytest.raises(UserError, match="wrong.npy: "):
             call(main_knn, data, weights, tmp_path, "--bags", str(tmp_path / "wrong.npy"))
+    header = bytearray((tmp_path / "own.npy").read_bytes())
+    header[header.index(b")")] ^= 8  # the shape's bracket: numpy raises what its tokeniser raises
+    (tmp_path / "wrong.npy").write_bytes(header)
+    with pytest.raises(UserError, match="wrong.npy: not a readable .npy array"):
+        call(main_knn, data, weights, tmp_path, "--bags", str(tmp_path / "wrong.npy"))
     with pytest.raises(UserError, match="no such file"):
         call(main_knn, data, weights, tmp_path, "--bags", str(tmp_path / "none.npy"))
 

@@ -182,6 +182,8 @@ def test_rank_of_the_positive():
     expected = [sum((s["q"][i] @ s["queue"][:, j]) > (s["q"][i] @ s["k_q"][i]) for j in range(40)) for i in range(6)]
     for chunk in (7, 40, 100):
         assert losses.positive_rank(s["q"], s["k_q"], s["queue"], chunk).tolist() == [int(e) for e in expected]
+    one = torch.eye(3)[:1]
+    assert losses.positive_rank(one, one, torch.eye(3)).tolist() == [0]  # as close is not closer
 
 
 # --- CutMix ----------------------------------------------------------------------------------------------------------

@@ -91,6 +91,26 @@ def test_blocks_are_probed_at_once_as_each_alone(data, weights, tmp_path):
     torch.testing.assert_close(only[names[0]], saved[names[0]])  # the first that is drawn in both runs
 
 
+def test_the_last_smaller_batch_is_kept_or_left_out(data, weights, tmp_path):
+    images = len([x for x in (data / "train").rglob("*") if x.is_file()])
+    assert images % 20 >= 2
+    for name, extra, steps in (("kept", [], images // 20 + 1), ("dropped", ["--drop_last"], images // 20)):
+        call(
+            main_lincls,
+            data,
+            weights,
+            tmp_path / name,
+            "--end_epoch",
+            "1",
+            "--batch_size",
+            "20",
+            "--cached_train",
+            *extra,
+        )
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["step"] == steps
+
+
 def test_the_probe_scores_what_its_classifier_predicts(data, weights, tmp_path):
     found = call(main_lincls, data, weights, tmp_path, *PROBE, "--cached_train")
     net = build("resnet10", 8, "cifar_pool")

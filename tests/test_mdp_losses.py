@@ -216,6 +216,7 @@ def test_sparse_coding_is_a_soft_target():
         torch.testing.assert_close(loss.p2c + beta * loss.csc, expected, rtol=1e-12, atol=1e-12)
     without = losses.average(unmixed(v, y, bank, csc="pull"), 0.0, torch.tensor(40), 1, v)
     assert torch.equal(without, losses.average(unmixed(v, y, bank), 0.1, torch.tensor(40), 1, v))
+    assert torch.equal(2 * without, losses.average(unmixed(v, y, bank), 0.1, torch.tensor(40), 2, v))  # DDP halves it
 
 
 def test_gradient_reaches_the_query_only_and_ignores_its_norm():

@@ -16,9 +16,9 @@ from PIL import ExifTags, Image
 from torch.nn import functional as F
 
 from mdp import eval_seg, finetune, predict
-from mdp.datasets import UnionDataset
+from mdp.datasets import SegSet, UnionDataset
 from mdp.main_pretrain import get_parser, main
-from mdp.own import open_own, split_words
+from mdp.own import check_maps, open_own, split_words
 from mdp.transforms import TwoViews
 from shared_utils import UserError, checkpoint
 from shared_utils.pictures import voc_palette
@@ -118,6 +118,24 @@ def test_a_set_with_splits_and_one_without(sets: dict[str, Path]) -> None:
         assert photo.size == label.shape[::-1]
     union = UnionDataset([train, rest], TwoViews("moco", 16))
     assert union.num_classes == 5 and "food: 11 images, 2 classes, union ids 3..4; a tenth held out" in union.describe()
+
+
+def test_maps_are_read_from_the_first_to_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are more than can be read, some in between; classes of the others are then not missed for sure."""
+    found = open_own("x", write_set(tmp_path, "a\nb\n", [[0, 1]], count=7))
+    read: list[int] = []
+    label = SegSet.label
+
+    def told(self: SegSet, i: int) -> np.ndarray:
+        read.append(i)
+        return label(self, i)
+
+    monkeypatch.setattr(SegSet, "label", told)
+    assert len(found) == 6  # a tenth is held out
+    for most, expected in ((3, {0, 2, 5}), (2000, set(range(6)))):
+        read.clear()
+        monkeypatch.setattr("mdp.own.CHECKED", most)
+        assert check_maps(found) == [] and set(read) == expected
 
 
 def test_palettes_count_by_index(tmp_path: Path) -> None:
@@ -531,3 +549,11 @@ def test_finetune_wants_a_config_or_one_own_set(sets: dict[str, Path], tmp_path:
     with pytest.raises(UserError, match=r"images/val does not exist, only train"):
         finetune.main(["--datasets", f"lone={lone}", "--output-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_dilations_as_pretraining_takes_them() -> None:
+    parser = finetune.get_parser()
+    for words in (["1,3,6"], ["1", "3", "6"]):
+        assert finetune.int_list(parser.parse_args(["--dilations", *words]).dilations) == [1, 3, 6]
+    with pytest.raises(UserError, match="--dilations x: must be a whole number"):
+        parser.parse_args(["--dilations", "1,x"])

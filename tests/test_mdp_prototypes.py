@@ -78,6 +78,7 @@ def test_evicted_classes_keep_their_last_prototype():
     bank = PrototypeBank(3, 4, size=4, max_regions=1)
     r = unit(2, 1, 4, dim=2)
     bank.enqueue(r, torch.tensor([[0], [1]]))
+    assert bank.bank_label[:, 0].tolist() == [0, 1, -1, -1]  # from the first slot on
     before = bank.proto.clone()
     for seed in range(4):  # the ring fills with class 2 alone
         bank.enqueue(unit(2, 1, 4, seed=seed + 1, dim=2), torch.full((2, 1), 2))

@@ -90,6 +90,25 @@ def test_cub_and_its_boxes(tmp_path: Path) -> None:
     assert train.labels.tolist() == [0, 1] and [p.name for p in tests["test"].paths()] == ["y.jpg"]
     masks = data.foreground(tests["test"], 16)
     assert masks is not None and masks.sum() == 15 and masks[0, 2:7, 4:7].all()
+    (root / "classes.txt").write_text("2 002.B\n1 001.A\n")  # the numbers say which is which
+    train, _ = data.open_sets(parse("--dataset", "cub", "--data_path", str(tmp_path)))
+    assert train.classes == ["001.A", "002.B"] and train.labels.tolist() == [0, 1]
+    whole = {file: (root / f"{file}.txt").read_text() for file in ("images", "image_class_labels", "classes")}
+    for file, text, message in (
+        (
+            "images",
+            "".join(whole["images"].splitlines(True)[:2]),
+            "and image_class_labels.txt do not both name image 3",
+        ),
+        ("images", whole["images"] + "3 002.B/z.jpg\n", "images.txt: '3 002.B/z.jpg' is there twice"),
+        ("image_class_labels", "1 1\n2 1\n3 2\n3 1\n", "image_class_labels.txt: number 3 is there twice"),
+        ("images", f"1 {names[0]}\n2 {names[0]}\n3 {names[2]}\n", "its lists name x.jpg twice"),
+        ("classes", "1 001.A\n3 002.B\n", "classes.txt: does not number its classes from 1 to 2"),
+    ):
+        (root / f"{file}.txt").write_text(text)
+        with pytest.raises(UserError, match=message):
+            data.open_sets(parse("--dataset", "cub", "--data_path", str(tmp_path)))
+        (root / f"{file}.txt").write_text(whole[file])
 
 
 def test_aircraft_and_cars(tmp_path: Path) -> None:
@@ -103,6 +122,9 @@ def test_aircraft_and_cars(tmp_path: Path) -> None:
     (root / "images_variant_test.txt").write_text("2 707-320\n")
     train, tests = data.open_sets(parse("--dataset", "aircraft", "--data_path", str(tmp_path)))
     assert train.label(0) == 1 and tests["test"].label(0) == 0
+    (root / "variants.txt").write_text("707-320\nA 300 B4\n707-320\n")
+    with pytest.raises(UserError, match="variants.txt: '707-320' is there twice; restore"):
+        data.open_sets(parse("--dataset", "aircraft", "--data_path", str(tmp_path)))
     cars = tmp_path / "stanford_cars"
     for folder, annos in (("cars_train", "cars_train_annos"), ("cars_test", "cars_test_annos_withlabels")):
         kind = np.dtype([("fname", object), ("class", object)])
@@ -133,7 +155,8 @@ def test_damaged_lists_are_one_line(tmp_path: Path) -> None:
     (root / "images.txt").write_text("1 001.A/x.jpg\n2 001.A/y.jpg\n")
     (root / "classes.txt").write_text("1 001.A\n")
     for labels, splits, message in (
-        ("1 1\n", "1 1\n2 0\n", "CUB_200_2011: its lists of images and labels are damaged"),
+        ("1 1\n", "1 1\n2 0\n", "images.txt and image_class_labels.txt do not both name image 2"),
+        ("1 1\n2 1\n", "1 1\n2 2\n", "CUB_200_2011: its lists of images and labels are damaged"),
         ("1 1\n2 x\n", "1 1\n2 0\n", "damaged or not as published .ValueError"),
         ("1 1\n2 7\n", "1 1\n2 0\n", "y.jpg has label 7 of 1 classes"),
         ("1 1\n2 1\n", "1 1\n2 1\n", "name no test image"),
@@ -167,9 +190,15 @@ def test_few_shot_splits(tmp_path: Path) -> None:
     again = data.read_fewshot(tmp_path)["test"]
     assert again.paths() == splits["test"].paths() and again.classes == ["c"]
     (tmp_path / "test.csv").write_text("filename,label\nc1.jpg,c\nc1.jpg,d\n")
-    with pytest.raises(UserError, match="c1.jpg is in class c and in d; restore the list"):
+    with pytest.raises(UserError, match="test.csv: c1.jpg is listed in test.csv already; restore the lists"):
         data.read_fewshot(tmp_path)
-    (tmp_path / "test.csv").write_text("filename,label\na1.jpg,a\n")
+    (tmp_path / "test.csv").write_text("filename,label\nc1.jpg,c\na1.jpg,d\n")
+    with pytest.raises(UserError, match="test.csv: a1.jpg is listed in train.csv already; restore the lists"):
+        data.read_fewshot(tmp_path)
+    (tmp_path / "test.csv").write_text("filename,label\nc1.jpg,c\nc2.jpg,cXc1.jpg,c\n")  # a line's end is lost
+    with pytest.raises(UserError, match="test.csv: expected the columns filename,label"):
+        data.read_fewshot(tmp_path)
+    (tmp_path / "test.csv").write_text("filename,label\nc1.jpg,a\n")
     with pytest.raises(UserError, match="class a is in train and in test"):
         data.read_fewshot(tmp_path)
     for text, message in (

@@ -102,6 +102,12 @@ def result(out: Path) -> dict:
 # --- pretraining ------------------------------------------------------------------------------------------------------
 
 
+def test_the_last_smaller_batch_is_kept_or_left_out(images: Path, tmp_path: Path) -> None:
+    for name, extra, steps in (("kept", [], 3), ("dropped", ["--drop_last"], 2)):  # 24 images
+        lines = train("supervised", images, tmp_path / name, "--epochs", "1", "--batch_size", "10", *extra)
+        assert lines[-1]["step"] == steps
+
+
 def test_pretraining_leaves_what_mae_leaves(images: Path, mae: Path) -> None:
     log = rows(mae.parent)
     assert len(log) == 6 and log[0].keys() >= {"step", "epoch", "loss", "lr", "data_wait"}

@@ -118,6 +118,26 @@ def test_linear_protocol_of_the_release():
     assert [main_lincls.learning_rate(args, e) for e in (0, 59, 60, 80)] == pytest.approx([30, 30, 3, 0.3])
 
 
+def test_the_last_smaller_batch_is_kept_or_left_out(data, weights, tmp_path):
+    images = len([x for x in (data / "train").rglob("*") if x.is_file()])
+    assert images % 16
+    for name, extra, steps in (("kept", [], images // 16 + 1), ("dropped", ["--drop_last"], images // 16)):
+        call(
+            main_lincls,
+            data,
+            weights,
+            tmp_path / name,
+            "--total_epochs",
+            "1",
+            "--batch_size",
+            "16",
+            "--cached_train",
+            *extra,
+        )
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        assert json.loads(lines[-1])["step"] == steps
+
+
 @pytest.mark.parametrize("cached", [["--cached_train"], []])
 def test_linear_stopped_and_resumed_is_bit_identical(cached, data, weights, tmp_path, monkeypatch):
     flags = ["--total_epochs", "3", "--lr", "1", *cached]
@@ -343,6 +363,24 @@ def test_fine_tuning_and_linear_of_a_fine_grained_set(data, weights, tmp_path):
     assert call(main_lincls, tmp_path, weights, tmp_path / "b", *flags, "--cached_train")["linear_top5"] <= 100
     with pytest.raises(UserError, match="--dataset cifar10: choose from cub, cars, aircraft"):
         call(main_finegrained, tmp_path, weights, tmp_path / "c", "--dataset", "cifar10")
+
+
+def test_lists_of_fine_grained_sets_that_were_damaged(data, tmp_path):
+    write_mini("cub", data, tmp_path)
+    file = tmp_path / "CUB_200_2011/classes.txt"
+    lines = file.read_text().splitlines(keepends=True)
+    wanted = READERS["cub"](tmp_path)[0].classes
+    file.write_text("".join(lines[::-1]))  # the numbers say which is which
+    assert READERS["cub"](tmp_path)[0].classes == wanted != wanted[::-1]
+    file.write_text("".join(lines[1:]))
+    with pytest.raises(UserError, match="classes.txt: does not number its classes from 1 to"):
+        READERS["cub"](tmp_path)
+    write_mini("aircraft", data, tmp_path / "a")
+    file = tmp_path / "a/fgvc-aircraft-2013b/data/variants.txt"
+    first = file.read_text().splitlines()[0]
+    file.write_text(file.read_text() + f"{first}\n")
+    with pytest.raises(UserError, match=f"variants.txt: {first} is there twice; restore it"):
+        READERS["aircraft"](tmp_path / "a")
 
 
 @pytest.mark.parametrize(

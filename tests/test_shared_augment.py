@@ -18,7 +18,7 @@ from torchvision.transforms import functional as TF
 from shared_utils import UserError, augment, feed
 from shared_utils.augment import BRIGHTNESS, CONTRAST, HUE, SATURATION, Draws, mix_keys, uniforms
 from shared_utils.data import EpochSampler, ImageList, image_folder, load_image, mix_key, sample_rng
-from shared_utils.decode import Encoded, read_pixels
+from shared_utils.decode import Encoded
 from shared_utils.evaluation import ArrayImages
 from shared_utils.run import plain_errors
 
@@ -294,13 +294,13 @@ def odd_images(root: Path) -> dict[str, Path]:
 
 def test_every_kind_of_file_decodes_as_pillow_decodes_it(tmp_path):
     for name, path in odd_images(tmp_path).items():
-        pixels = read_pixels(path)
+        pixels = Encoded(path).pixels()
         assert pixels.dtype == np.uint8 and pixels.shape[:2] == ((50, 37) if name == "turned.jpg" else (37, 50)), name
         assert (pixels == np.asarray(load_image(path, turn=True))).all(), name
         assert Encoded(path).simple == (name in ("rgb.jpg", "fine.jpg", "turned.jpg", "grey.jpg", "named.png")), name
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])  # one batch: a second worker would start for nothing
 def test_a_broken_image_is_named_in_a_batch(workers, tmp_path):
     for i in range(4):
         (tmp_path / "a").mkdir(exist_ok=True)

@@ -1,7 +1,9 @@
 """Atomic files, refusal of pickles, strict loading and the public checkpoint families."""
 
 import argparse
+import contextlib
 import os
+import random
 import re
 
 import pytest
@@ -43,6 +45,34 @@ def test_a_full_disk_is_reported_and_the_old_file_survives(tmp_path):
     assert torch.equal(checkpoint.load(old)["a"], torch.ones(3))
 
 
+@pytest.mark.parametrize(
+    ("cause", "kind", "message"),
+    [
+        (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), RuntimeError, "^DataLoader worker"),
+        (OSError(28, "No space left on device"), UserError, "x.pth: cannot be written .*No space left"),
+    ],
+)
+def test_what_ends_a_write_is_told_and_not_torch_s_complaint_about_it(cause, kind, message, tmp_path):
+    class Stopped:
+        def __init__(self, handle):
+            self.handle, self.left = handle, 3
+
+        def write(self, data):
+            self.left -= 1
+            if not self.left:
+                raise cause
+            return self.handle.write(data)
+
+        def flush(self):
+            self.handle.flush()
+
+    path = tmp_path / "x.pth"
+    checkpoint.save(path, {"a": torch.zeros(9)})
+    with pytest.raises(kind, match=message):
+        checkpoint.write(path, lambda handle: torch.save({"a": torch.ones(100_000)}, Stopped(handle)))  # type: ignore[arg-type]
+    assert not checkpoint.load(path)["a"].any() and len(list(tmp_path.iterdir())) == 1
+
+
 def test_pickles_truncated_and_missing_files_are_refused(tmp_path):
     path = tmp_path / "evil.pth"
     torch.save({"state_dict": Evil()}, path)
@@ -58,6 +88,36 @@ def test_pickles_truncated_and_missing_files_are_refused(tmp_path):
         checkpoint.load(path)
     with pytest.raises(UserError, match="no such checkpoint file"):
         checkpoint.load(tmp_path / "none.pth")
+
+
+def test_a_flipped_bit_is_never_another_number(tmp_path):
+    """torch.load alone does not look at the checksums that torch.save writes."""
+    path, rng, weight = tmp_path / "x.pth", random.Random(0), torch.arange(500.0)
+    checkpoint.save(path, {"weight": weight})
+    whole, unseen = path.read_bytes(), 0
+    for _ in range(200):
+        data = bytearray(whole)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            assert torch.equal(checkpoint.load(path)["weight"], weight)
+        except UserError as error:
+            assert re.search("x.pth: (damaged|not a readable checkpoint)", str(error)), error
+            with contextlib.suppress(Exception):
+                unseen += not torch.equal(torch.load(path, weights_only=True)["weight"], weight)
+    assert unseen > 50
+
+
+def test_files_without_checksums_are_read(tmp_path):
+    written = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": torch.arange(9.0)}, tmp_path / "x.pth")
+    finally:
+        torch.serialization.set_crc32_options(written)
+    torch.save({"weight": torch.arange(9.0)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for name in ("x.pth", "old.pth"):
+        assert torch.equal(checkpoint.load(tmp_path / name)["weight"], torch.arange(9.0))
 
 
 def network() -> nn.Sequential:

@@ -1,5 +1,6 @@
 """Folders, lists, keyed randomness and the resumable sampler."""
 
+import contextlib
 import gc
 import os
 import pickle
@@ -345,6 +346,28 @@ def test_label_maps_of_few_bits_keep_their_numbers(bits, tmp_path):
     assert (np.asarray(load_image(tmp_path / "8.tif", None)) == array * 17).all()
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_flipped_bit_of_a_png_is_never_another_number(mode, tmp_path):
+    """Pillow's decoder skips the checksums of the pixels, and alone it gives other numbers for some of these files."""
+    rng = random.Random(0)
+    array = np.random.default_rng(0).integers(0, 12, (12, 16)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+    Image.fromarray(array).convert(mode).save(tmp_path / "x.png")
+    whole, wanted = (tmp_path / "x.png").read_bytes(), np.asarray(load_image(tmp_path / "x.png", None))
+    refused = unseen = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        (tmp_path / "x.png").write_bytes(data)
+        try:
+            assert np.array_equal(np.asarray(load_image(tmp_path / "x.png", None)), wanted)
+        except UserError as error:
+            assert "x.png: not a readable image" in str(error)
+            refused += 1
+            with contextlib.suppress(Exception), Image.open(tmp_path / "x.png") as image:
+                unseen += not np.array_equal(np.asarray(image), wanted)
+    assert refused > 250 and (mode != "L" or unseen)
+
+
 def two_classes(root):
     for name in ("a/1.png", "a/my cat 2.png", "b/1.png", "b/2.png"):
         write(root / name)
@@ -394,6 +417,7 @@ def test_names_with_blanks_and_a_linked_root(tmp_path):
         ("/elsewhere/b/2.png\n", "line 1: /elsewhere/b/2.png does not exist"),
         ("{tmp}/out.png\nb/2.png\n", "line 1: .*out.png is in no class folder of"),
         ("../../out.png\n", "line 1: .*out.png is in no class folder of"),
+        ("b/2.png\na/1.png\n./b/2.png\n", "line 3: ./b/2.png stands in line 1 already; remove one"),
         ("b/2.png 1\nb/1.png\n", "line 2: no label, other than line 1"),
         ("b/1.png\nb/2.png 1\n", "line 2: a label, other than line 1"),
         ("b/2.png 0\n", "line 1: label 0, but its folder is class 1"),

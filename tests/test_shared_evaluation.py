@@ -243,3 +243,19 @@ def test_frozen_means_every_tensor():
     net.train()(torch.randn(4, 2))
     with pytest.raises(RuntimeError, match="1.running_mean of the frozen backbone changed"):
         evaluation.unchanged(net, before)
+
+
+def test_the_protocol_says_what_is_missing(tmp_path):
+    """Neighbours that are not there, classes of a single image in leave-one-out, files that were not read."""
+    for name in ("a/1.png", "a/2.png", "b/1.png", "c/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "a/3.heic").write_bytes(b"x")
+    images = image_folder(tmp_path)
+    alone = "; not read: 1 .heic; 2 classes of a single image, which no other can name"
+    own = "leave-one-out, each of the 4 images by all the others (neither val nor test is there)"
+    assert evaluation.protocol(images, images, 3) == own + alone
+    assert evaluation.protocol(images, images, 20) == f"{own}; 3 neighbours in the place of 20{alone}"
+    other = image_folder(tmp_path)
+    assert evaluation.protocol(images, other, 4) == "4 train / 4 val images; not read: 2 .heic"
+    assert evaluation.protocol(images, other, 5).startswith("4 train / 4 val images; 4 neighbours in the place of 5")

@@ -302,6 +302,12 @@ def test_a_hub_folder_is_read_by_timm_and_tells_nothing_of_the_machine(folder, k
     with torch.no_grad():
         net.eval()
         torch.testing.assert_close(model(x), function(x))
+    assert "Not a finished training" not in card
+    (run / "config.json").write_text('{"flags": {}, "job": "x.y", "git_commit": "abc123", "git_dirty": true}')
+    (run / "end.json").write_text('{"state": "stopped by SIGINT", "step": 40, "steps": 120}')
+    assert main([*argv, *more, "--format", "hub", "--out", str(out)]) == 0
+    card = (out / "README.md").read_text()
+    assert "commit abc123+changes" in card and "training: stopped by SIGINT at step 40 of 120.**" in card
     mean = {"sage": 0.5, "mra": 0.4914 if "classifier" in kind else 0.485}.get(folder, 0.485)
     assert model.pretrained_cfg["mean"][0] == pytest.approx(mean)
     assert model.pretrained_cfg["input_size"][1] == (shape[-1] if folder in ("flat", "mra", "uvos_dino") else 224)

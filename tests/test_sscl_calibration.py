@@ -168,14 +168,16 @@ def test_ema_prototypes() -> None:
 
 @pytest.mark.parametrize("chunk", [100, 5])
 def test_nearest_unlabelled_images_of_each_class(chunk: int) -> None:
-    z, mu, labelled = unit(12, 8, 0), unit(3, 8, 1), torch.tensor([0, 5])
+    z, mu, labelled = unit(12, 8, 0), unit(3, 8, 1), torch.tensor([3, 5])
+    z[0] = mu[1]  # the first image is the nearest one of a class
     log_q = log_similarity(z, mu, 0.1)
     chosen = nearest_to_classes(z, mu, 0.1, labelled, 4, chunk)
     for c in range(3):
-        by_hand = sorted((i for i in range(12) if i not in (0, 5)), key=lambda i: -float(log_q[i, c]))[:4]
+        by_hand = sorted((i for i in range(12) if i not in (3, 5)), key=lambda i: -float(log_q[i, c]))[:4]
         assert chosen[c].tolist() == by_hand
+    assert chosen[1, 0] == 0
     every = nearest_to_classes(z, mu, 0.1, labelled, 50, chunk)
-    assert every.shape == (3, 10) and not set(every.flatten().tolist()) & {0, 5}
+    assert every.shape == (3, 10) and not set(every.flatten().tolist()) & {3, 5}
 
 
 def test_perfect_embeddings_correct_a_wrong_prediction() -> None:
@@ -190,3 +192,4 @@ def test_perfect_embeddings_correct_a_wrong_prediction() -> None:
     assert not bool((p.argmax(1) == truth).any())
     assert torch.equal(calibrate(p, log_q, "product").argmax(1), truth)
     assert spread(mu) == pytest.approx(0)
+    assert spread(mu[:1].expand(3, 3)) == pytest.approx(1)  # all in one place

@@ -268,6 +268,8 @@ def test_cutout_is_a_grey_box_of_half_the_side() -> None:
             assert 8 <= len(rows) <= 16 and 8 <= len(columns) <= 16
             places.append((rows[0], columns[0], len(rows) == len(columns) == 16))
     assert not (np.asarray(image) == 127).all(2).any()
+    odd = (np.asarray(FixMatchAugment.cutout(Image.new("RGB", (9, 40)))) == 127).all(2)
+    assert odd.any(1).sum() <= 4 and odd.any(0).sum() <= 4  # half of the width, rounded down
     assert {0, 23} <= {row for row, _, _ in places} and sum(whole for _, _, whole in places) > 100
 
 

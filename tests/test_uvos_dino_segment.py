@@ -216,6 +216,15 @@ def test_clusters_of_some_windows_take_in_the_rest() -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP"])
+def test_a_picture_under_a_videos_name_is_no_video(kind: str, tmp_path: Path) -> None:
+    more = [Image.fromarray(scene(t)) for t in (1, 2)]
+    moving = {"save_all": True, "append_images": more} if kind == "GIF" else {}
+    Image.fromarray(scene(0)).save(tmp_path / "x.mp4", kind, **moving)
+    with pytest.raises(UserError, match="x.mp4: (a picture under a video's name|not a readable video)"):
+        list(video.pictures(tmp_path / "x.mp4"))
+
+
 def test_bad_input_is_one_line_before_anything_is_written(weights: Path, tmp_path: Path) -> None:
     (tmp_path / "films").mkdir()
     film = write_video(tmp_path / "films/x.mp4", [scene(0)] * 3)

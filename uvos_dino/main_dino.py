@@ -23,6 +23,7 @@ from shared_utils.data import EpochSampler, mix_key, tell
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
 from shared_utils.init import add_init_flag
 from shared_utils.pictures import make_grid
+from shared_utils.preflight import about, seconds
 from shared_utils.run import Run, cli
 from uvos_dino import vision_transformer
 from uvos_dino.data import decoded, training_videos
@@ -127,6 +128,18 @@ def schedule(args: argparse.Namespace, step: int, steps: int) -> tuple[float, fl
     return lr, 1 - 0.5 * (1 - args.momentum_teacher) * (1 + math.cos(math.pi * step / steps))
 
 
+def estimate(run: Run, student: Network, steps: int) -> str:
+    """Of the teacher's forward passes over the global crops, and the student's over all, backward as two forward."""
+    args, local = run.args, run.args.batch_size // run.world
+
+    def took(crops: int, size: int) -> float:
+        x = torch.zeros(crops * local, 3, size, size, device=run.device)
+        return seconds(run, student, lambda: student([x]))
+
+    small = took(args.local_crops, args.local_size) if args.local_crops else 0.0
+    return about((4 * took(2, args.global_size) + 3 * small) * steps / 60, steps)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     run = Run(args, "uvos_dino", "dino")
@@ -160,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
             "learning rate": f"{args.lr}; DINO's .0005 for 256 images would be {0.0005 * args.batch_size / 256:.3g}",
             "parameters": f"{sum(p.numel() for p in backbone.parameters()) / 1e6:.2f} M of the encoder",
             "expected initial loss": f"about {math.log(args.out_dim):.2f} = log K",
+            "estimated time": estimate(run, student, steps),
         }
     )
 

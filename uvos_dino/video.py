@@ -34,7 +34,7 @@ def _open(path: Path) -> tuple[Any, Any]:
         container = av.open(str(path))
     except (OSError, ValueError, av.error.FFmpegError) as error:
         raise UserError(f"{path}: not a readable video ({_reason(error)}); copy it again, or encode it anew") from None
-    if container.format.name.endswith("_pipe"):  # FFmpeg's names of single pictures
+    if container.format.name.endswith(("_pipe", "gif", "apng")):  # FFmpeg's names of pictures, moving ones among them
         container.close()
         raise UserError(f"{path}: a picture under a video's name; copy the video again, or remove the file")
     stream: Any = container.streams.best("video")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from shared_utils import UserError, checkpoint
-from shared_utils.compare_runs import read, results_of
+from shared_utils.compare_runs import UNKNOWN_END, facts, read, results_of
 from shared_utils.evaluation import stored_flags
 from shared_utils.lab import results
 from shared_utils.provenance import DATA_FLAGS, RUNTIME_FLAGS
@@ -224,11 +224,16 @@ def hub_card(paper: str, network: str, pretrained: str, made: Made, x: Input) ->
     about = results.paper(Path(__file__).resolve().parents[2] / paper)
     run = Path(pretrained).parent
     config = read(run / "config.json")
-    commit = f"commit {config['git_commit']}" if config.get("git_commit") else "a commit that was not noted"
+    told = facts(run, config)
+    commit = f"commit {told['commit']}" if config.get("git_commit") else "a commit that was not noted"
+    unfinished = (
+        [] if told["state"] in ("done", UNKNOWN_END) else [f"**Not a finished training: {told['state']}.**", ""]
+    )
     text = [
         "---", "library_name: timm", "tags: [image-feature-extraction, timm]", "---", f"# {about.title}: {network}", "",
         f"Trained by `{paper}` ({commit}), which reproduces the paper (arXiv {about.arxiv}; the authors' own release: "
         f"{about.release}). The weights carry whatever terms the data have that they were trained on.", "",
+        *unfinished,
         "```python", "import timm", "", 'model = timm.create_model("local-dir:FOLDER", pretrained=True)', "```", "",
         f"Input: {x.size} x {x.size} pixels{', no other size' if x.fixed else ''}; mean "
         f"{', '.join(f'{v:.4g}' for v in x.mean)}, standard deviation {', '.join(f'{v:.4g}' for v in x.std)}.", "",

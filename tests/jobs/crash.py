@@ -2,7 +2,7 @@
 
 A short pretraining of the mini tier runs once undisturbed. Then it runs again, in a folder on a small disk, and suffers
 
-SIGKILL         at drawn moments: while it starts, inside a step, while a checkpoint is written
+SIGKILL         at drawn moments: while it starts, inside a step, while a checkpoint is half written
 SIGTERM         at a drawn moment; it must save, say so and exit with 143
 full disk       no room is left after a drawn step; it must stop with exit code 2 and one line; then there is room again
 
@@ -14,6 +14,7 @@ after the full disk is cut at a drawn byte: one line must name it and the cure, 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import random
 import resource
@@ -25,10 +26,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, Any, TypeVar
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from shared_utils.run import Run  # noqa: E402
 from tests.checkpoints import differing  # noqa: E402
 from tests.jobs.pretraining import (  # noqa: E402
     PRETRAININGS,
@@ -59,8 +63,10 @@ class Folder:
         self.whole, self.old = work / "whole", 0
         self.before, self.seconds, self.steps = 0.0, 0.0, 0  # until the first step, from there on, and how many
 
-    def start(self, out: Path, extra: str = "", limit: int = 0) -> Forked:
-        """`limit`: bytes that a file may have."""
+    def start(self, out: Path, extra: str = "", limit: int = 0, slow: str = "") -> Forked:
+        """`limit`: bytes that a file may have. `slow`: `save`, checkpoints are written in halves, see `in_halves`;
+        `step`, a pause after each step, so that a run of milliseconds can be met inside it.
+        """
         short, self.old = PRETRAININGS[self.name], self.number(out)
         words = self.change(command(self.name, f"{short.script} {short.flags} {extra}", self.work, out))
 
@@ -68,6 +74,10 @@ class Folder:
             os.chdir(ROOT)
             if limit:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            if slow == "save":
+                torch.save = in_halves(torch.save)  # type: ignore[assignment]
+            if slow == "step":
+                Run.log = after_a_pause(Run.log)  # type: ignore[method-assign]
 
         return Forked(words, self.work / out.name, before, environment(self.work))
 
@@ -94,7 +104,7 @@ class Folder:
             raise Failed(f"not one line with {', '.join(words)}: {' / '.join(lines)[-400:]}")
         return lines[0]
 
-    def until(self, run: Forked, there: Callable[[], bool], every: float = 0.02) -> None:
+    def until(self, run: Forked, there: Callable[[], bool], every: float = 0.005) -> None:
         """Wait for something, which must come before the run ends."""
         while not there():
             if run.ended() and not there():
@@ -128,11 +138,37 @@ class Folder:
 
 
 F = TypeVar("F", bound=Folder)
+PAUSE = 1.0  # seconds in the middle of a file
+
+
+def after_a_pause(log: Callable[..., None]) -> Callable[..., None]:
+    """`Run.log`, which ends a step, a fifth of a second later."""
+
+    def slowly(*args: Any, **values: Any) -> None:
+        log(*args, **values)
+        time.sleep(0.2)
+
+    return slowly
+
+
+def in_halves(save: Callable[[object, IO[bytes]], object]) -> Callable[[object, IO[bytes]], None]:
+    """`torch.save` with a pause after half of the file: a small one is written too fast for another process to meet."""
+
+    def slowly(obj: object, handle: IO[bytes]) -> None:
+        whole = io.BytesIO()
+        save(obj, whole)
+        half = len(whole.getbuffer()) // 2
+        handle.write(whole.getbuffer()[:half])
+        handle.flush()
+        time.sleep(PAUSE)
+        handle.write(whole.getbuffer()[half:])
+
+    return slowly
 
 
 def undisturbed(it: Folder) -> str:
+    run = it.start(it.whole)  # which imports its libraries, the others do not
     begun = time.perf_counter()
-    run = it.start(it.whole)
     it.until(run, it.reached(it.whole, 1))
     first = time.perf_counter()
     it.end(run, 0)
@@ -141,24 +177,28 @@ def undisturbed(it: Folder) -> str:
 
 
 def killed(it: Folder, out: Path) -> str:
-    """Once while it starts, once inside a step, once while a checkpoint is written (its temporary file is there)."""
+    """Once while it starts, once inside a step, once while a checkpoint is written (half of its temporary file is)."""
     run = it.start(out)
-    time.sleep(it.rng.random() * it.before)
+    moment = time.perf_counter() + it.rng.random() * it.before
+    it.until(run, lambda: time.perf_counter() > moment or it.number(out) > 0)  # it may start faster than the first did
     it.stop(run)
-    run = it.start(out)
+    run = it.start(out, slow="step")
     it.until(run, it.reached(out, it.rng.randint(3, 4)))
     it.within_a_step()
     it.stop(run)
     at = log(out)[-1][0]
-    run = it.start(out)
-    it.until(run, (out / f".checkpoint.pth.{run.pid}.tmp").exists, 0.0)
+    run = it.start(out, slow="save")
+    half = out / f".checkpoint.pth.{run.pid}.tmp"
+    it.until(run, lambda: half.exists() and half.stat().st_size > 0)
     if "resumed: " not in it.stop(run):
         raise Failed("it did not go on from its checkpoint")
+    if not half.exists():
+        raise Failed("it was not met inside a write")
     return f"while starting, in step {at + 1}, in a write"
 
 
 def terminated(it: Folder, out: Path) -> str:
-    run = it.start(out)
+    run = it.start(out, slow="step")
     it.until(run, it.reached(out, it.rng.randint(6, 7)))
     it.within_a_step()
     run.kill(signal.SIGTERM)
@@ -170,7 +210,7 @@ def terminated(it: Folder, out: Path) -> str:
 def full_disk(it: Folder, out: Path, mounted: bool) -> str:
     if mounted:
         how, step = "tmpfs", it.rng.randint(8, 9)
-        run = it.start(out)
+        run = it.start(out, slow="step")
         it.until(run, it.reached(out, step))
         with contextlib.suppress(OSError), open(out.parent / "ballast", "wb", buffering=0) as ballast:
             while ballast.write(bytes(2**16)):

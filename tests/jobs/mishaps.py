@@ -36,7 +36,7 @@ PATIENCE = 600.0
 KNN = "main_knn --pretrained {run}/checkpoint.pth --data_dir {mini}/images --img_size 32 --per_class 12"
 WRITES = {  # what writes results, tables or pictures from a trained network
     "uvos_dino": "segment {mini}/davis/JPEGImages/480p/shape-val-00 --resume_path {run}/checkpoint.pth --window 6",
-    "mra": "visualize --mae_ckpt {run} --folder {mini}/texture_shortcut/test_b",
+    "mra": "visualize --mae_ckpt {run}/checkpoint.pth --data_path {mini}/texture_shortcut",
     "sage": KNN,
     "fame": "main_cam {mini}/video --pretrained {run}/checkpoint.pth",
     "bingo": KNN,
@@ -48,7 +48,8 @@ WRITES = {  # what writes results, tables or pictures from a trained network
 }
 READS = {  # files of which a run reads the first one
     "uvos_dino": "davis/JPEGImages/480p/shape-train-00/*", "mra": "texture_shortcut/train/**/*.png",
-    "fame": "video/UCF-101/*/*", "mdp": "segmentation/VOCdevkit/VOC2012/JPEGImages/*", "flat": "fewshot/train/*/*",
+    "fame": "video/UCF-101/*/*_g03_*", "mdp": "segmentation/VOCdevkit/VOC2012/JPEGImages/*",
+    "flat": "fewshot/train/*/*",
 }  # fmt: skip
 TO = {  # where that goes
     "uvos_dino": "--save_path {out}", "mra": "--out {out}/rows.png", "fame": "--out {out}", "mdp": "--out {out}",
@@ -59,12 +60,13 @@ TO = {  # where that goes
 class Copied(Folder):
     """A folder's pretraining on a copy of the mini data."""
 
-    def start(self, out: Path, extra: str = "", limit: int = 0) -> Forked:
-        return super().start(out, f"--workers 2 {extra}", limit)
+    def start(self, out: Path, extra: str = "", limit: int = 0, slow: str = "") -> Forked:
+        return super().start(out, f"--workers 2 {extra}", limit, slow)
 
     def change(self, words: list[str]) -> list[str]:
         if not (self.work / "mini").exists():
             shutil.copytree(ROOT / "data/mini", self.work / "mini")
+        words = [word for word in words if word != "--resident"]  # mra's: of images in memory no worker reads any
         return [word.replace("data/mini", str(self.work / "mini")) for word in words]
 
 
@@ -83,7 +85,7 @@ def children(pid: int) -> list[int]:
 
 
 def worker_killed(it: Copied, out: Path) -> str:
-    run = it.start(out)
+    run = it.start(out, slow="step")
     it.until(run, it.reached(out, it.rng.randint(3, 4)))
     it.until(run, lambda: bool(children(run.pid)))
     os.kill(it.rng.choice(children(run.pid)), signal.SIGKILL)
@@ -102,7 +104,7 @@ def changed(it: Copied, out: Path) -> str:
 
 
 def second(it: Copied, out: Path) -> str:
-    first = it.start(out)
+    first = it.start(out, slow="step")
     it.until(first, lambda: it.number(out) != it.old and bool(log(out)))
     os.kill(first.pid, signal.SIGSTOP)  # the other one takes longer to start than this one to end
     try:
@@ -125,12 +127,7 @@ def full_disk(it: Copied) -> str:
             return "not run: nothing may be mounted here"
         out = disk / "out"
         line = f"{it.name}.{WRITES[it.name]} {TO.get(it.name, '--output-dir {out}')}"
-        words = line.format(run=it.whole, mini=it.work / "mini", out=out).split() + [
-            "--device",
-            "cpu",
-            "--threads",
-            "1",
-        ]
+        words = [*line.format(run=it.whole, mini=it.work / "mini", out=out).split(), "--device", "cpu"]
 
         def start() -> Forked:
             return Forked(words, it.work / "written", lambda: os.chdir(ROOT), environment(it.work))

