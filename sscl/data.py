@@ -93,10 +93,15 @@ def open_evaluation(args: argparse.Namespace, flags: Mapping[str, Any]) -> tuple
     """Training and test images, as `open_splits`; of a run on own folders the labelled ones and those of --val_dir."""
     if not flags.get("labelled"):
         return open_splits(args)
+    return labelled_and_tests(args, args.data_dir if "data_dir" in args.given else Path(flags["labelled"]))
+
+
+def labelled_and_tests(args: argparse.Namespace, labelled: Path) -> tuple[ImageList, ImageList]:
+    """The images of `labelled`/CLASS/*, which becomes --data_dir, and those of --val_dir."""
     prepare_data(args)
     if not args.val_dir:
         raise UserError("--val_dir: name a folder of test images in class folders; sscl.predict needs no labels")
-    args.data_dir = args.data_dir if "data_dir" in args.given else Path(flags["labelled"])
+    args.data_dir = labelled
     train, val = per_class(image_folder(args.data_dir), args.per_class, args.cache), image_folder(args.val_dir)
     if other := sorted(set(val.classes) ^ set(train.classes)):
         raise UserError(f"{args.val_dir}: its classes are not those of {args.data_dir} (first difference: {other[0]})")

@@ -20,7 +20,7 @@ from shared_utils.evaluation import add_data_flags, open_splits, share, stream, 
 from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
 from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
-from sscl.data import augmentations, labelled_images
+from sscl.data import augmentations, labelled_and_tests, labelled_images, split_hash
 from sscl.weights import add_network_flags, load_encoder
 
 
@@ -29,6 +29,8 @@ def get_parser() -> argparse.ArgumentParser:
     add_network_flags(p.add_argument)
     add_data_flags(p)
     a = p.add_argument
+    a("--labelled", type=Path, help="in place of --data_dir: CLASS/*.jpg of images with labels, all taken; "
+      "the test images are --val_dir")  # fmt: skip
     a("--split_file", type=Path, help="list of the labelled images, as SimCLR's 1percent.txt")
     a("--labels_per_class", type=natural, default=0, help="so many of each class, drawn by --split")
     a("--split", type=natural, default=0)
@@ -65,6 +67,21 @@ def check_flags(args: argparse.Namespace) -> list[int]:
         raise UserError(f"--drops {args.drops}: must be epochs such as 30,40") from None
 
 
+def open_images(args: argparse.Namespace) -> tuple[ImageList, ImageList, list[int]]:
+    """Training and test images, and which of the former are labelled. UserError: flags that contradict --labelled."""
+    if not args.labelled:
+        train, val = open_splits(args)
+        args.data = Path(args.data_dir)
+        return train, val, labelled_images(args, train)
+    others = ("data_dir", "dataset", "split_file", "labels_per_class", "split", "fraction", "per_class")
+    if wrong := [name for name in others if name in args.given]:
+        raise UserError(f"--labelled names the labelled images, all of them: leave --{wrong[0]} out")
+    train, val = labelled_and_tests(args, args.labelled)
+    chosen = list(range(len(train)))
+    args.split_sha256 = split_hash(chosen)
+    return train, val, chosen
+
+
 def fit_batch(args: argparse.Namespace, labelled: int, world: int) -> None:
     """A batch becomes at most the labelled images. UserError: too few for a process."""
     args.batch_size = min(args.batch_size, labelled) // world * world
@@ -78,9 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
     drops = check_flags(args)
     run = Run(args, "sscl", "finetune")
-    train, val = open_splits(args)
-    args.data = Path(args.data_dir)
-    chosen = labelled_images(args, train)
+    train, val, chosen = open_images(args)
     fit_batch(args, len(chosen), run.world)
     classes = len(train.classes)
     labelled = subset(train, chosen)

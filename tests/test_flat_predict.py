@@ -162,6 +162,8 @@ def test_bad_folders_are_one_line(own: Path, run: Path, tmp_path: Path, monkeypa
         label(run, tmp_path / "one", own, tmp_path / "out.csv")
     with pytest.raises(UserError, match="no such folder"):
         label(run, own, tmp_path / "nowhere", tmp_path / "out.csv")
+    with pytest.raises(UserError, match="--shots 500: red fox in --support has 7 photos; give at most so many, or 0"):
+        label(run, own, own, tmp_path / "out.csv", "--shots", "500")
     monkeypatch.setitem(predict.MOST, "ridge", 11)
     with pytest.raises(UserError, match="12 photos of 3 classes are too many for --eval_head ridge; --shots K"):
         label(run, own, own, tmp_path / "out.csv", "--shots", "4", "--eval_head", "ridge")

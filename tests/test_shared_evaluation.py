@@ -15,6 +15,7 @@ from torch import nn
 
 from shared_utils import UserError, checkpoint, distributed, evaluation
 from shared_utils.data import image_folder
+from shared_utils.flags import WEIGHTS, Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +35,27 @@ def flags(**values: object) -> argparse.Namespace:
     args = p.parse_args(["--pretrained", "none"])
     vars(args).update(values)
     return args
+
+
+@pytest.mark.parametrize("name", sorted(WEIGHTS))
+def test_the_folder_of_a_run_stands_for_its_checkpoint(name, tmp_path):
+    p = Parser()
+    for flag, kind in ((name, str), (f"{name}_of_another", str)):
+        p.add_argument(f"--{flag}", type=kind)
+    run, file = tmp_path / "my run", tmp_path / "my run/checkpoint.pth"
+    run.mkdir()
+    assert getattr(p.parse_args([f"--{name}", str(run)]), name) == str(run)
+    with pytest.raises(UserError, match="my run: a folder without checkpoint.pth; give a file of weights, or the fol"):
+        checkpoint.load(run)
+    checkpoint.save(file, {})
+    args = p.parse_args([f"--{name}", str(run), f"--{name}_of_another", str(run)])
+    assert getattr(args, name) == str(file) and getattr(args, f"{name}_of_another") == str(run)
+    assert [getattr(p.parse_args([f"--{name}", word]), name) for word in ("none", "", str(file))] == [
+        "none", "", str(file)
+    ]  # fmt: skip
+    p = Parser()
+    p.add_argument(f"--{name}", type=Path)
+    assert getattr(p.parse_args([f"--{name}", str(run)]), name) == file
 
 
 def test_splits_and_where_validation_lies(tmp_path):

@@ -34,7 +34,8 @@ JOBS = {
 
 @pytest.mark.parametrize("name", NETS)
 def test_features_and_names_are_those_of_timm(name):
-    network, theirs = timm_nets.build(f"timm:{name}").eval(), timm.create_model(name, num_classes=0).eval()
+    network = timm_nets.build(f"timm:{name}").eval()
+    theirs: Any = timm.create_model(name, num_classes=0).eval()
     theirs.load_state_dict(network.state_dict())  # the same names
     size = int(theirs.pretrained_cfg["input_size"][-1])  # type: ignore[index, arg-type]
     x = torch.randn(2, 3, size, size)

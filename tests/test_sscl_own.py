@@ -1,6 +1,7 @@
 """sscl on a user's own folders: few labelled images, many without, predictions as CSV, given weights to start from."""
 
 import csv
+import json
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ from shared_utils import UserError, checkpoint
 from shared_utils.augment import plain
 from shared_utils.data import load_image
 from shared_utils.run import Run
-from sscl import eval_cls, eval_features, predict, watch
+from sscl import eval_cls, eval_features, finetune, predict, watch
 from sscl.arch import Encoder, build
 from sscl.calibration import Alignment
 from sscl.data import own_folders
@@ -252,6 +253,20 @@ def test_evaluation_on_held_out_images(run, own, tmp_path):
     photo(tmp_path / "test/a cat/a.jpg", 0, 0)
     with pytest.raises(UserError, match="its classes are not those of .*first difference: Eule"):
         eval_cls.main([*words, "--val_dir", str(tmp_path / "test")])
+
+
+def test_fine_tuning_on_the_labelled_folder_alone(run, own, tmp_path, capsys):
+    words = ["--pretrained", str(run), "--labelled", str(own / "labelled"), *LOADING, "--epochs", "2"]
+    assert finetune.main([*words, "--val_dir", str(own / "test"), "--output-dir", str(tmp_path / "out")]) == 0
+    known = len(own_folders(own / "labelled", own)[0])
+    said = f"{own / 'labelled'}: {known} of {known} images labelled"
+    assert said in capsys.readouterr().out and known > 5
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["labelled"] == known and 0 <= result["top1"] <= 100
+    with pytest.raises(UserError, match="--val_dir: name a folder of test images in class folders"):
+        finetune.main([*words, "--output-dir", str(tmp_path / "none")])
+    with pytest.raises(UserError, match="--labelled names the labelled images, all of them: leave --fraction out"):
+        finetune.main([*words, "--fraction", "0.5", "--output-dir", str(tmp_path / "none")])
 
 
 def test_both_encoders_start_from_given_weights(run, own, tmp_path, monkeypatch, capsys):

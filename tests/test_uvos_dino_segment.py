@@ -240,7 +240,7 @@ def test_bad_input_is_one_line_before_anything_is_written(weights: Path, tmp_pat
     text.write_text("no video")
     for words, said in (
         (["nosuch.mp4"], "nosuch.mp4: no such video or folder"),
-        ([text], "text.mp4: not a readable video"),
+        ([text], r"text.mp4: not a readable video \(Invalid data found when processing input\); copy"),
         ([tmp_path / "empty"], "empty: no frames and no video below"),
         ([tmp_path / "mixed"], r"mixed: frames \(a.jpg\) and videos \(x.mp4\) in one folder"),
         ([two], "two frames have one name"),
