@@ -239,3 +239,9 @@ def test_a_search_goes_on_where_steps_would_be_lost(tmp_path):
     run = told_to_stop(tmp_path, 1)
     search(x, x, 5)
     run.close()
+
+
+def test_votes_at_a_small_temperature_do_not_overflow():
+    index, sim, labels = torch.tensor([[0, 1, 2]]), torch.tensor([[0.9, 0.8, 0.8]]), torch.tensor([1, 0, 0])
+    assert neighbours.vote(index, sim, labels, 1e-3).tolist() == [1]  # e^900 is more than a float holds
+    assert neighbours.vote(index, sim, labels, 10.0).tolist() == [0]

@@ -337,3 +337,8 @@ def test_a_positional_flag_comes_from_the_file_too(tmp_path):
     args = parser().parse_args(["--config", str(file)])
     assert args.data == Path("my videos") and args.output_dir == Path("runs/x/positional")
     assert parser().parse_args(["mine", "--config", str(file)]).data == Path("mine")
+
+
+def test_numbers_of_a_result_and_of_what_lies_directly_in_it():
+    result = {"a": 1, "b": {"c": 2.5, "d": {"e": 3}, "ok": True}, "name": "x"}
+    assert list(compare_runs.numbers(result)) == [("a", 1), ("b/c", 2.5)]
