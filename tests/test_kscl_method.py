@@ -195,6 +195,8 @@ def test_rank_rules_and_room():
         (RankRule(4, "fixed", rank=2), [2, 1, 0]), (RankRule(1, "fixed", rank=2), [1, 1, 0]),
     ):  # fmt: skip
         assert rule.ranks(l).tolist() == expected, rule
+    equal = torch.tensor([[2.0, 2.0, 2.0, 0.5]])  # as large as the largest is at least as large
+    assert RankRule(4, "relative", rel_gamma=1.0).ranks(equal).tolist() == [3]
 
 
 def test_centring_removes_the_mean_direction():

@@ -402,6 +402,17 @@ def test_jeffreys(seed: int) -> None:
     assert torch.allclose(d, clustering.jeffreys(p[:, order], q[:, order]), atol=1e-12)
 
 
+def test_clusters_come_from_the_windows_that_are_named() -> None:
+    """Window 1's frames alone give the centroids; the others' positions are assigned to them."""
+    rows = torch.rand(3 * clustering.WINDOW, 6, 20, generator=torch.Generator().manual_seed(3)) ** 6 + 1e-4
+    own = rows[clustering.WINDOW : 2 * clustering.WINDOW]
+    alone = clustering.cluster(clustering.Given(own), clustering.WINDOW, 0.7)
+    found = clustering.cluster(clustering.Given(rows), 3 * clustering.WINDOW, 0.7, only={1})
+    torch.testing.assert_close(found.centroids, alone.centroids)
+    assert torch.equal(found.labels[clustering.WINDOW : 2 * clustering.WINDOW], alone.labels)
+    assert clustering.cluster(clustering.Given(rows), 3 * clustering.WINDOW, 0.7).number != alone.number
+
+
 def test_thresholds_at_their_ends_and_equal_frames() -> None:
     rows = torch.rand(5, 12, 20, generator=torch.Generator().manual_seed(0)).mul(3).softmax(-1)
     assert clustering.cluster(clustering.Given(rows), 5, math.inf).number == 1
