@@ -16,6 +16,7 @@ import csv
 import io
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -214,9 +215,21 @@ def segment_clip(args: argparse.Namespace, clip: Clip, model: AttEncoder, device
     total, rate = (len(clip.frames), Fraction(args.fps)) if clip.frames else video.said(clip.path)
     frames = read(clip, args.resolution, pixels, model.encoder.patch_size)
     results, numbers, whole = Results(args.save_path, clip.name, rate), Numbers(args.tau, PNG_LIMIT), False
-    try:
-        with tqdm(total=total or None, desc=clip.name, unit="frame", disable=None, leave=False) as bar:
-            for some in windows(frames, args.window):
+
+    def write(some: list[Frame], shown: np.ndarray) -> None:
+        for frame, labels in zip(some, shown):
+            results.add(frame, labels)
+
+    # Beside the encoder, the next window is decoded and the last one written; no more than these three are in memory.
+    with (
+        ThreadPoolExecutor(2) as pool,
+        tqdm(total=total or None, desc=clip.name, unit="frame", disable=None, leave=False) as bar,
+    ):
+        left = windows(frames, args.window)
+        ahead, written = pool.submit(next, left, None), pool.submit(lambda: None)
+        try:
+            while some := ahead.result():
+                ahead = pool.submit(next, left, None)
                 x = torch.stack([frame.x for frame in some])  # [T, 3, H, W]
                 heads = project(model, x, device, args.eval_norm, args.ratio, args.frame_batch, args.bf16)
                 rows = clustering.Rows(*heads, 1e9 * args.memory_gb, device)
@@ -226,13 +239,16 @@ def segment_clip(args: argparse.Namespace, clip: Clip, model: AttEncoder, device
                 )
                 del rows
                 shown = numbers(found, heads).view(len(some), *model.encoder.grid(*x.shape[-2:]))
-                for frame, labels in zip(some, shown.numpy().astype(np.uint8)):
-                    results.add(frame, labels)
+                written.result()
+                written = pool.submit(write, some, shown.numpy().astype(np.uint8))
                 count += len(some)
                 bar.update(len(some))
-        whole = True
-    finally:
-        results.close(whole)
+            written.result()
+            whole = True
+        finally:
+            wait([ahead])
+            wait([written])
+            results.close(whole)
     anew = f", {numbers.lost} numbers given anew" if numbers.lost else ""
     print(f"  {clip.path}: {count} frames, {numbers.window} windows, {len(results.rows)} clusters{anew}, "
           f"{time.perf_counter() - started:.1f} s -> {results.folder}, {results.movie.path}", flush=True)  # fmt: skip
