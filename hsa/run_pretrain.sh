@@ -50,7 +50,7 @@ case "$tier" in
     flags=(
       --data_dir "${DATA_ROOT:-data}/cifar10_full" --cache --img_size 32 --arch resnet18 --stem cifar --bn_splits 8
       --batch_size 512 --moco_k 4096 --moco_m 0.99 --moco_t 0.1 --init_lr 0.06 --wd 5e-4 --end_epoch 200
-      --workers 0 --log-every 50
+      --min_scale 0.08 --workers 0 --log-every 50
     )
     ;;
   paper)

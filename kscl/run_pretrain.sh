@@ -41,8 +41,9 @@ case "$tier" in
     ;;
   medium)
     # One GPU: the whole of CIFAR-10 in its memory, ResNet-18 with the CIFAR stem, 200 epochs of 97 steps. The settings of
-    # MoCo's own CIFAR-10 notebook (facebookresearch/moco, colab), which with --shots 1 --sim signed has 82.6 by 200 nearest
-    # neighbours (hsa's medium tier has that anchor). DATA_ROOT holds cifar10_full/train,test/CLASS.
+    # MoCo's own CIFAR-10 notebook (facebookresearch/moco, colab: 82.6 by 200 nearest neighbours), but MoCo v2's MLP, blur
+    # and crops from 0.2 of the area (there 0.08); hsa's medium tier has that anchor. DATA_ROOT holds
+    # cifar10_full/train,test/CLASS.
     # Never run to its end here: no GPU was at hand.
     flags=(
       --data_dir "${DATA_ROOT:-data}/cifar10_full" --cache --img_size 32 --arch resnet18 --stem cifar --bn_splits 8
