@@ -314,7 +314,8 @@ def listing(
             there = here
         found = [(path, table[key][target], key) for path, _, key in found]
         classes = sorted(here | there)
-    if twice := [key for key, times in Counter(key for *_, key in found).items() if times > 1]:
+    times = Counter(path for path, *_ in found)
+    if twice := [key for path, _, key in found if times[path] > 1]:
         raise UserError(
             f"{root}: the {'train' if train else 'test'} part of {dataset} has {twice[0]} twice; restore its list, "
             f"expected {DATASETS[dataset].expected}"

@@ -508,11 +508,13 @@ def find_listed(root: Path, name: str) -> Path | None:
     return None
 
 
-def list_file(file: str | os.PathLike, root: str | os.PathLike, transform: Callable | None = None) -> ImageList:
+def list_file(
+    file: str | os.PathLike, root: str | os.PathLike, transform: Callable | None = None, repeats: bool = False
+) -> ImageList:
     """Subset lists (1% / 10% of ImageNet): a line is `CLASS/image.jpg` or `image.jpg LABEL`, relative to `root`.
 
     In the first form classes are numbered as `image_folder(root)` does. UserError for a missing list or image, and for
-    an image that is there twice.
+    an image that is there twice, unless the list may have `repeats`.
     """
     file, root = Path(file), Path(root)
     what = "`CLASS/image.jpg` or `image.jpg LABEL` a line"
@@ -536,7 +538,7 @@ def list_file(file: str | os.PathLike, root: str | os.PathLike, transform: Calla
             if len(parts) < 2 or parts[0] not in numbers:
                 raise UserError(f"{file}, line {number}: {path} is in no class folder of {root}; expected {what}")
             label = numbers[parts[0]]
-        if (first := seen.setdefault(path, number)) != number:
+        if (first := seen.setdefault(path, number)) != number and not repeats:
             raise UserError(f"{file}, line {number}: {name} stands in line {first} already; remove one of them")
         samples.append((path, label))
     return ImageList(samples, classes, transform)

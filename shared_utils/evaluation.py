@@ -168,7 +168,7 @@ def labelled_indices(train: ImageList, file: Path | None, fraction: float, root:
     listing = list_rows(file, "a list of images, `name.JPEG` or `CLASS/image.jpg` a line")
     if not any(label is not None or os.path.dirname(name.replace("\\", "/")) for _, name, label in listing):
         return _by_name(train, file, root, listing)
-    listed = list_file(file, root)
+    listed = list_file(file, root, repeats=True)  # which images have labels, and no more
     by_path = {path: i for i, path in enumerate(train.paths())}
     chosen = []
     for (number, *_), path, label in zip(listing, listed.paths(), listed.labels.tolist(), strict=True):

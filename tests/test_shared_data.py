@@ -417,7 +417,6 @@ def test_names_with_blanks_and_a_linked_root(tmp_path):
         ("/elsewhere/b/2.png\n", "line 1: /elsewhere/b/2.png does not exist"),
         ("{tmp}/out.png\nb/2.png\n", "line 1: .*out.png is in no class folder of"),
         ("../../out.png\n", "line 1: .*out.png is in no class folder of"),
-        ("b/2.png\na/1.png\n./b/2.png\n", "line 3: ./b/2.png stands in line 1 already; remove one"),
         ("b/2.png 1\nb/1.png\n", "line 2: no label, other than line 1"),
         ("b/1.png\nb/2.png 1\n", "line 2: a label, other than line 1"),
         ("b/2.png 0\n", "line 1: label 0, but its folder is class 1"),
@@ -434,6 +433,17 @@ def test_lists_that_do_not_fit_are_one_clear_line(text, message, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         labelled_indices(train, file, 0, root, 0)
     assert "\n" not in str(caught.value)
+
+
+def test_an_image_that_a_list_names_twice(tmp_path):
+    """It would count twice in a list of images; a list of what has labels says the same twice."""
+    root = tmp_path / "set/train"
+    train, file = two_classes(root), tmp_path / "list.txt"
+    file.write_text("b/2.png\na/1.png\n./b/2.png\n")
+    with pytest.raises(UserError, match=r"line 3: ./b/2.png stands in line 1 already; remove one"):
+        list_file(file, root)
+    names = [train.path(i).relative_to(root).as_posix() for i in labelled_indices(train, file, 0, root, 0)]
+    assert names == ["a/1.png", "b/2.png"]
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

@@ -303,7 +303,7 @@ def test_arms_are_recorded_from_the_json_files_alone(tmp_path: Path, monkeypatch
     assert arms.main([str(root), "--record", "--plot", str(tmp_path / "plot.png")]) == 0
     said = capsys.readouterr().out
     assert "| both losses | 2 | 30.50 ± 0.71 |" in said and "+20.00 (20.00 to 20.00)" in said
-    assert "14 rows" in said  # 3, and 11 arms left out
+    assert "27 rows" in said  # 3, and 11 and 13 arms left out
     log = json.loads((home / "lab/logs" / "davis2016-both.json").read_text())["0"]
     assert log["facts"]["minutes"] == 1.5 and log["metrics"]["clusters_other"] == 5.0
     assert log["curve"][-1] == {"step": 300, "loss": 2.0, "probe/clusters": 5.0, "probe/J": 30.0}

