@@ -81,7 +81,8 @@ ARMS = Arms(
         ("moco", "untrained"),
     ],
     claims=[("fame", "moco", "linear")],
-    controls={("fame", "random"): "above", ("moco", "untrained"): "above"},
+    controls={("fame", "random"): "above", ("moco", "untrained"): "above", ("erase", "moco"): "above"},
+    positive=("erase", "moco"),  # its authors report it as an improvement on MoCo (CVPR 2021)
     floor="untrained",
     curve=("step", "loss", "moco_train/acc1", "sim/positive", "sim/negative", "sim/same_view", "feat/std"),
     command="export DATA_ROOT=/path/to/data SET={set} && ARMS='{arms}' SEEDS='{seeds}' bash fame/run_arms.sh small",
