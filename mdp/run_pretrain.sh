@@ -16,13 +16,13 @@ out=${RUNS:-runs}/mdp/pretrain/$tier
 case "$tier" in
   mini)
     # Section 3 of the paper at toy size: the VOC and ADE20K layouts of the mini data (800 images, 171 classes of which
-    # 15 occur), narrow ResNet-18, 600 steps. One to three minutes on two CPU cores; loss below log 15 = 2.7 from the
-    # first steps on, down to 1.2, of which the sparse coding is 0.26.
+    # 15 occur), narrow ResNet-18, 300 steps. About a minute on two CPU cores; loss below log 15 = 2.7 from the
+    # first steps on, down to 1.3, of which the sparse coding is 0.26.
     "$PYTHON" -m shared_utils.lab.mini segmentation
     flags=(
       --datasets voc,ade --data-root data/mini/segmentation
       --arch resnet18 --base-channels 16 --head-channels 64 --dilations 1,2,4 --dim 64
-      --crop-size 64 --batch-size 32 --epochs 24 --lr 0.1 --bank-size 512
+      --crop-size 64 --batch-size 32 --epochs 12 --lr 0.1 --bank-size 512
     )
     ;;
   small)

@@ -314,6 +314,25 @@ def test_a_hub_folder_is_read_by_timm_and_tells_nothing_of_the_machine(folder, k
     assert timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=5)(x).shape == (2, 5)
 
 
+@pytest.mark.parametrize("folder", ["hsa", "sage", "mdp"])
+def test_torch_hub_gives_the_backbone_of_a_run(folder, tmp_path):
+    torch.manual_seed(0)
+    file, _ = small(folder, tmp_path / "checkpoint.pth", 64, "imagenet")
+    more = {"sage": ["--normalise", "half"]}.get(folder, [])
+    root = str(Path(export.__file__).resolve().parents[2])
+    net = torch.hub.load(root, "backbone", folder, str(file), *more, source="local")
+    state = checkpoint.load(file)["state_dict"]
+    name = "conv1.weight"
+    (expected,) = (v for k, v in state.items() if re.fullmatch(rf"(encoder_q\.(backbone\.)?|online_net\.0\.)?{name}", k))
+    assert torch.equal(net.get_parameter(name), expected) and not net.training
+    with torch.no_grad():
+        assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 512)
+    net = torch.hub.load(root, "backbone", folder, str(file), *more, source="local", num_classes=7)
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    with pytest.raises(ValueError, match="no exporter for 'nobody'; choose bingo"):
+        torch.hub.load(root, "backbone", "nobody", str(file), source="local")
+
+
 def test_hub_folders_that_cannot_be(tmp_path):
     moco(hsa.arch.build, 8, "cifar", tmp_path / "run" / "w.pth")
     flags = ["--pretrained", str(tmp_path / "run" / "w.pth"), "--format", "hub", "--out"]
