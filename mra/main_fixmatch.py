@@ -22,7 +22,6 @@ from torchvision import transforms as T
 
 from mra import data, engine, nets, transforms
 from mra.mra import add_mra_flags, build
-from mra.strong import Draws, augmented, draw
 from shared_utils import UserError, augment, checkpoint, distributed
 from shared_utils.data import EpochSampler, ImageList, Keyed, mix_key, sample_rng
 from shared_utils.evaluation import write_result
@@ -30,6 +29,7 @@ from shared_utils.flags import Parser, add_run_flags, natural, not_negative, pos
 from shared_utils.layout import follow, place
 from shared_utils.pictures import make_grid
 from shared_utils.run import Run, cli
+from shared_utils.strong import Draws, augmented, draw
 
 STRONG = 3  # the stream of randomness of --strong_batch, beside those of `engine`
 

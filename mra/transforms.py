@@ -1,7 +1,7 @@
 """Crops, FixMatch's RandAugment, colours and normalisation of an image, by PIL and torchvision.
 
 A PIL image of any size goes in (`Jitter`, `Lighting`: a tensor [3, H, W] in 0..1), a normalised tensor [3, size, size]
-comes out. `strong.py` has RandAugment's operations for whole batches.
+comes out. `shared_utils/strong.py` has RandAugment's operations for whole batches.
 """
 
 import random

@@ -53,6 +53,7 @@ class Recipe:
     Args:
         size: pixels of a view.
         scale: random resized crop of this share of the area; None: the shorter side to `resize`, then the centre.
+        pad: then shifted by up to so many pixels each way, mirrored at the edges.
         ratio: width over height of a random crop, drawn by its logarithm.
         jitter: strengths of brightness, contrast, saturation and hue, in drawn order; `jitter_p`: how often at all.
         sigma: pixels of the blur, drawn uniformly.
@@ -68,6 +69,7 @@ class Recipe:
     scale: Pair | None = None
     ratio: Pair = (3 / 4, 4 / 3)
     resize: int = 0
+    pad: int = 0
     interpolation: str = "bilinear"
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     jitter_p: float = 0.0
@@ -103,6 +105,8 @@ class Recipe:
             steps = [T.Resize(self.resize, how), T.CenterCrop(self.size)]
         else:
             steps = [T.RandomResizedCrop(self.size, self.scale, self.ratio, how)]
+        if self.pad:
+            steps.append(T.RandomCrop(self.size, self.pad, padding_mode="reflect"))
         jitter = T.ColorJitter(*self.jitter)
         made = {
             "jitter": jitter if self.jitter_p == 1 else T.RandomApply([jitter], self.jitter_p),
@@ -146,11 +150,14 @@ class Recipe:
             np.where(on[:, 2], self.sigma[0] + (self.sigma[1] - self.sigma[0]) * u[:, 35], 0.0),
             on[:, 3],
             on[:, 4],
+            (u[:, 36:38] * (2 * self.pad + 1)).astype(np.int64) - self.pad,
         )
 
 
 ATTEMPTS = 10  # torchvision's, at a crop that fits
-SLOTS = 36  # numbers of a view: 10 areas, 10 ratios, 2 places, 5 switches, 4 for the order, 4 strengths, 1 sigma
+SLOTS = (
+    38  # numbers of a view: 10 areas, 10 ratios, 2 places, 5 switches, 4 for the order, 4 strengths, sigma, 2 shifts
+)
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,8 @@ class Draws:
 
     box: [N, 4] top, left, height, width of the crop; target: [N, 4] height and width it is resized to, top and left of
     the view in that; jitter, grey, solarise, flip: [N] whether; order: [N, 4] of BRIGHTNESS, CONTRAST, SATURATION, HUE;
-    factors: [N, 4] of each of these (hue: in turns); sigma: [N] pixels of the blur, 0: none.
+    factors: [N, 4] of each of these (hue: in turns); sigma: [N] pixels of the blur, 0: none; shift: [N, 2] pixels
+    down and right that a view is moved in the image.
     """
 
     box: np.ndarray
@@ -171,6 +179,7 @@ class Draws:
     sigma: np.ndarray
     solarise: np.ndarray
     flip: np.ndarray
+    shift: np.ndarray
 
     def __len__(self) -> int:
         return len(self.box)
@@ -340,7 +349,7 @@ class Painter:
         self.order, self.factors = draws.order.ravel().tolist(), draws.factors.ravel().tolist()
         self.jitter, self.whether_grey = draws.jitter.tolist(), draws.grey.tolist()
         self.sigma, self.solarise, self.flip = draws.sigma.tolist(), draws.solarise.tolist(), draws.flip.tolist()
-        self.shifts = np.zeros((size, 3), np.uint8)
+        self.turned, self.pad, self.shift = np.zeros((size, 3), np.uint8), recipe.pad, draws.shift.tolist()
         self.kernels = [] if recipe.blur_p == 0 else _kernels(draws.sigma)
 
     def paint(self, pixels: np.ndarray, i: int, out: np.ndarray, reduced: int = 1) -> None:
@@ -348,6 +357,11 @@ class Painter:
         cv2 = self.cv2
         x, spare = self.buffers
         self._cropped(pixels, i, x, reduced)
+        if self.pad:
+            down, right = (self.pad + pixels for pixels in self.shift[i])
+            edges = [self.pad] * 4
+            wide = cv2.copyMakeBorder(x, *edges, cv2.BORDER_REFLECT_101)
+            x[...] = wide[down : down + len(x), right : right + len(x)]
         for step in self.steps:
             if step == "jitter":
                 if self.jitter[i]:
@@ -398,9 +412,9 @@ class Painter:
         cv2 = self.cv2
         if which == HUE:
             cv2.cvtColor(x, cv2.COLOR_RGB2HSV_FULL, dst=spare)
-            self.shifts[:, 0] = int(factor * 255) & 255
+            self.turned[:, 0] = int(factor * 255) & 255
             rows = spare.reshape(len(spare), -1)
-            np.add(rows, self.shifts.reshape(-1), out=rows)  # modulo 256, a whole turn
+            np.add(rows, self.turned.reshape(-1), out=rows)  # modulo 256, a whole turn
             cv2.cvtColor(spare, cv2.COLOR_HSV2RGB_FULL, dst=x)
         elif which == BRIGHTNESS:
             cv2.addWeighted(x, factor, x, 0, JUST_BELOW, dst=x)
@@ -474,6 +488,8 @@ def apply_tensor(recipe: Recipe, array: Tensor, rows: np.ndarray, draws: Draws) 
     )  # fmt: skip
     x = (x @ across.transpose(1, 2)[:, None]).add_(0.5).floor_().clamp_(0, 255)  # across first, halves up, as PIL
     x = (down[:, None] @ x).add_(0.5).floor_().clamp_(0, 255)
+    if recipe.pad:
+        x = _shifted(x, _index(draws.shift, device))
     for step in recipe.order:
         if step == "jitter":
             for place in range(4):
@@ -542,6 +558,15 @@ def _blur_weights(sigma: np.ndarray, size: int, device: torch.device) -> Tensor:
     source = (torch.arange(size, device=device)[:, None] + offsets.long()).clamp(0, size - 1)  # [size, T]
     out = torch.zeros(len(sigma), size, size, device=device)
     return out.scatter_add_(2, source.expand(len(sigma), -1, -1), taps[:, None].expand(-1, size, -1))
+
+
+def _shifted(x: Tensor, shift: Tensor) -> Tensor:
+    """[N, C, S, S] moved by pixels [N, 2], mirrored at the edges without repeating them."""
+    size = x.shape[-1]
+    place = (torch.arange(size, device=x.device) + shift[:, :, None]).abs()  # [N, 2, S]
+    down, right = torch.where(place >= size, 2 * (size - 1) - place, place).unbind(1)
+    rows = x.gather(2, down[:, None, :, None].expand_as(x))
+    return rows.gather(3, right[:, None, None, :].expand_as(x))
 
 
 def _blurred(x: Tensor, spread: Tensor) -> Tensor:

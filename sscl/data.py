@@ -7,6 +7,8 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
 
-from shared_utils import UserError, augment
+from shared_utils import UserError, augment, feed
+from shared_utils.augment import Recipe
 from shared_utils.data import (
     EpochSampler,
     ImageList,
-    Keyed,
     flat_folder,
     image_folder,
     mix_key,
@@ -31,6 +33,7 @@ from shared_utils.data import (
 )
 from shared_utils.evaluation import labelled_indices, open_splits, prepare_data
 from shared_utils.run import Run
+from shared_utils.strong import augmented, keyed
 
 SPLITS = Path(__file__).resolve().parent / "splits.json"
 VIEWS = ("weak", "strong", "key")
@@ -216,12 +219,13 @@ POOL: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
 }
 
 
+@dataclass(frozen=True)
 class FixMatchAugment:
     """RandAugment as FixMatch has it, and Cutout: `n` operations of POOL with repetition, each with probability 1/2 and
     at a magnitude drawn from 1..m-1 of 10; then always a grey box of half the side (release of FixMatch, `RA`)."""
 
-    def __init__(self, n: int = 2, m: int = 10):
-        self.n, self.m = n, m
+    n: int = 2
+    m: int = 10
 
     def __call__(self, image: Image.Image) -> Image.Image:
         for name in random.choices(list(POOL), k=self.n):
@@ -241,28 +245,56 @@ class FixMatchAugment:
         return image
 
 
-def augmentations(size: int, weak: str, strong: str, flip: bool = True, min_scale: float = 0.2) -> dict[str, Callable]:
-    """{"weak", "strong"} of a PIL image.
+@dataclass(frozen=True)
+class Strengthened:
+    """The weak view, then `FixMatchAugment`: of one PIL image, or of the bytes of a batch of weak views."""
+
+    weak: Recipe
+
+    @property
+    def bytes(self) -> Recipe:
+        """What `batch` begins with."""
+        return replace(self.weak, levels=True)
+
+    @cached_property
+    def pil(self) -> T.Compose:
+        *geometry, tensor, norm = self.weak.transforms
+        return T.Compose([*geometry, FixMatchAugment(), tensor, norm])
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.pil(image)
+
+    def batch(self, x: Tensor, u: np.ndarray) -> Tensor:
+        """Weak views uint8 [B, 3, S, S] and numbers in 0..1 [B, 10] -> normalised views: 4 numbers for each of the two
+        operations, 2 for the place of the box."""
+        x = augmented(x, keyed(u[:, :8]))
+        size = x.shape[-1]
+        low = torch.from_numpy((u[:, 8:] * size - size // 2 / 2).clip(0).astype(np.int64)).to(x.device)  # [B, 2]
+        at = torch.arange(size, device=x.device) - low[:, :, None]  # [B, 2, S]
+        inside = (at >= 0) & (at < size // 2)
+        box = inside[:, 0, :, None] & inside[:, 1, None, :]  # [B, S, S]
+        x = torch.where(box[:, None], 127, x)
+        return augment.normalise(x.permute(0, 2, 3, 1).contiguous(), self.weak)
+
+
+def augmentations(size: int, weak: str, strong: str, flip: bool = True, min_scale: float = 0.2) -> dict[str, Any]:
+    """{"weak", "strong"} of a PIL image; all but `randaug` also of batches.
 
     weak: `rrc` random resized crop and flip, `shift` translation by up to an eighth and flip (small images).
     strong: `moco` MoCo v2's, `randaug` the weak one with torchvision's RandAugment(2, 10), always and at that
     magnitude, `fixmatch` the weak one with `FixMatchAugment`.
     """
-    mirror = [T.RandomHorizontalFlip()] if flip else []
-    crops: dict[str, list[Any]] = {
-        "rrc": [T.RandomResizedCrop(size, (min_scale, 1.0))],
-        "shift": [T.Resize(size), T.CenterCrop(size), T.RandomCrop(size, max(1, size // 8), padding_mode="reflect")],
+    crops = {
+        "rrc": Recipe(size, (min_scale, 1.0), flip_p=0.5 * flip),
+        "shift": Recipe(size, resize=size, pad=max(1, size // 8), flip_p=0.5 * flip),
     }
-    tensor = [T.ToTensor(), T.Normalize(augment.MEAN, augment.STD)]
-    moco = list(augment.moco_v2(size, min_scale).transforms)
-    if not flip:
-        moco = [step for step in moco if not isinstance(step, T.RandomHorizontalFlip)]
-    recipes = {
-        "moco": moco,
-        "randaug": [*crops[weak], *mirror, T.RandAugment(2, 10), *tensor],
-        "fixmatch": [*crops[weak], *mirror, FixMatchAugment(), *tensor],
+    *geometry, tensor, norm = crops[weak].transforms
+    views = {
+        "moco": lambda: replace(augment.moco_v2(size, min_scale), flip_p=0.5 * flip),
+        "randaug": lambda: T.Compose([*geometry, T.RandAugment(2, 10), tensor, norm]),
+        "fixmatch": lambda: Strengthened(crops[weak]),
     }
-    return {"weak": T.Compose([*crops[weak], *mirror, *tensor]), "strong": T.Compose(recipes[strong])}
+    return {"weak": crops[weak], "strong": views[strong]()}
 
 
 def unnamed(images: ImageList) -> ImageList:
@@ -284,7 +316,7 @@ class Unlabelled(Dataset):
             which is then not handed out a second time.
     """
 
-    def __init__(self, images: ImageList, recipes: dict[str, Callable], views: Sequence[str], key_view: str = "strong"):
+    def __init__(self, images: ImageList, recipes: Mapping[str, Any], views: Sequence[str], key_view: str = "strong"):
         self.images = unnamed(images)
         self.recipes, self.views, self.key_view = recipes, views, key_view
 
@@ -297,16 +329,31 @@ class Unlabelled(Dataset):
 
     labels = targets
 
+    def made(self) -> dict[str, str]:
+        """{view: whose recipe}, of the views that are made: a key view that is the weak one is not made twice."""
+        own = {name: self.key_view if name == "key" else name for name in self.views}
+        if own.get("key") == "weak" and "weak" in own:
+            del own["key"]
+        return own
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not self.views:
             return {"index": index}
-        image, out = self.images.image(index), {}
-        for name in self.views:
-            if name != "key":
-                out[name] = self.recipes[name](image)
-        if "key" in self.views and not (self.key_view == "weak" and "weak" in out):
-            out["key"] = self.recipes[self.key_view](image)
-        return {**out, "index": index}
+        image = self.images.image(index)
+        made = sorted(self.made().items(), key=lambda pair: pair[0] == "key")  # the key view is drawn last
+        return {**{name: self.recipes[recipe](image) for name, recipe in made}, "index": index}
+
+    def batch(self, batch: feed.Batch) -> dict[str, Tensor]:
+        """The same of a whole batch, [B, 3, H, W] each, draws keyed (see `shared_utils.feed`)."""
+        out: dict[str, Tensor] = {"index": torch.from_numpy(batch.indices.copy())}
+        recipes = {name: self.recipes[recipe] for name, recipe in self.made().items()}
+        asks = [
+            feed.Ask(batch.indices, getattr(how, "bytes", how), (VIEWS.index(name),)) for name, how in recipes.items()
+        ]
+        for (name, how), views in zip(recipes.items(), batch.render(*asks)):
+            numbers = batch.uniform(1 + VIEWS.index(name), 10)
+            out[name] = how.batch(views[0], numbers) if isinstance(how, Strengthened) else views[0]
+        return out
 
 
 class Labelled(Dataset):
@@ -322,6 +369,12 @@ class Labelled(Dataset):
     def __getitem__(self, j: int) -> tuple[Tensor, int, int]:
         index = int(self.chosen[j])
         return self.transform(self.images.image(index)), int(self.labels[j]), index
+
+    def batch(self, batch: feed.Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of a whole batch: [B, 3, H, W], [B] and [B]."""
+        rows = self.chosen[torch.from_numpy(batch.indices)]
+        (views,) = batch.render(feed.Ask(rows.numpy(), self.transform, (0,)))
+        return views[0], self.labels[batch.indices], rows
 
 
 class Mixed(ImageList):
@@ -433,9 +486,9 @@ def open_streams(
     args, local = run.args, run.args.batch_labelled // run.world
     recipes = augmentations(args.img_size, args.weak, args.strong, not args.no_flip, args.min_scale)
     unlabelled = Unlabelled(images, recipes, views, args.key_view)
-    unlabelled.images.transform = augment.plain(args.img_size)  # for the prototypes
+    unlabelled.images.transform = augment.plain(args.img_size, args.aug_backend)  # for the prototypes
     epochs = EpochSampler(len(unlabelled), args.mu * local, args.seed, run.rank, run.world)
-    loader = run.loader(Keyed(unlabelled, args.seed), epochs)
+    loader = run.loader(feed.keyed(unlabelled, args.seed, args.aug_backend, run.device), epochs)
     if not chosen:
         return unlabelled, None, Pairs(loader, epochs, None, None)
     labelled = Labelled(images, chosen, recipes["weak"])
@@ -443,5 +496,5 @@ def open_streams(
     stream: Any = LabelledStream(
         labelled.labels, local, epochs.steps_per_epoch, args.seed, run.rank, run.world, balanced
     )
-    own = run.loader(Keyed(labelled, mix_key(args.seed, 1)), stream)
+    own = run.loader(feed.keyed(labelled, mix_key(args.seed, 1), args.aug_backend, run.device), stream)
     return unlabelled, labelled, Pairs(loader, epochs, own, stream)

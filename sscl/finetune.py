@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shared_utils import UserError, distributed
+from shared_utils import UserError, distributed, feed
 from shared_utils.augment import plain
-from shared_utils.data import EpochSampler, ImageList, Keyed
+from shared_utils.data import EpochSampler, ImageList
 from shared_utils.evaluation import add_data_flags, open_splits, share, stream, subset, topk, write_result
-from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils.flags import Parser, add_aug_flag, add_run_flags, natural, not_negative, positive
 from shared_utils.layout import follow, place
 from shared_utils.run import Run, cli
 from sscl.data import augmentations, labelled_and_tests, labelled_images, split_hash
@@ -36,6 +36,7 @@ def get_parser() -> argparse.ArgumentParser:
     a("--split", type=natural, default=0)
     a("--fraction", type=float, default=0.01, help="this share of each class, where neither of the above is given")
     a("--weak", choices=["rrc", "shift"], default="rrc", help="augmentation")
+    add_aug_flag(p)
     a("--no_flip", action="store_true", help="no mirror images (digits)")
     a("--min_scale", type=float, default=0.2, help="least area of a random resized crop")
     a("--lr", type=float, default=0.001, help="of the backbone")
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     labelled = subset(train, chosen)
     labelled.transform = augmentations(args.img_size, args.weak, "moco", not args.no_flip, args.min_scale)["weak"]
     sampler = EpochSampler(len(labelled), args.batch_size // run.world, args.seed, run.rank, run.world, least=2)
-    loader = run.loader(Keyed(labelled, args.seed), sampler)
+    loader = run.loader(feed.keyed(labelled, args.seed, args.aug_backend, run.device), sampler)
 
     encoder, report = load_encoder(args, None)
     head = nn.Linear(encoder.backbone.num_features, classes)

@@ -5,7 +5,7 @@ from pathlib import Path
 from shlex import quote
 
 from shared_utils import UserError
-from shared_utils.flags import Parser, add_run_flags, natural, not_negative, positive
+from shared_utils.flags import Parser, add_aug_flag, add_run_flags, natural, not_negative, positive
 from sscl import arch, calibration, data, losses, prototypes
 from sscl.weights import default_width
 
@@ -51,6 +51,7 @@ def get_parser(doc: str) -> argparse.ArgumentParser:
     g("--weak", choices=["rrc", "shift"], default="rrc", help="random resized crop, or translation (small images)")
     g("--strong", choices=data.STRONG, default="moco", help="s(u): MoCo v2's; RandAugment(2, 10) of torchvision; "
       "FixMatch's RandAugment and Cutout")  # fmt: skip
+    add_aug_flag(p)
     g("--key_view", choices=["strong", "weak"], default="strong", help="k(u), what the momentum copy sees")
     g("--no_flip", action="store_true", help="no mirror images (digits)")
     g("--min_scale", type=float, default=0.2, help="least area of a random resized crop")
@@ -127,6 +128,8 @@ def check_flags(args: argparse.Namespace, world: int) -> None:
         args.no_labels or (args.lambda_u == 0 and (args.lambda_c == 0 or args.neighbours == "off"))
     ):
         raise UserError("--joint_views: this arm makes no predictions of weak views; leave it out")
+    if args.strong == "randaug" and args.aug_backend != "pil":
+        raise UserError("--strong randaug is torchvision's, of PIL images: add --aug_backend pil")
     if not 0 < args.min_scale <= 1:
         raise UserError(f"--min_scale {args.min_scale}: must lie above 0 and up to 1")
     if args.batch_labelled % (world * args.bn_splits):

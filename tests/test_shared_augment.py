@@ -47,6 +47,7 @@ def still(count: int, size: int, **changed: np.ndarray) -> Draws:
         "sigma": np.zeros(count),
         "solarise": no,
         "flip": no,
+        "shift": np.zeros((count, 2), np.int64),
     }
     return Draws(**{**values, **changed})
 

@@ -1,15 +1,17 @@
 """Which images are labelled, the two streams of sscl, and that the labels of unlabelled images stay hidden."""
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from shared_utils import UserError, augment
+from shared_utils import UserError, augment, feed, strong
 from shared_utils.data import EpochSampler, ImageList, Keyed, sample_rng
 from sscl import data as sscl_data
 from sscl import main
@@ -153,9 +155,55 @@ def test_views(root) -> None:
     idle.images = ImageList([(root / "nowhere.png", -1)] * 48, [])  # nothing is decoded for nothing
     assert idle[3] == {"index": 3}
     for weak in ("rrc", "shift"):
-        for strong in STRONG:
-            for recipe in augmentations(16, weak, strong).values():
+        for kind in STRONG:
+            for recipe in augmentations(16, weak, kind).values():
                 assert recipe(images.image(0)).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("key_view", ["weak", "strong"])
+def test_views_of_batches(root, key_view) -> None:
+    """The views of a batch are keyed by (epoch, index): not by the batch that an image is in, nor by its decoding."""
+    recipes = augmentations(16, "shift", "fixmatch")
+    every = ("weak", "strong", "key")
+    made = {
+        cache: feed.keyed(Unlabelled(training_images(root, cache=cache), recipes, every, key_view), 0, "batch")
+        for cache in (True, False)
+    }
+    whole = made[True].__getitems__([(1, i) for i in (3, 40, 7, 11)])
+    assert whole["index"].tolist() == [3, 40, 7, 11] and ("key" in whole) == (key_view == "strong")
+    for part in (made[True].__getitems__([(1, 7)]), made[False].__getitems__([(1, 7)])):
+        assert all(torch.equal(part[name][0], whole[name][2]) for name in whole)
+    later = made[True].__getitems__([(2, 7)])
+    assert not any(torch.equal(later[name][0], whole[name][2]) for name in whole if name != "index")
+    assert key_view == "weak" or not torch.equal(whole["strong"], whole["key"])
+    idle = feed.keyed(Unlabelled(training_images(root), recipes, ()), 0, "batch")
+    assert idle.__getitems__([(0, 5), (0, 2)])["index"].tolist() == [5, 2]
+    labelled = feed.keyed(Labelled(training_images(root), [3, 20, 40], recipes["weak"]), 5, "batch")
+    x, y, index = labelled.__getitems__([(0, 2), (0, 0)])
+    assert x.shape == (2, 3, 16, 16) and index.tolist() == [40, 3] and y.tolist() == [2, 0]
+
+
+def test_a_batch_s_strong_views_are_pil_s_of_the_same_draws(monkeypatch) -> None:
+    """Crop, RandAugment and Cutout by PIL with the numbers that the batch was made with: to the bit."""
+    made: Any = augmentations(20, "shift", "fixmatch")["strong"]
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.integers(0, 256, (200, 3, 20, 20)).astype(np.uint8))
+    u = rng.random((200, 10))
+    got, draws = made.batch(x, u), strong.keyed(u[:, :8])
+    for i in range(200):
+        image = Image.fromarray(x[i].permute(1, 2, 0).numpy())
+        for turn in range(2):
+            if draws.apply[i, turn]:
+                name = strong.NAMES[int(draws.operation[i, turn])]
+                image = POOL[name](image, int(draws.level[i, turn]) / 10, int(draws.sign[i, turn]))
+        places = iter(u[i, :7:-1])  # PIL asks for the column first
+        monkeypatch.setattr(random, "uniform", lambda low, high, places=places: low + (high - low) * next(places))
+        image = FixMatchAugment.cutout(image)
+        levels = (255 * augment.denormalise(got[i])).round().byte()
+        assert np.array_equal(levels.permute(1, 2, 0).numpy(), np.asarray(image)), i
+    assert abs(float(draws.apply.double().mean()) - 0.5) < 0.1 and set(draws.sign.flatten().tolist()) == {-1, 1}
+    assert set(draws.level.flatten().tolist()) == set(range(1, 10))
+    assert set(draws.operation.flatten().tolist()) == set(range(14)) and strong.NAMES == tuple(POOL)
 
 
 def test_without_flips_nothing_is_mirrored(root) -> None:
@@ -171,9 +219,11 @@ def test_without_flips_nothing_is_mirrored(root) -> None:
         ]
         flips.append(sum(slope < 0 for slope in slopes))
     assert flips[0] > 10 and flips[1] < flips[0] - 8
-    recipes = {flip: str(augmentations(16, "rrc", "randaug", flip)) for flip in (True, False)}
-    assert "Flip" in recipes[True] and "Flip" not in recipes[False]
-    assert "Flip" not in str(augmentations(16, "rrc", "moco", False))
+    for kind in STRONG:
+        for flip in (True, False):
+            made = augmentations(16, "rrc", kind, flip)
+            steps = [str(getattr(recipe, "transforms", getattr(recipe, "pil", None))) for recipe in made.values()]
+            assert ["Flip" in text for text in steps] == [flip, flip], (kind, steps)
 
 
 class _Views(torch.utils.data.Dataset):

@@ -1,4 +1,4 @@
-"""FixMatch's RandAugment (`transforms.FixMatchAugment`) on batches of bytes, on any device, to the bit as PIL has it.
+"""FixMatch's RandAugment on batches of bytes, on any device, to the bit as PIL has it.
 
 Images are uint8 [N, 3, H, W]. An operation is applied to the images that have drawn it, all at once.
 """
@@ -7,13 +7,10 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from mra.transforms import FIXMATCH_OPS
-
-NAMES = tuple(FIXMATCH_OPS)
 
 
 class Draws(NamedTuple):
@@ -26,12 +23,18 @@ class Draws(NamedTuple):
 
 
 def draw(count: int, generator: torch.Generator) -> Draws:
-    """For `count` images, as `transforms.FixMatchAugment` draws: any operation, any level, each with chance 0.5."""
+    """For `count` images, as FixMatch draws: any operation, any level, each applied with chance 0.5."""
     shape = (count, 2)
     operation = torch.randint(len(NAMES), shape, generator=generator)
     level = torch.randint(1, 10, shape, generator=generator)
     sign, apply = torch.randint(2, (2, *shape), generator=generator)
     return Draws(operation, level, 2 * sign - 1, apply.bool())
+
+
+def keyed(u: np.ndarray) -> Draws:
+    """The same from numbers in 0..1, [N, 8], that are keyed by image and view (`shared_utils.feed`)."""
+    a, b, c, d = torch.from_numpy(u).unflatten(1, (4, 2)).unbind(1)
+    return Draws((a * len(NAMES)).long(), 1 + (b * 9).long(), 2 * (c < 0.5).long() - 1, d < 0.5)
 
 
 def augmented(x: Tensor, draws: Draws) -> Tensor:
@@ -167,3 +170,4 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "rotate": _rotate, "shear_x": _affine(1), "shear_y": _affine(3),
     "translate_x": _affine(2, side=3), "translate_y": _affine(5, side=2),
 }  # fmt: skip
+NAMES = ("identity", *OPERATIONS)
