@@ -33,6 +33,9 @@ case "$tier" in
     # 10-shot kNN by more than the pooled standard deviation of three seeds. The same rule gives every other pair its
     # status: K = 3 against MoCo v2, both against MoCo v2 at equal compute, and K = 5 against the mean of its keys
     # (rank 1), which is what the subspace itself adds. All of it is printed, whatever it shows.
+    # Written on 2026-12-01, before seeds 3 and 4 and before any untrained network: moco, k5 and moco_eq5 with five seeds
+    # (0 to 4; 0 to 2 were seen under the rule above), by the rule of docs/contributing.md: k5 against moco and against
+    # moco_eq5 in 10-shot kNN; the floor is the untrained network, the positive control moco_eq5 above moco.
     set_name=${SET:-cifar10}
     export SET=$set_name
     data=(--data_dir "${DATA_ROOT:-data}/$set_name")
