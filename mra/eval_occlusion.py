@@ -170,7 +170,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.input_size % args.cell:
         raise UserError(f"--cell {args.cell}: must divide the {args.input_size} pixels of an image")
     if args.images:
-        images = subset(images, [i * len(images) // args.images for i in range(min(args.images, len(images)))])
+        count = min(args.images, len(images))
+        images = subset(images, [i * len(images) // count for i in range(count)])
     images.transform = transforms.test_transform(args.input_size, args.mean_std)
     stats = transforms.STATS[args.mean_std]
     mae, about = load_mae(args, args.input_size, device) if args.mae_ckpt else (None, "none: random cells alone")

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     freeze(encoder)
     encoder = place(encoder, device)
     if distributed.rank() == 0:
-        print(f"sage/knn: {report}; {protocol(train, val, 20)}", flush=True)
+        print(f"sage/knn: {report}; {protocol(train, val, 200)}", flush=True)
 
     def embed(name: str, images: ImageList) -> Tensor:
         out = args.feature_dir / f"{name}.npy" if args.feature_dir else None
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         f"knn{k}": knn_accuracy(bank, train.labels, queries, val.labels, k, 0.07, device, own) for k in (1, 20, 200)
     }
     result |= {"pretrained": args.pretrained, "backbone_sha256": args.backbone_sha256, "data_dir": str(args.data_dir)}
-    result |= {"normalise": norm, "protocol": protocol(train, val, 20)}
+    result |= {"normalise": norm, "protocol": protocol(train, val, 200)}
     write_result(args, result)
     return 0
 

@@ -799,6 +799,10 @@ def test_occlusion_and_diagnostics(images: Path, mae: Path, tmp_path: Path) -> N
     assert eval_occlusion.main([*argv, "--images", "4", "--output-dir", str(tmp_path / "few")]) == 0
     few = result(tmp_path / "few")
     assert few["images"] == 4 and set(few["curves"]) == {"random"} and "kept_foreground" not in few
+    for name, more in (("all", []), ("more", ["--images", "50"])):  # more than there are: each of them once
+        assert eval_occlusion.main([*argv, *more, "--output-dir", str(tmp_path / name)]) == 0
+    assert result(tmp_path / "more")["images"] == 12
+    assert result(tmp_path / "more")["curves"] == result(tmp_path / "all")["curves"]
     for flags, message in (
         (["--cell", "5"], "--cell 5: must divide"),
         (["--cell", "2", "--mae_ckpt", str(mae)], "--cell 2: must be a multiple of the autoencoder's patch of 4"),
