@@ -75,9 +75,9 @@ rm -f "$out/failed" # a job may fail between two looks at the jobs: it leaves it
 for seed in ${SEEDS:-0}; do
   for arm in ${ARMS:-scratch multihead p2p single multi mix csc}; do
     while [ "$(jobs -rp | wc -l)" -ge "${JOBS:-1}" ]; do wait -n || true; done
-    echo "arm $arm, seed $seed -> $out/$arm/seed$seed.log"
+    echo "arm $arm, seed $seed -> $out/$arm-seed$seed.log"
     (
-      trap '[ $? = 0 ] || echo "$arm, seed $seed" >>"$out/failed"' EXIT
+      trap '[ $? = 0 ] || echo "$arm, seed $seed" "$(why "$out" "$arm" "$seed")" >>"$out/failed"' EXIT
       run_one "$arm" "$seed" "$@"
     ) >"$out/$arm-seed$seed.log" 2>&1 &
   done

@@ -147,12 +147,22 @@ def collect(root: Path) -> list[Found]:
         within = any(parent.name == "eval" and parent.parent in configs for parent in folder.parents)
         if within or any(beside(folder, run) for run in configs if run.parent == folder.parent):
             continue  # an evaluation, whose numbers stand beside its run
-        name = folder.relative_to(root).as_posix()
+        name = folder.relative_to(root).as_posix() if folder != root else root.name
         job = config.get("job") or guessed_job(config.get("command", ""))
         found.append(Found(folder, name, job, facts(folder, config), config["flags"], results_of(folder)))
     if not found:
         raise UserError(f"{root}: no run below this folder (config.json and log.jsonl)")
     return sorted(found, key=lambda run: (run.job, run.name))
+
+
+def merged(roots: Sequence[Path]) -> list[Found]:
+    """The runs of several folders, each once; of more than one folder the names begin with it."""
+    if len(roots) == 1:
+        return collect(roots[0])
+    found = {run.folder.resolve(): run for root in roots for run in collect(root)}
+    for run in found.values():
+        run.name = run.folder.as_posix()
+    return sorted(found.values(), key=lambda run: (run.job, run.name))
 
 
 def guessed_job(command: str) -> str:
@@ -206,14 +216,14 @@ def write_csv(path: Path, runs: Sequence[Found]) -> None:
 
 def get_parser() -> argparse.ArgumentParser:
     p = Parser(prog="shared_utils.compare_runs", description=(__doc__ or "").splitlines()[0])
-    p.add_argument("runs", type=Path, help="folder with runs below it")
+    p.add_argument("runs", type=Path, nargs="+", help="folders with runs below them, or runs")
     p.add_argument("--csv", type=Path, help="write all rows there too")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    found = collect(args.runs)
+    found = merged(args.runs)
     width = shutil.get_terminal_size((120, 40)).columns
     for job in dict.fromkeys(run.job for run in found):
         of = [run for run in found if run.job == job]

@@ -161,3 +161,6 @@ next_job() {
   done
   printf '%s\n' "$line bash $*"
 }
+
+# why FOLDER ARM SEED: what ended this arm, for people: the last error in its log.
+why() { grep -h '^error:' "$1/$2-seed$3.log" | tail -n 1 | sed 's/.*/(&)/' || true; }

@@ -19,6 +19,3 @@ own_set() {
   fi
   if [ ! -d "$1/val" ] && [ ! -d "$1/test" ]; then last=knn; fi
 }
-
-# why FOLDER ARM SEED: what ended this arm, for people: the last error in its log.
-why() { grep -h '^error:' "$1/$2-seed$3.log" | tail -n 1 | sed 's/.*/(&)/' || true; }

@@ -121,7 +121,7 @@ for seed in $seeds; do
     if [ -f "$out/$arm/seed$seed-linear/result.json" ]; then continue; fi
     echo "arm $arm, seed $seed -> $out/$arm-seed$seed.log"
     (
-      trap '[ $? = 0 ] || echo "$arm, seed $seed" >>"$out/failed"' EXIT
+      trap '[ $? = 0 ] || echo "$arm, seed $seed" "$(why "$out" "$arm" "$seed")" >>"$out/failed"' EXIT
       run_one "$arm" "$seed" "$@"
     ) >"$out/$arm-seed$seed.log" 2>&1 &
   done

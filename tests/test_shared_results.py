@@ -255,6 +255,12 @@ def test_ends_are_noted_and_runs_compared(tmp_path, capsys, monkeypatch):
     assert two["acc1"] == "50.5" and two["knn/top1"] == "" and float(one["minutes"]) >= 0
     with pytest.raises(UserError, match="no run below this folder"):
         compare_runs.main([str(tmp_path / "my runs/one-linear")])
+    assert [run.name for run in compare_runs.merged([runs / "one"])] == ["one"]
+    several = compare_runs.merged([runs / "two", runs / "one", runs / "two"])  # each once, and where it lies
+    assert [run.name for run in several] == [(runs / name).as_posix() for name in ("one", "two")]
+    assert compare_runs.main([str(runs / "two"), str(runs / "one"), "--csv", str(tmp_path / "all.csv")]) == 0
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        compare_runs.main([str(runs), str(tmp_path / "nowhere")])
 
     job("--output-dir", str(runs / "three"), *data)  # goes on, and is then complete
     job("--output-dir", str(runs / "three"), *data)

@@ -786,6 +786,8 @@ def test_an_arm_that_fails_is_not_lost(folder: str, finished: int, tmp_path: Pat
     env["SEEDS"] = " ".join(map(str, seeds))
     done = subprocess.run(["bash", f"{folder}/run_arms.sh", "mini"], cwd=ROOT, env=env, capture_output=True, text=True)
     # mdp looks through no finished seeds: all fail there, in any order
-    assert done.returncode != 0 and re.search("did not finish: (.*;)?nonsense, seed 0", done.stderr)
+    assert done.returncode != 0 and re.search(
+        r"did not finish: (.*;)?nonsense, seed 0 \(error: unknown arm 'nonsense'", done.stderr
+    )
     logs = [file.read_text() for file in tmp_path.rglob("nonsense-seed0.log")]
     assert len(logs) == 1 and "unknown arm 'nonsense'" in logs[0]

@@ -122,7 +122,7 @@ start() { # the arms given, for every seed, JOBS at once; returns when all have 
       if [ "$arm" = dino ] || [ -f "$out/$arm/seed$seed-test/result.json" ]; then continue; fi
       echo "arm $arm, seed $seed -> $out/$arm-seed$seed.log"
       (
-        trap '[ $? = 0 ] || echo "$arm, seed $seed" >>"$out/failed"' EXIT
+        trap '[ $? = 0 ] || echo "$arm, seed $seed" "$(why "$out" "$arm" "$seed")" >>"$out/failed"' EXIT
         run_one "$arm" "$seed" "${@:2+$1}"
       ) >"$out/$arm-seed$seed.log" 2>&1 &
     done
