@@ -10,7 +10,7 @@ import pytest
 
 from shared_utils import UserError, checkpoint
 from shared_utils.lab import results, rule
-from shared_utils.lab.arms import Arms, replace_rows, thinned
+from shared_utils.lab.arms import Anchor, Arms, replace_rows, thinned
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = {"base": [20.0, 22.0, 21.0], "longer": [24.0, 26.0, 25.0], "full": [25.0, 25.5, 26.0], "control": [18.0]}
@@ -127,6 +127,29 @@ def test_recorded_rows_are_valid_and_replace_older_ones(arms: Arms, runs: Path) 
         "small-cifar10-other-knn": "not run (needs CPU time; left out so far)",
     }
     assert rows[6]["command"] == "SET=cifar10 ARMS='other' SEEDS='0 1 2' bash paper/run_arms.sh small"
+
+
+def test_a_published_number_is_reproduced_within_its_margin(arms: Arms, runs: Path) -> None:
+    def statuses() -> dict[str, tuple[str, str]]:
+        rows, wrong = results.read(arms.home)
+        assert [text for text in wrong if "small-other-row" not in text] == []
+        return {row["id"]: (row["status"], row["experiment"]) for row in rows if "anchor" in row["id"]}
+
+    near = [Anchor("cifar10", "base", "knn", value, "its README", 0.5) for value in (21.5, 20.5)]
+    far = [Anchor("cifar10", "base", "knn", value, "its README", 0.5) for value in (21.6, 20.4)]
+    for anchor in near + far:
+        arms.anchors = [anchor, anchor._replace(arm="control", value=18.4), anchor._replace(arm="other")]
+        arms.record(runs)
+        found, alone = statuses().values()  # the third has not run
+        assert found[0] == ("reproduced" if anchor in near else "not reproduced") and alone[0] == "reproduced"
+        assert found[1] == "baseline; anchor, within 0.5 points of what is published"
+    (row,) = [row for row in results.read(arms.home)[0] if row["id"] == "small-cifar10-base-anchor-knn"]
+    assert (row["ours_mean"], row["ours_std"], row["n_seeds"]) == ("21.00", "1.00", "3")
+    assert (row["paper_value"], row["paper_source"], row["log"]) == (
+        "20.4",
+        "its README",
+        "lab/logs/cifar10-base.json",
+    )
 
 
 def test_new_seeds_and_arms_stand_beside_those_recorded_before(arms: Arms, runs: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flat.test import compare
 from shared_utils import checkpoint
-from shared_utils.lab.arms import Arms
+from shared_utils.lab.arms import Anchor, Arms
 from shared_utils.run import cli
 
 HEAD = "proto_l2"  # no hyper-parameters: what the table is about; prototypical networks have their own distance
@@ -19,6 +19,7 @@ AGAINST = {"proto_flat": "proto", "proto1_flat": "proto1"}  # what a gain is mea
 # Arms of the sets that have not all of them.
 FIRST = ("base", "flat", "shuffled", "aug", "noaug", "rotation", "avt", "lambda0.1", "lambda0.3", "lambda3",
          "untrained")  # fmt: skip
+GREENTFRAPP = "greentfrapp/few-shot-without-forgetting-tensorflow, data/cifar/results.md"
 FULL = ("base", "flat", "noaug", "untrained", "proto1", "proto1_flat", "proto", "proto_flat")
 
 
@@ -105,6 +106,11 @@ ARMS = Arms(
     },
     positive=("base", "noaug"),
     floor="untrained",
+    anchors=[
+        Anchor("cifarfs_full", "base", "one_shot", 58.9, f"{GREENTFRAPP}, 'Ours (64F)'", 1.5),
+        Anchor("cifarfs_full", "proto1", "one_shot", 55.5, f"{GREENTFRAPP}, 'ProtoNet (64F)'", 1.5),
+        Anchor("cifarfs_full", "proto", "five_shot", 72.0, f"{GREENTFRAPP}, 'ProtoNet (64F)'", 1.5),
+    ],
     curve=("step", "loss", "loss/cls", "loss/at", "at/abde", "at/cf", "at/gh", "acc/rotation", "acc/base_train",
            "held/base_accuracy", "held/decoder_relative"),
     command="export DATA_ROOT=/path/to/data SET={set} && ARMS='{arms}' SEEDS='{seeds}' bash flat/run_arms.sh small",

@@ -18,7 +18,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared_utils import UserError, checkpoint
 from shared_utils.flags import Parser
@@ -105,6 +105,17 @@ def evaluations(folder: Path, *jobs: str) -> list[dict[str, Any] | None]:
     return [{} if alone and result is None else result for result in found]
 
 
+class Anchor(NamedTuple):
+    """A published number of a baseline that an arm at the published setting has to reach within `margin`."""
+
+    set: str
+    arm: str
+    metric: str
+    value: float
+    source: str
+    margin: float
+
+
 @dataclass
 class Arms:
     """What a folder says of its arms.
@@ -122,6 +133,7 @@ class Arms:
         claims: (arm, arm that it is held against, metric) of the rows that are claims, on every set; Holm's family.
         controls: {(arm, against): "above" or "below"}, where that arm is expected by the metric `claim`.
         positive: the pair of `controls` that has to come out before a claim says anything: a known improvement.
+        anchors: published numbers of baselines, a row each.
         floor: what the baseline has to clear: an arm (an untrained network, a blind guess), or a number (chance).
         curve: columns of log.jsonl that are kept.
         command: how a row is made again; {set}, {arms} and {seeds} are filled in.
@@ -149,6 +161,7 @@ class Arms:
     controls: Mapping[tuple[str, str], str] = field(default_factory=dict)
     positive: tuple[str, str] | None = None
     floor: str | float | None = None
+    anchors: Sequence[Anchor] = ()
     paired: bool = True
     family: "Sequence[Arms]" = ()  # where a folder's sets are described apart: all of them, for Holm's correction
 
@@ -317,10 +330,41 @@ class Arms:
                         "log": f"lab/logs/{name}-{arm}.json; lab/logs/{name}-{against}.json",
                     }
                 )
-        begin = {f"small-{name}-{one}-vs-{other}-": (one, other) for one, other in self.pairs}
+        rows += [self.anchored(anchor, found[anchor.arm]) for anchor in self.anchors
+                 if anchor.set == name and anchor.arm in found]  # fmt: skip
+        begin: dict[str, tuple[str, ...]] = {
+            f"small-{name}-{one}-vs-{other}-": (one, other) for one, other in self.pairs
+        }
+        begin |= {f"small-{name}-{anchor.arm}-anchor-": (anchor.arm,) for anchor in self.anchors}
         told = {arm for text, pair in begin.items() if any(row["id"].startswith(text) for row in rows) for arm in pair}
         rest = [arm for arm in self.only.get(name, self.arms) if arm not in told]
         return rows + [self.missing(name, arm, len(found.get(arm, ()))) for arm in rest]
+
+    def anchored(self, anchor: Anchor, seeds: Seeds) -> dict[str, str]:
+        """The row of a published number: reproduced where the mean over the seeds lies within its margin."""
+        ours, made = self.values(seeds, anchor.metric), [run["facts"] for _, run in sorted(seeds.items())]
+        mean = statistics.mean(ours)
+        near = abs(mean - anchor.value) <= anchor.margin
+        return {
+            "id": f"small-{anchor.set}-{anchor.arm}-anchor-{anchor.metric}",
+            "table": f"Small tier, measured here: {self.sets[anchor.set]}",
+            "experiment": f"{self.arms[anchor.arm]}; anchor, within {anchor.margin:g} points of what is published",
+            "dataset": anchor.set,
+            "metric": self.metrics[anchor.metric],
+            "paper_value": f"{anchor.value:g}",
+            "paper_source": anchor.source,
+            "tier": "small",
+            "ours_mean": f"{mean:.2f}",
+            "ours_std": f"{statistics.stdev(ours):.2f}" if len(ours) > 1 else "",
+            "n_seeds": str(len(ours)),
+            "status": rule.REPRODUCED if near else rule.MISSED,
+            "command": self.command.format(set=anchor.set, arms=anchor.arm, seeds=" ".join(map(str, sorted(seeds)))),
+            "commit": made[0]["commit"],
+            "hardware": made[0]["hardware"],
+            "minutes": f"{statistics.mean(fact['minutes'] for fact in made):.1f}",
+            "date": made[0]["date"],
+            "log": f"lab/logs/{anchor.set}-{anchor.arm}.json",
+        }
 
     def missing(self, name: str, arm: str, seeds: int) -> dict[str, str]:
         """The row of an arm that has not run, or with one seed only."""

@@ -28,7 +28,7 @@ COLUMNS = (
     "baseline_std,p,ci_low,ci_high,status,command,commit,hardware,minutes,date,log"
 ).split(",")
 CLAIMED = ("effect shown at this scale", "no effect at this scale", "contradicted at this scale")
-MEASURED = ("reproduced", *CLAIMED, "as expected", "not as expected", "descriptive")
+MEASURED = ("reproduced", "not reproduced", *CLAIMED, "as expected", "not as expected", "descriptive")
 UNTESTABLE = re.compile(r"not testable at this size \(.+\)")
 UNKNOWN = "paper value unknown"
 NOT_RUN = re.compile(r"not run \(needs [^()]+\)")

@@ -17,6 +17,7 @@ EFFECT, NONE, CONTRADICTED = (
 )  # fmt: skip
 UNTESTABLE = "not testable at this size"
 EXPECTED, UNEXPECTED = "as expected", "not as expected"
+REPRODUCED, MISSED = "reproduced", "not reproduced"  # a published number of a baseline, within its margin
 DESCRIPTIVE = "descriptive"
 
 
