@@ -358,9 +358,8 @@ class Painter:
         x, spare = self.buffers
         self._cropped(pixels, i, x, reduced)
         if self.pad:
-            down, right = (self.pad + pixels for pixels in self.shift[i])
-            edges = [self.pad] * 4
-            wide = cv2.copyMakeBorder(x, *edges, cv2.BORDER_REFLECT_101)
+            down, right = (self.pad + step for step in self.shift[i])
+            wide = cv2.copyMakeBorder(x, self.pad, self.pad, self.pad, self.pad, cv2.BORDER_REFLECT_101)
             x[...] = wide[down : down + len(x), right : right + len(x)]
         for step in self.steps:
             if step == "jitter":

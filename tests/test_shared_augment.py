@@ -197,6 +197,25 @@ def test_grey_solarisation_and_flip_are_those_of_pil():
         assert np.abs(array - theirs.astype(float)).max() > 20
 
 
+def test_shifts_are_those_of_a_padded_crop():
+    """Every shift of up to 3 pixels, as torchvision cuts it out of the mirrored image; drawn uniformly."""
+    shift = np.array([(down, right) for down in range(-3, 4) for right in range(-3, 4)])
+    array = np.stack([natural(16, 16, seed) for seed in range(len(shift))])
+    recipe = augment.Recipe(16, resize=16, pad=3)
+    wanted = [
+        np.asarray(TF.crop(TF.pad(Image.fromarray(x), 3, padding_mode="reflect"), 3 + down, 3 + right, 16, 16))
+        for x, (down, right) in zip(array, shift.tolist())
+    ]
+    for made in both(recipe, array, still(len(shift), 16, shift=shift)):
+        assert np.array_equal(made, np.stack(wanted))
+    drawn = recipe.draw(mix_keys(0, 0, np.arange(4900), 0), np.full(4900, 16), np.full(4900, 16)).shift
+    counts = np.unique(drawn, axis=0, return_counts=True)[1]
+    assert len(counts) == 49 and stats.chisquare(counts).pvalue > 1e-3
+    assert (augment.plain(16).draw(mix_keys(0, 0, np.arange(9), 0), 20, 20).shift == 0).all()
+    steps = [str(step) for step in recipe.transforms]
+    assert steps[2].startswith("RandomCrop(size=(16, 16), padding=3")
+
+
 def test_blur_is_a_gaussian_and_near_pils():
     sigma = np.array([0.0, 0.1, 0.35, 0.8, 1.4, 2.0])
     array = np.stack([natural(40, 40, i) for i in range(len(sigma))])
