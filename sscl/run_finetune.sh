@@ -17,7 +17,7 @@ runs=${RUNS:-runs}
 where=$tier
 case "$tier" in
   mini)
-    # MoCo v2 for 10 epochs of the generated images, then 100 epochs of 40 labelled ones; a minute on two CPU cores.
+    # MoCo v2 for 10 epochs of the generated images, then 100 epochs of 40 labelled ones; half a minute on two CPU cores.
     "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     flags=(
       --data_dir data/mini/images --img_size 32 --labels_per_class 4 --weak shift --no_flip --batch_size 20 --epochs 100

@@ -19,7 +19,7 @@ case "$tier" in
   mini)
     # Both exchanges at toy size: 1,000 generated images of coloured digits (so no mirror images), 4 labels a class,
     # ResNet-10 of a quarter of the width, 150 steps, prototypes renewed 4 times; L_x falls from 2.3 to 0.1. lambda_c
-    # 0.2, so that the sum falls too: L_c grows with the number of neighbours. About a minute on two CPU cores.
+    # 0.2, so that the sum falls too: L_c grows with the number of neighbours. Half a minute on two CPU cores.
     "$PYTHON" -m shared_utils.lab.mini images >/dev/null
     flags=(
       --data data/mini/images --cache --img_size 32 --no_flip --weak shift --key_view weak --labels_per_class 4
@@ -29,8 +29,8 @@ case "$tier" in
     )
     ;;
   small)
-    # 8,000 images of CIFAR-10 at 32 pixels, LABELS of them a class labelled, 7 epochs = 875 steps; 3 minutes on one
-    # core. run_arms.sh trains every arm of README.md's table with these flags. The threshold is of the distribution
+    # 8,000 images of CIFAR-10 at 32 pixels, LABELS of them a class labelled, 7 epochs = 875 steps; a minute and a
+    # half on one core. run_arms.sh trains every arm of README.md's table with these flags. The threshold is of the distribution
     # before Sharpen. A product is sharper than its factors: 0.95 of it covers as many images as 0.7 without calibration
     # (0.50 and 0.52 in a trial run, seed 0, whose top-1 was seen too), which is what arms without calibration take. --bn_splits 2
     # with the keys shuffled: within one batch norm the keys know their queries. bf16 is fast on CPUs with AMX only;
