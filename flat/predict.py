@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         x = extract(encoder, support, flags, device)
     logits = classify(head, x, support.labels.repeat_interleave(max(1, copies)), q, args.seed, device)
     files = query.paths()
-    print(f"  {write_csv(args.out, files, support.classes, logits.softmax(1))}", flush=True)
+    print(f"  {write_csv(args.out, args.query, files, support.classes, logits.softmax(1))}", flush=True)
     known = [(i, support.classes.index(f.parent.name)) for i, f in enumerate(files) if f.parent.name in support.classes]
     if known:
         right = sum(int(logits[i].argmax()) == label for i, label in known)

@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         lambda x: [network(follow(x, network)).softmax(1)], images, device, args.batch_size, args.workers,
         everything=True,
     )  # fmt: skip
-    files = [path.relative_to(args.folder).as_posix() for path in images.paths()]
-    print("  " + write_csv(args.out, files, classes, probabilities))
+    print("  " + write_csv(args.out, args.folder, images.paths(), classes, probabilities))
     return 0
 
 

@@ -21,12 +21,12 @@ def read_names(file: Path, count: int) -> list[str]:
 
 
 def write_csv(
-    path: str | os.PathLike, files: Sequence[str | os.PathLike], classes: Sequence[str], probabilities: Tensor
+    path: str | os.PathLike, folder: Path, files: Sequence[Path], classes: Sequence[str], probabilities: Tensor
 ) -> str:
     """Write one line a file, in the order given: its most probable class and that probability; atomically.
 
     Args:
-        files: N names; probabilities: [N, C], rows sum to 1; classes: C names.
+        folder: the images' folder, below which they are named, or one image; files: their N paths; probabilities: [N, C], rows sum to 1; classes: C names.
 
     Returns: a line that says how many went to which class, for the user to look at.
     """
@@ -34,7 +34,9 @@ def write_csv(
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["file", "class", "confidence"])
-    rows.writerows([str(f), classes[y], f"{c:.4f}"] for f, y, c in zip(files, chosen.tolist(), confidence.tolist()))
+    folder = folder if folder.is_dir() else folder.parent
+    names = [file.relative_to(folder).as_posix() for file in files]
+    rows.writerows([f, classes[y], f"{c:.4f}"] for f, y, c in zip(names, chosen.tolist(), confidence.tolist()))
     checkpoint.write_text(path, text.getvalue())
     counts = chosen.bincount(minlength=len(classes)).tolist()
     most = sorted(zip(counts, classes), key=lambda pair: -pair[0])[:8]

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
     (p,), _ = collect(probabilities, images, device, args.batch_size, args.workers, everything=True)  # [N, C]
     out = args.out or Path(args.pretrained).with_name("predictions.csv")
-    print("  " + predictions.write_csv(out, images.paths(), classes, p))
+    print("  " + predictions.write_csv(out, args.folder, images.paths(), classes, p))
     return 0
 
 

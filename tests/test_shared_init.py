@@ -64,8 +64,14 @@ def test_an_unknown_name_of_timm_is_one_line():
 
 def test_predictions_keep_order_names_and_confidence(tmp_path):
     files = ["a, b.jpg", 'in "quotes".png', "ü/x y.png"]
+    paths = [tmp_path / "my photos" / name for name in files]
+    (tmp_path / "my photos").mkdir()
     said = predictions.write_csv(
-        tmp_path / "out" / "p.csv", files, ["cat", "dog"], torch.tensor([[0.25, 0.75], [0.9, 0.1], [0.4, 0.6]])
+        tmp_path / "out" / "p.csv",
+        tmp_path / "my photos",
+        paths,
+        ["cat", "dog"],
+        torch.tensor([[0.25, 0.75], [0.9, 0.1], [0.4, 0.6]]),
     )
     with open(tmp_path / "out" / "p.csv", newline="", encoding="utf-8") as handle:
         rows = list(csv.reader(handle))

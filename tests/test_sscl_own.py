@@ -100,14 +100,16 @@ def test_few_labelled_and_many_unlabelled_images(own, tmp_path, capsys):
     assert predict.main([*shlex.split(command), *LOADING]) == 0
     found = table(out / "predictions.csv")
     files = sorted(p for p in (own / "all of it").rglob("*") if p.suffix.lower() in ENDINGS + [".jpeg"])
-    assert [row["file"] for row in found] == [str(path) for path in files] and len(found) == 24
+    assert [row["file"] for row in found] == [path.relative_to(own / "all of it").as_posix() for path in files] and len(
+        found
+    ) == 24
     assert {row["class"] for row in found} <= set(KINDS)
     encoder = Encoder(build("resnet10", 4, "cifar_pool"), 3, 8)
     state = checkpoint.read_weights(out / "checkpoint.pth")
     encoder.load_state_dict(state)
     for row in (found[0], found[-1]):
         with torch.no_grad():
-            p = encoder.eval().logits(plain(16)(load_image(row["file"]))[None]).softmax(1)[0]
+            p = encoder.eval().logits(plain(16)(load_image(own / "all of it" / row["file"]))[None]).softmax(1)[0]
         assert KINDS[int(p.argmax())] == row["class"] and float(row["confidence"]) == pytest.approx(
             float(p.max()), abs=1e-4
         )
