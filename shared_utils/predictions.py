@@ -26,7 +26,8 @@ def write_csv(
     """Write one line a file, in the order given: its most probable class and that probability; atomically.
 
     Args:
-        folder: the images' folder, below which they are named, or one image; files: their N paths; probabilities: [N, C], rows sum to 1; classes: C names.
+        folder: the images' folder, below which they are named, or one image; files: their N paths.
+        probabilities: [N, C], rows sum to 1; classes: C names.
 
     Returns: a line that says how many went to which class, for the user to look at.
     """
