@@ -41,6 +41,7 @@ from tests.jobs.pretraining import (  # noqa: E402
 
 HEADER = ("folder", "one process", "two agents", "difference", "a worker killed", "without", "commit, date")
 EARLY, LATE = 0.001, 0.03  # tolerated in the loss: of the first three steps, where a wrong gradient shows, and of all
+CHAOTIC = {"sscl": 0.1}  # its pseudo-labels: one process by other kernels leaves itself by 4.5 %, by two threads 7.7 %
 PATIENCE = 1800.0
 
 
@@ -114,7 +115,7 @@ def folder(name: str, runs: Path, rng: random.Random) -> list[str]:
     apart = [abs(b - a) / max(abs(a), 1e-3) for (_, a), (_, b) in zip(one, two)]
     said = f"{100 * max(apart[:3]):.4f} %, {100 * max(apart):.2f} %"
     cells = [f"{one[-1][1]:.4f} after {one[-1][0]} steps", f"{two[-1][1]:.4f}", said]
-    if max(apart[:3]) > EARLY or max(apart) > LATE:
+    if max(apart[:3]) > EARLY or max(apart) > CHAOTIC.get(name, LATE):
         cells[-1] += ": FAILED"
 
     step, out = rng.randint(3, one[-1][0] - 3), runs / "killed"
