@@ -211,7 +211,7 @@ def test_shifts_are_those_of_a_padded_crop():
     drawn = recipe.draw(mix_keys(0, 0, np.arange(4900), 0), np.full(4900, 16), np.full(4900, 16)).shift
     counts = np.unique(drawn, axis=0, return_counts=True)[1]
     assert len(counts) == 49 and stats.chisquare(counts).pvalue > 1e-3
-    assert (augment.plain(16).draw(mix_keys(0, 0, np.arange(9), 0), 20, 20).shift == 0).all()
+    assert (augment.plain(16).draw(mix_keys(0, 0, np.arange(9), 0), np.array(20), np.array(20)).shift == 0).all()
     steps = [str(step) for step in recipe.transforms]
     assert steps[2].startswith("RandomCrop(size=(16, 16), padding=3")
 
