@@ -7,6 +7,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -281,6 +282,34 @@ def test_augmented_supports_are_those_of_rfs(shots: int) -> None:
         assert right == pytest.approx(float(each[e]), abs=1e-12)
     assert not torch.equal(each, accuracies(x, many, "lr", 12, CPU))
     assert torch.equal(accuracies(x, many, "lr", 12, CPU, budget=1, augmented=copies), each)
+
+
+@pytest.mark.parametrize("head", ["ridge", "lr"])
+def test_large_supports_of_several_episodes_are_those_of_one_thread(head: str) -> None:
+    """150 and 156 equations an episode, where torch 2.14.1's LU goes wrong after `torch.set_num_threads`."""
+    y, shots = labels([60] * 8), 50 if head == "ridge" else 17
+    x = features(y, 40, noise=2.0)
+    many = EpisodeDrawer(y, 3, shots, 5, 0, NAMES)
+    threads = torch.get_num_threads()
+    found = {}
+    try:
+        for several in (1, 2):
+            torch.set_num_threads(several)
+            found[several] = accuracies(x, many, head, 6, CPU)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[1], found[2]) and 1 / 3 < float(found[2].mean()) < 1
+    episodes = many.draw(np.arange(6))
+    for e in range(6):  # and scikit-learn's
+        support, query = (x[part[e]].reshape(-1, 40) for part in (episodes.support, episodes.query))
+        truth, asked = np.repeat(np.arange(3), shots), np.repeat(np.arange(3), 5)
+        if head == "lr":
+            model: Any = LogisticRegression(C=1.0, max_iter=2000, tol=1e-8)
+            support, query = F.normalize(support, dim=1), F.normalize(query, dim=1)
+        else:
+            model = RidgeClassifier(alpha=1.0)
+        right = (model.fit(support.numpy(), truth).predict(query.numpy()) == asked).mean()
+        assert right == pytest.approx(float(found[2][e]), abs=1e-12)
 
 
 def test_recipe_rfs_is_tested_with_five_copies_and_logistic_regression(tmp_path: Path) -> None:

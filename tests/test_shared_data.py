@@ -473,7 +473,8 @@ def test_a_process_that_reads_a_list_gets_no_copy_of_it():
     images = ImageList(objects, [])
     some = images.take(range(0, 10_000, 2), range(5_000))
     assert growth(lambda i: (str(objects[i][0]), objects[i][1])) > 1_500_000  # its references are counted
-    assert growth(lambda i: (images.file(i), images.label(i), some.file(i // 2), some.label(i // 2))) < 300_000
+    read = [growth(lambda i: (images.file(i), images.label(i), some.file(i // 2), some.label(i // 2))) for _ in "123"]
+    assert min(read) < 300_000, read  # one in some hundred had megabytes that a second one has not
     assert images.path(9999) == objects[9999][0] and some.path(2) == objects[4][0] and some.label(2) == 2
 
 

@@ -36,6 +36,15 @@ def cosine(x: Tensor, y: Tensor, q: Tensor) -> Tensor:
     return torch.bmm(F.normalize(q, dim=2), means.transpose(1, 2))
 
 
+def solve(a: Tensor, b: Tensor) -> Tensor:
+    """The x of a x = b: a [E, n, n] symmetric and positive definite, b [E, n, k].
+
+    By Cholesky: on a CPU the LU of a batch, which `torch.linalg.solve` takes, is wrong once `torch.set_num_threads` has
+    been called (torch 2.5 to 2.14.1 at least; github.com/pytorch/pytorch, issues 141358 and 142815, open).
+    """
+    return torch.cholesky_solve(b, torch.linalg.cholesky(a))
+
+
 def ridge(x: Tensor, y: Tensor, q: Tensor, alpha: float = 1.0) -> Tensor:
     """Least squares onto -1 and 1 with an intercept and alpha |w|^2, solved in the span of the support (float64)."""
     x, q = x.double(), q.double()
@@ -44,7 +53,7 @@ def ridge(x: Tensor, y: Tensor, q: Tensor, alpha: float = 1.0) -> Tensor:
     x, q = x - middle, q - middle
     gram = torch.bmm(x, x.transpose(1, 2))  # [E, n, n]
     eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    dual = torch.linalg.solve(gram + alpha * eye, (target - target.mean(0)).expand(len(x), -1, -1))  # [E, n, W]
+    dual = solve(gram + alpha * eye, (target - target.mean(0)).expand(len(x), -1, -1))  # [E, n, W]
     return torch.bmm(torch.bmm(q, x.transpose(1, 2)), dual) + target.mean(0)
 
 
@@ -80,7 +89,7 @@ def logistic(x: Tensor, y: Tensor, q: Tensor, c: float = 1.0) -> Tensor:
             break
         curve = torch.diag_embed(p) - p[:, :, :, None] * p[:, :, None]  # [E, n, W, W]
         hessian = c * torch.einsum("enab,eni,enj->eaibj", curve, z, z).flatten(3, 4).flatten(1, 2) + regular
-        w = w - torch.linalg.solve(hessian, gradient.flatten(1)).view_as(w)
+        w = w - solve(hessian, gradient.flatten(1)[:, :, None]).view_as(w)
     else:
         raise RuntimeError("logistic regression did not converge in 50 Newton steps")
     coordinates = torch.bmm(torch.bmm(q, x.transpose(1, 2)), basis)  # [E, WQ, n]
