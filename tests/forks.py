@@ -49,13 +49,16 @@ try: server.connect({address!r})
 except OSError: start()
 asked = json.dumps(dict(words=rest, unbuffered=rest != words, folder=os.getcwd(), env=dict(os.environ))).encode()
 files = array.array("i", [0, 1, 2])
+handed_on = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+signal.pthread_sigmask(signal.SIG_BLOCK, handed_on)  # one that comes before there is somebody to hand it on to, waits
 server.sendmsg([len(asked).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
 server.sendall(asked)
 answer = server.makefile("r")
 child = int(answer.readline() or 0)
-if not child: start()
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+for number in handed_on if child else ():
     signal.signal(number, lambda number, frame: os.kill(child, number))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, handed_on)
+if not child: start()
 code = int(answer.readline())
 if code < 0:
     if -code != signal.SIGKILL: signal.signal(-code, signal.SIG_DFL)
