@@ -59,7 +59,7 @@ def negatives_lse(q: Tensor, queue: Tensor, sim: str, tau: float, chunk: int | N
     backward pass needs the [N, D] that the forward pass has left. The queue gets no gradient.
 
     Args:
-        q: queries [N, D]; queue: stored bases [P, D, M].
+        q: queries [N, D]; queue: stored bases [P, D, M]; tau: a number, no gradient reaches it.
 
     Returns: [N], float32 (float64 for float64 queries).
     """
